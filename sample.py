@@ -163,9 +163,9 @@ def parse_flags(n: int, gif: bool) -> Namespace:
         "--enlarge",
         type=Path,
         metavar="MODEL",
-        help="Then draw the details of each image at twice its size, by a model of that size. Its "
-        f"{ENLARGING_STEPS} steps change no mean of 2 x 2 pixels but by clipping. The figures show "
-        "the denoising before. Default: no.",
+        help="Then draw the details of each image at twice its size, by a model of that size, in "
+        f"{ENLARGING_STEPS} steps, without the guide. Only clipping changes means of 2 x 2 pixels. "
+        "The figures show the denoising before. Default: no.",
     )
     parser.add_argument(
         "--individual",

@@ -3,8 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
+from functions.enlarging import Enlarger
 from functions.sampling.generation import ImageSampler
-from functions.sampling.options import SamplerOptions
 from functions.saved.loading import open_model
 from functions.support.errors import UserError
 from functions.support.processes import SINGLE_PROCESS, Processes
@@ -15,25 +15,20 @@ def enlarged(
 ) -> ImageSampler:
     """Return the sampler with the model at `path`, which draws each image at twice its size.
 
-    It computes in the precision of the sampler's own model. Raises UserError for a model of another
-    size.
+    That model has its own schedule, and the precision of the sampler's. Raises UserError for a
+    model of another size, and CheckpointError when there is none.
     """
     saved, denoiser = open_model(path, image_sampler.device, "float32", processes)
-    denoiser = replace(denoiser, precision=image_sampler.precision)
     processes.print_main(f"enlarged by {saved.path}: {saved}")
-    channels, height, width = image_sampler.shape
-    shape = (channels, 2 * height, 2 * width)
-    if saved.model.image_shape != shape:
+    if saved.model.image_shape != image_sampler.large_shape:
         raise UserError(
-            f"{saved.path} draws images of {saved.model.image_shape} (channels, height, width); to "
-            f"enlarge those of {image_sampler.shape}, it must draw {shape}"
+            f"{saved.path} draws images of {saved.model.image_shape} (channels, height, width); "
+            f"to enlarge these samples it must draw {image_sampler.large_shape}"
         )
-
-    clip_x_0 = saved.config["diffusion"].get("clip_x_0", True)
-    options = SamplerOptions("dpm++", clip_x_0=clip_x_0)
+    denoiser = replace(denoiser, precision=image_sampler.precision)
     return replace(
         image_sampler,
-        enlarger=replace(image_sampler, denoiser=denoiser, options=options, shape=shape),
+        enlarger=Enlarger(denoiser, saved.config["diffusion"].get("clip_x_0", True)),
         # Manifests and names of folders contain it, as that of a guide.
         options=replace(image_sampler.options, enlarger_digest=saved.digest[:16]),
     )

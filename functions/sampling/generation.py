@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from data.batches import batches_of
 from functions.denoiser import Predictor
-from functions.enlarging import ENLARGING_STEPS, Enlarging, doubled, enlarging_times
+from functions.enlarging import Enlarger
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import SAMPLERS, OnStep
 from functions.sampling.options import SamplerOptions
@@ -47,8 +47,8 @@ class ImageSampler:
     precision: torch.dtype = torch.float32
     # The sampler calls this after every step.
     on_step: OnStep | None = None
-    # The sampler of a model that draws each image at twice its size, if any.
-    enlarger: "ImageSampler | None" = None
+    # What then draws each image at twice its size, if anything. It does not call `on_step`.
+    enlarger: Enlarger | None = None
 
     def __post_init__(self) -> None:
         # This raises the error.
@@ -70,6 +70,12 @@ class ImageSampler:
     def time_at(self, depth: float) -> int:
         """Return the sampler's timestep nearest to `depth`, from 0 (the image) to 1 (noise)."""
         return min(self.times, key=lambda t: abs(t + 1 - depth * self.scheduler.timesteps))
+
+    @property
+    def large_shape(self) -> tuple[int, int, int]:
+        """Return the shape of enlarged images, (C, 2H, 2W)."""
+        channels, height, width = self.shape
+        return channels, 2 * height, 2 * width
 
     @property
     def step_count(self) -> int:
@@ -121,17 +127,11 @@ class ImageSampler:
         sampler = replace(self, on_step=on_step)
         images = sampler.take_steps(noise.draw(), self.times, noise.draw)
         if self.enlarger:
-            images = self.enlarger.enlarge(images, indices, bar)
+            details = replace(self, shape=self.large_shape).noise(indices, "details")
+            images = self.enlarger.enlarge(
+                images, details.draw, lambda *step: bar.update(len(indices))
+            )
         return images.cpu()
-
-    def enlarge(self, small: Tensor, indices: Sequence[int], bar: tqdm) -> Tensor:
-        """Draw the details of images (B, C, H, W) at this sampler's size, (B, C, 2H, 2W)."""
-        noise = self.noise(indices, "details")
-        times = enlarging_times(self.scheduler)
-        x_t = self.scheduler.q_sample(doubled(small), times[0], noise.draw())
-        denoiser = Enlarging(self.denoiser, small)
-        sampler = replace(self, denoiser=denoiser, on_step=lambda *_: bar.update(len(indices)))
-        return sampler.take_steps(x_t, times, noise.draw)
 
 
 def open_sampler(
@@ -183,6 +183,6 @@ def generate(image_sampler: ImageSampler, indices: Sequence[int], progress: bool
 
 def step_bar(image_sampler: ImageSampler, count: int, shown: bool) -> tqdm:
     """Return a progress bar for the steps of `count` images."""
-    steps = image_sampler.step_count + (ENLARGING_STEPS if image_sampler.enlarger else 0)
-    total = count * steps
+    enlarger = image_sampler.enlarger
+    total = count * (image_sampler.step_count + (len(enlarger.times) - 1 if enlarger else 0))
     return tqdm(desc="sampling", total=total, unit="step", unit_scale=True, disable=not shown)

@@ -39,7 +39,7 @@ RECORDED_STEPS = 40
 STRIP_COLUMNS = 9
 STRIP_ROWS = 4
 # The frames of a denoising, uint8 (N, H, W, C) each. The keys are the paper's t, in descending
-# order. The state at 0 is the final image.
+# order. The state at 0 is the final image, before it is enlarged.
 Frames = dict[int, np.ndarray]
 
 
@@ -110,7 +110,8 @@ def generate_frames(
 ) -> tuple[Tensor, Frames, Frames]:
     """Sample the images with these indices, and record about RECORDED_STEPS evenly spaced steps.
 
-    Returns the images (N, C, H, W) in [-1, 1]; the noise and the states; the estimates of x_0.
+    Returns the images (N, C, H, W) in [-1, 1], or with an enlarger (N, C, 2H, 2W); the noise and
+    the states; the estimates of x_0.
     """
     count = image_sampler.step_count
     stride = math.ceil(count / RECORDED_STEPS)

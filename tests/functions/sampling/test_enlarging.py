@@ -1,51 +1,72 @@
 """Details at twice the size: what an enlargement keeps, and what it draws."""
 
 import json
-from dataclasses import replace
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.testing import assert_close
 from tqdm import tqdm
 
 import sample
 from data.datasets import load_images
-from functions.enlarging import doubled, enlarging_times
+from functions.denoiser import Predictor
+from functions.enlarging import Enlarger, doubled
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import dpm_solver_sample
 from functions.sampling.options import SamplerOptions
 from functions.saved.checkpoint import load_weights
 from functions.saved.run_folder import checkpoints_of
 from functions.support.errors import UserError
+from functions.support.random_numbers import ImageNoise
 from tests.conftest import call, image_sampler_of, train_tiny
 from tests.functions.known_denoisers import Gaussian, ideal, mean_and_variance
 
 FEW = ["--sampler", "dpm++", "--steps", 3, "--n", 3, "--device", "cpu"]
+COSINE = NoiseScheduler(1000, beta_schedule="cosine")
+STD = 0.2
+SMALL = 0.1 * torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def white(count):
+    """Return the ideal denoiser of white noise, of whose `count` pixels none knows of another."""
+    return ideal(Gaussian(torch.zeros(count), torch.full((count,), STD)), COSINE)
+
+
+@dataclass(frozen=True)
+class Recording(Predictor):
+    """A denoiser that calls `record` with each x_t and t."""
+
+    model: Predictor
+    scheduler: NoiseScheduler
+    record: Callable[[Tensor, int], None]
+
+    def x_0_and_eps(self, x_t, t):
+        self.record(x_t.float(), t)
+        return self.model.x_0_and_eps(x_t, t)
 
 
 def test_means_stay_and_details_are_those_of_the_data():
-    """The images are white Gaussian noise, whose details do not depend on their means.
+    """Of white images each of the three free directions of a square is a Gaussian of its own.
 
-    So each of the three free directions of a square is a Gaussian of its own, whose variance after
-    the sampler's steps is known exactly.
+    So its variance after these steps is known exactly.
     """
-    std = 0.2
-    scheduler = NoiseScheduler(1000, beta_schedule="cosine")
-    denoiser = ideal(Gaussian(torch.zeros(768), torch.full((768,), std)), scheduler)
-    sampler = replace(
-        image_sampler_of(None, options=SamplerOptions("dpm++")), denoiser=denoiser, seed=3
-    )
-    small = 0.1 * torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    large = sampler.enlarge(small, range(64), tqdm(disable=True)).float()
-    assert_close(F.avg_pool2d(large, 2), small, atol=1e-3, rtol=0)
-    details = large - doubled(small)
-    times = enlarging_times(scheduler)
-    start = 0.0, 1 - scheduler.alpha_bar(times[0])
-    one = ideal(Gaussian(torch.zeros(1), torch.full((1,), std)), scheduler)
-    _, variance = mean_and_variance(one, dpm_solver_sample, times, start, eta=1)
-    assert 0.8 * std < variance**0.5 < std
-    assert details.square().mean().item() == pytest.approx(0.75 * variance, rel=0.03)
+    seen = {}
+    enlarger = Enlarger(Recording(white(768), COSINE, lambda x, t: seen.update({t: x})))
+    noise = ImageNoise(3, range(64), (3, 16, 16))
+    large = enlarger.enlarge(SMALL, noise.draw).float()
+    assert_close(F.avg_pool2d(large, 2), SMALL, atol=1e-3, rtol=0)
+
+    details = large - doubled(SMALL)
+    times = enlarger.times
+    start = 0.0, 1 - COSINE.alpha_bar(times[0])
+    _, variance = mean_and_variance(white(1), dpm_solver_sample, times, start, eta=1)
+    assert 0.7 * STD < variance**0.5 < 1.1 * STD
+    assert details.square().mean().item() == pytest.approx(0.75 * variance, rel=0.02)
     right, down = details[..., 1:] * details[..., :-1], details[..., 1:, :] * details[..., :-1, :]
     # In a square details are correlated, because they add up to 0; over its edge they are not.
     for neighbours in (right, down.mT):
@@ -53,11 +74,39 @@ def test_means_stay_and_details_are_those_of_the_data():
         assert inside == pytest.approx(-0.25, abs=0.02)
         assert across == pytest.approx(0, abs=0.02)
 
+    # The first state is the small image with the first noise; each later one has its means, too.
+    noise = ImageNoise(3, range(64), (3, 16, 16))
+    assert_close(seen[times[0]], COSINE.q_sample(doubled(SMALL), times[0], noise.draw()))
+    for t in times[:-1]:
+        share = (F.avg_pool2d(seen[t], 2) * SMALL).mean() / SMALL.square().mean()
+        # The mean of four noises has a quarter of their variance.
+        error = ((1 - COSINE.alpha_bar(t)) / 4 / SMALL.numel()) ** 0.5 / SMALL.std().item()
+        assert share.item() == pytest.approx(COSINE.alpha_bar(t) ** 0.5, abs=4 * error)
 
-def test_it_begins_in_the_middle_and_ends_with_the_image():
-    assert enlarging_times(NoiseScheduler(1000)) == [499, 428, 356, 285, 213, 142, 70, -1]
-    few = NoiseScheduler(8, beta_schedule="cosine")
-    assert enlarging_times(few) == [3, 2, 1, 0, -1]
+
+def test_steps_begin_at_one_log_snr_whatever_the_schedule():
+    def times(scheduler):
+        return Enlarger(replace(white(1), scheduler=scheduler)).times
+
+    for scheduler in (COSINE, NoiseScheduler(1000), NoiseScheduler(100)):
+        first = times(scheduler)[0]
+        log_snr = torch.logit(scheduler.alphas_cumprod)
+        assert (log_snr[first] + 1.41).abs() == (log_snr + 1.41).abs().min()
+    shifted = NoiseScheduler(1000, beta_schedule="cosine", log_snr_shift=-2 * math.log(2))
+    assert times(shifted) == [499, 428, 356, 285, 213, 142, 70, -1]
+    assert times(NoiseScheduler(4, beta_schedule="cosine")) == [2, 1, 0, -1]
+
+
+def test_an_enlargement_depends_on_the_seed_and_the_index_alone(network):
+    small = image_sampler_of(network, options=SamplerOptions("dpm++", 2), seed=7)
+    small = replace(small, enlarger=Enlarger(white(3072)))
+    together, alone, other = (
+        sampler.sample(indices, tqdm(disable=True))
+        for sampler, indices in ((small, [0, 1, 2]), (small, [2]), (replace(small, seed=8), [2]))
+    )
+    assert_close(together[2:], alone, atol=1e-3, rtol=0)
+    first, second = (large - doubled(F.avg_pool2d(large, 2)) for large in (alone, other))
+    assert (first - second).abs().mean() > 0.02
 
 
 def test_samples_keep_their_means_and_the_manifest_says_what_enlarged_them(
@@ -89,5 +138,5 @@ def test_samples_keep_their_means_and_the_manifest_says_what_enlarged_them(
 
 
 def test_only_a_model_of_twice_the_size_enlarges(tiny_run):
-    with pytest.raises(UserError, match=r"to enlarge those of \(3, 16, 16\), it must draw \(3, 32"):
+    with pytest.raises(UserError, match=r"to enlarge these samples it must draw \(3, 32, 32"):
         call(sample.main, tiny_run, *FEW, "--enlarge", tiny_run)
