@@ -27,8 +27,10 @@ from config import EXPERIMENTS, build_network
 from data.augmentation import rotate
 from data.datasets import load_images
 from data.pixels import to_model_range, to_uint8
-from figures.saved_model import GUIDE_STEP, GUIDED, nearest_snapshot, open_saved
+from figures.saved_model import ENLARGER, GUIDE_STEP, GUIDED, nearest_snapshot, open_saved
+from functions.enlarging import doubled
 from functions.noise_scheduler import NoiseScheduler
+from functions.sampling.enlarger import enlarged
 from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.samples_folder import generate_frames, save_columns
 from functions.saved.loading import load_and_split
@@ -55,10 +57,10 @@ SCHEDULES = {
     "T = 200, betas as for 1000": NoiseScheduler(200, rescale_betas=False),
 }
 
-# The name of a picture -> a command for the run PEOPLE, and a pattern of the file that it writes.
-# Images are samples of seed 0, by their indices.
+# The name of a picture -> a command for the run PEOPLE and the model ENLARGER, and a pattern of the
+# file that it writes. Images are samples of seed 0, by their indices.
 COMMANDS = {
-    "people.png": (f"sample PEOPLE {GUIDED}", "grid.png"),
+    "people.png": (f"sample PEOPLE {GUIDED} --enlarge ENLARGER", "grid.png"),
     "interpolation.png": (f"edit interpolate 6 19 PEOPLE {GUIDED}", "interpolation-*.png"),
     "variations.png": (f"edit vary 22 PEOPLE {GUIDED}", "variations-*.png"),
     "inpainting.png": (
@@ -84,6 +86,7 @@ def main() -> None:
 
     # The runs are read first, so that a missing one ends the script immediately.
     draw_people(runs["PEOPLE"])
+    draw_enlarged(runs["PEOPLE"])
     draw_faces(runs["FACES"])
     draw_cure(runs["FACES"], runs["FACES_V"])
 
@@ -298,6 +301,18 @@ def draw_people(run: Path) -> None:
     save_columns(estimates, FIGURES / "progressive.png")
 
 
+def draw_enlarged(run: Path) -> None:
+    """Draw a run's samples, the same enlarged, and samples of the enlarging model alone."""
+    _, image_sampler = open_saved(run, GUIDED)
+    _, alone = open_saved(ENLARGER, "--sampler dpm++ --steps 20")
+    small, large, other = (
+        generate(sampler, range(8))
+        for sampler in (image_sampler, enlarged(image_sampler, ENLARGER), alone)
+    )
+    rows = torch.cat([doubled(small), large, other])
+    save_grid(to_uint8(rows), FIGURES / "enlarged.png", columns=8)
+
+
 def draw_cure(faces: Path, faces_v: Path) -> None:
     """Draw samples of both runs side by side, from the same noise by 20 steps of DDIM."""
     left, right = (
@@ -331,7 +346,8 @@ def draw_commands(run: Path, temporary: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for figure, (command, pattern) in COMMANDS.items():
         out = temporary / Path(figure).stem
-        words = [run if word == "PEOPLE" else word for word in command.split()]
+        paths = {"PEOPLE": run, "ENLARGER": ENLARGER}
+        words = [paths.get(word, word) for word in command.split()]
         call = [sys.executable, "-m", *words, "--out", out]
         subprocess.run(call, check=True, cwd=temporary, env=environment)
         [file] = out.glob(pattern)

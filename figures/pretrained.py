@@ -2,9 +2,10 @@
 
 `python -m figures.pretrained RUN`
 
-RUN is the folder of a finished run, and needs its photos. Its last snapshot is copied, and an early
-one as a guide. The table of the card, pretrained/README.md, is written. The text under the table,
-from the first heading on, is written by hand, and stays.
+RUN is the folder of a finished run, and needs its photos. Its last snapshot is copied. A run of
+`ffhq-64` gives an early one, too, as a guide, and its card is pretrained/README.md. Another model
+enlarges the samples of that one, and its card is pretrained/NAME.md. The table of the card is
+written. The text under it, from the first heading on, is written by hand, and stays.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ from figures.make_figures import nearest
 from figures.saved_model import GUIDE_STEP, GUIDED, nearest_snapshot, open_saved
 from functions.evaluation.bits_per_dim import evenly_spaced
 from functions.evaluation.feature_distance import training_features
+from functions.sampling.enlarger import enlarged
 from functions.sampling.generation import generate
 from functions.sampling.guides import guide_beside
 from functions.saved.checkpoint import SavedModel
@@ -52,20 +54,26 @@ def main() -> None:
     if facts["pixels_hash"] != split.pixels_hash:
         raise UserError(f"{run} was trained on other images than {image_set.name} has now")
 
-    PRETRAINED.parent.mkdir(exist_ok=True)
+    boxed = PRETRAINED.with_name(f"{facts['experiment']}.safetensors")
+    boxed.parent.mkdir(exist_ok=True)
+    files = {"file": (snapshot, boxed)}
+    card = boxed.with_suffix(".md")
+    if boxed == PRETRAINED:
+        guide = nearest_snapshot(checkpoints_of(run, "snapshots"), GUIDE_STEP)
+        files["guide"] = guide, guide_beside(boxed)
+        card = boxed.with_name("README.md")
+    else:
+        # This refuses a model of another size before it is copied.
+        enlarged(open_saved(PRETRAINED, "--device cpu")[1], snapshot)
     rows = {}
-    guide = nearest_snapshot(checkpoints_of(run, "snapshots"), GUIDE_STEP)
-    for kind, file, path in (
-        ("file", snapshot, PRETRAINED),
-        ("guide", guide, guide_beside(PRETRAINED)),
-    ):
+    for kind, (file, path) in files.items():
         shutil.copyfile(file, path)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         rows |= {kind: f"`{path.name}`", f"SHA-256 of the {kind}": f"`{digest}`"}
     rows |= facts_of_run(run, source)
-    rows |= measured(image_set, split)
-    write_table(PRETRAINED.with_name("README.md"), rows)
-    print(f"wrote {PRETRAINED}, {guide_beside(PRETRAINED)} and their README.md")
+    rows |= measured(image_set, split, boxed)
+    write_table(card, rows)
+    print(f"wrote {boxed} and {card}")
 
 
 def facts_of_run(run: Path, source: SavedModel) -> dict[str, str]:
@@ -102,12 +110,12 @@ def facts_of_run(run: Path, source: SavedModel) -> dict[str, str]:
     }
 
 
-def measured(image_set: ImageSet, split: Split) -> dict[str, str]:
-    """Return what is measured on samples of the model, and on as many held-out images."""
+def measured(image_set: ImageSet, split: Split, boxed: Path) -> dict[str, str]:
+    """Return what is measured on samples of a model, and on as many held-out images."""
     ids = image_set.ids
     trained, held_out = split.train_indices, split.val_indices
     real = image_set.images[evenly_spaced(held_out, SAMPLE_COUNT)]
-    samples = draw(len(real))
+    samples = draw(len(real), boxed)
 
     features = training_features(image_set, split)
     distances = [
@@ -116,11 +124,12 @@ def measured(image_set: ImageSet, split: Split) -> dict[str, str]:
     similarities = [
         nearest(images, image_set.images[trained])[1].mean() for images in (to_uint8(samples), real)
     ]
+    enlarge = "" if boxed == PRETRAINED else f" --enlarge pretrained/{boxed.name}"
     return {
         "training images": f"{len(trained):,} of {image_set.name}: {ids[trained[0]]} to "
         f"{ids[trained[-1]]}",
         "held-out images": f"{len(held_out):,}: {ids[held_out[0]]} to {ids[held_out[-1]]}",
-        "measured on": f"{len(samples)} samples of seed 0, in float32: `{GUIDED}`",
+        "measured on": f"{len(samples)} samples of seed 0, in float32: `{GUIDED}{enlarge}`",
         "distance": f"{distances[0]:.2f}; held-out images {distances[1]:.2f}",
         "correlation with the most similar training image, of grey levels": (
             f"{similarities[0]:.3f}; held-out images {similarities[1]:.3f}"
@@ -128,9 +137,11 @@ def measured(image_set: ImageSet, split: Split) -> dict[str, str]:
     }
 
 
-def draw(count: int) -> Tensor:
-    """Return the first samples of the model, (count, C, H, W)."""
+def draw(count: int, boxed: Path) -> Tensor:
+    """Return the first samples, which another model than PRETRAINED enlarges: (count, C, H, W)."""
     _, image_sampler = open_saved(PRETRAINED, f"{GUIDED} --device cpu")
+    if boxed != PRETRAINED:
+        image_sampler = enlarged(image_sampler, boxed)
     return generate(image_sampler, range(count), progress=True)
 
 

@@ -8,12 +8,13 @@ from functions.sampling.generation import ImageSampler, open_sampler
 from functions.sampling.guides import guided
 from functions.sampling.options import add_sampling_flags
 from functions.saved.checkpoint import SavedModel
-from functions.saved.run_folder import step_of
+from functions.saved.run_folder import PRETRAINED, step_of
 from functions.support.processes import SINGLE_PROCESS
 
-# The flags of README's first command, which samples the model in the box.
+# The flags of README's first command, which samples the model in the box, and enlarges its samples.
 GUIDE_STEP = 3000
 GUIDED = f"--sampler dpm++ --steps 11 --spacing trailing --guide {GUIDE_STEP} --guidance 2"
+ENLARGER = PRETRAINED.with_name("ffhq-128.safetensors")
 
 
 def open_saved(path: Path, flags: str = "") -> tuple[SavedModel, ImageSampler]:

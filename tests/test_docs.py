@@ -16,7 +16,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "data" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
-    ROOT / "pretrained" / "README.md",
+    *sorted((ROOT / "pretrained").glob("*.md")),
 ]
 
 # The first arguments after which a script has other flags.

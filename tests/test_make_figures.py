@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from figures import make_figures
-from tests.conftest import ROOT, call
+from tests.conftest import ROOT, call, train_tiny
 
 
 def run_here(call, check, cwd, env):
@@ -32,6 +32,9 @@ def test_every_picture_is_drawn_from_a_run_of_eight_steps(trained, tmp_path, mon
     folder.mkdir()
     monkeypatch.setattr(make_figures, "FIGURES", folder)
     monkeypatch.setattr(make_figures.subprocess, "run", run_here)
+    size = ("--model.image-size", 32, "--model.lowest-resolution-size", 16)
+    large = train_tiny("emoji_people", tmp_path / "large", *flags.split(), *size)
+    monkeypatch.setattr(make_figures, "ENLARGER", large)
     # An inpainting does each step ten times.
     command, pattern = make_figures.COMMANDS["inpainting.png"]
     few = command.replace("--steps 50", "--steps 2"), pattern

@@ -20,7 +20,7 @@ from data import datasets
 from data.datasets import load_images
 from data.pixels import to_uint8
 from figures import pretrained
-from figures.saved_model import GUIDE_STEP, GUIDED
+from figures.saved_model import ENLARGER, GUIDE_STEP, GUIDED
 from functions.evaluation.bits_per_dim import evenly_spaced
 from functions.sampling.guides import guide_beside
 from functions.saved import run_folder
@@ -110,7 +110,7 @@ def test_only_sampling_works_without_the_photos(pictures, tmp_path, monkeypatch,
 
 
 @pytest.mark.slow
-def test_a_run_is_boxed_with_a_guide_and_a_card(trained, tmp_path, monkeypatch):
+def test_a_run_is_boxed_with_a_guide_and_a_card(trained, pictures, tmp_path, monkeypatch):
     boxed = tmp_path / "pretrained" / "faces.safetensors"
     guide = boxed.with_name("faces-guide.safetensors")
     monkeypatch.setattr(pretrained, "PRETRAINED", boxed)
@@ -157,6 +157,17 @@ def test_a_run_is_boxed_with_a_guide_and_a_card(trained, tmp_path, monkeypatch):
     assert card_row(boxed, "length") == "10 steps, 80 images"
     assert card.read_text().endswith("RUN`.\n\n## By hand\n\nDiscs\n")
 
+    # A model of another name enlarges the samples.
+    size = ("--model.image-size", 32, "--model.lowest-resolution-size", 16)
+    large = train_tiny(pictures, tmp_path / "large", *size)
+    monkeypatch.setattr(
+        pretrained, "PRETRAINED", boxed.rename(boxed.with_name("small.safetensors"))
+    )
+    guide.rename(guide.with_name("small-guide.safetensors"))
+    call(pretrained.main, large)
+    assert "--enlarge pretrained/faces.safetensors" in boxed.with_suffix(".md").read_text()
+    assert pretrained.draw(2, boxed).shape == (2, 3, 32, 32)
+
 
 def test_the_real_model_is_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -173,10 +184,11 @@ def test_the_real_model_is_found_from_any_folder(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_real_model_draws_readmes_first_picture():
     readme = (ROOT / "README.md").read_text()
-    assert f".venv/bin/python sample.py {GUIDED}\n" in readme.split("## Start")[1].split("\n## ")[0]
-    drawn = np.array(grid_of(to_uint8(pretrained.draw(2)), 2)).astype(float)
+    command = f".venv/bin/python sample.py {GUIDED} --enlarge pretrained/{ENLARGER.name}\n"
+    assert command in readme.split("## Start")[1].split("\n## ")[0]
+    drawn = np.array(grid_of(to_uint8(pretrained.draw(2, ENLARGER)), 2)).astype(float)
     shown = np.array(Image.open(ROOT / "figures" / "people.webp")).astype(float)
     # The picture was drawn in bfloat16. The people of the second row differ more.
     height, width = drawn.shape[:2]
-    first, second = (shown[y : y + height, :width] for y in (0, 132))
+    first, second = (shown[y : y + height, :width] for y in (0, 260))
     assert np.abs(drawn - first).mean() < 5 < np.abs(drawn - second).mean()
