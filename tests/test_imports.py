@@ -22,6 +22,7 @@ MATHEMATICS = {
     "timesteps",
     "denoiser",
     "guidance",
+    "enlarging",
     "samplers",
     "likelihood",
 }
