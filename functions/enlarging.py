@@ -43,7 +43,7 @@ class Enlarger:
     def enlarge(
         self, small: Tensor, noise: Callable[[], Tensor], on_step: OnStep | None = None
     ) -> Tensor:
-        """Return images of twice the size of `small` (B, C, H, W), which it is the 2 x 2 mean of.
+        """Return images (B, C, 2H, 2W) whose means of 2 x 2 pixels are `small` (B, C, H, W).
 
         `noise()` draws the next standard normal noise (B, C, 2H, 2W). Clipping changes some means.
         """

@@ -179,6 +179,8 @@ def test_the_real_model_is_found_from_any_folder(tmp_path, monkeypatch):
     assert card_row(PRETRAINED, "guide") == guide.name
     digest = hashlib.sha256(guide.read_bytes()).hexdigest()
     assert card_row(PRETRAINED, "SHA-256 of the guide") == digest
+    digest = hashlib.sha256(ENLARGER.read_bytes()).hexdigest()
+    assert digest in ENLARGER.with_suffix(".md").read_text()
 
 
 @pytest.mark.slow

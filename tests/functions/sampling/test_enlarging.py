@@ -70,6 +70,9 @@ def test_steps_begin_at_one_log_snr_whatever_the_schedule():
     def times(scheduler):
         return Enlarger(replace(white(1), scheduler=scheduler)).times
 
+    for scheduler in (COSINE, NoiseScheduler(1000), NoiseScheduler(100)):
+        distances = (torch.logit(scheduler.alphas_cumprod) + 1.41).abs()
+        assert distances[times(scheduler)[0]] == distances.min()
     shifted = NoiseScheduler(1000, beta_schedule="cosine", log_snr_shift=-2 * math.log(2))
     assert times(shifted) == [499, 428, 356, 285, 213, 142, 70, -1]
     assert times(NoiseScheduler(4, beta_schedule="cosine")) == [2, 1, 0, -1]
