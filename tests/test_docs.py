@@ -81,8 +81,8 @@ def test_the_script_of_your_own_draws_a_grid(tmp_path, monkeypatch):
     section = page.split("## From Python")[1].split("\n## ")[0]
     code = re.findall(r"^    (.*)$", section, re.MULTILINE)
     exec("\n".join(code), {})
-    # There are 2 x 2 images, twice as large, with gaps of 2 pixels.
-    assert Image.open("faces.png").size == (2 * (2 * 66 + 2),) * 2
+    # There are 2 x 2 images, with gaps of 2 pixels.
+    assert Image.open("faces.png").size == (2 * 130 + 2,) * 2
 
 
 @cache
