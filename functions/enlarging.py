@@ -30,7 +30,6 @@ class Enlarger:
     """A model that draws the details of images of half its size."""
 
     model: Predictor
-    clip_x_0: bool = True
 
     @property
     def times(self) -> list[int]:
@@ -53,7 +52,6 @@ class Enlarger:
             self.model.scheduler.q_sample(doubled(small), times[0], noise()),
             times,
             eta=1,
-            clip_x_0=self.clip_x_0,
             step_noise=lambda k: noise(),
             on_step=on_step,
         )

@@ -28,7 +28,7 @@ def enlarged(
     denoiser = replace(denoiser, precision=image_sampler.precision)
     return replace(
         image_sampler,
-        enlarger=Enlarger(denoiser, saved.config["diffusion"].get("clip_x_0", True)),
+        enlarger=Enlarger(denoiser),
         # Manifests and names of folders contain it, as that of a guide.
         options=replace(image_sampler.options, enlarger_digest=saved.digest[:16]),
     )

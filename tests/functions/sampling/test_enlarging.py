@@ -15,6 +15,7 @@ from data.datasets import load_images
 from functions.enlarging import Enlarger, doubled
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import dpm_solver_sample
+from functions.sampling.enlarger import enlarged
 from functions.sampling.options import SamplerOptions
 from functions.saved.checkpoint import load_weights
 from functions.saved.run_folder import checkpoints_of
@@ -91,7 +92,7 @@ def test_an_enlargement_depends_on_the_seed_and_the_index_alone(network):
 
 
 def test_samples_keep_their_means_and_the_manifest_says_what_enlarged_them(
-    tiny_run, pictures, tmp_path, capsys
+    tiny_run, network, pictures, tmp_path, capsys
 ):
     size = ("--model.image-size", 32, "--model.lowest-resolution-size", 16)
     large = train_tiny(pictures, tmp_path / "large", *size)
@@ -111,6 +112,8 @@ def test_samples_keep_their_means_and_the_manifest_says_what_enlarged_them(
     assert json.loads((folder / "samples.json").read_text())["enlarge"] == digest
     with pytest.raises(UserError, match="enlarge was None, is now"):
         call(sample.main, tiny_run, *FEW, *enlarge, "--individual", "--out", plain)
+    sampler = replace(image_sampler_of(network), precision=torch.bfloat16)
+    assert enlarged(sampler, large).enlarger.model.precision == torch.bfloat16
     # The bar counts all steps, and the folder's name has the model.
     capsys.readouterr()
     call(sample.main, tiny_run, *FEW, *enlarge)
