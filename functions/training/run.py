@@ -15,7 +15,6 @@ from data.augmentation import augment
 from data.batches import ImageFeeder, indices_of_steps
 from data.datasets import load_images, split_images
 from functions.denoiser import Denoiser
-from functions.noise_scheduler import PAPER_TIMESTEPS
 from functions.optimizers import LR_SCHEDULES, Adam, Muon
 from functions.saved.checkpoint import (
     SavedModel,
@@ -311,15 +310,11 @@ class TrainingRun:
         yield from self.experiment.warnings()
         snr = self.denoiser.scheduler.terminal_snr
         if snr > VISIBLE_SNR:
-            warning = (
+            yield (
                 f"terminal SNR {snr:.2g} (sqrt(alpha_bar_T) = {math.sqrt(snr / (1 + snr)):.3f}): "
-                "x_T still carries the image, but sampling starts from pure noise"
+                "x_T still carries the image, but sampling starts from pure noise; set "
+                f"rescale_betas = True and beta_end = {DiffusionConfig.beta_end}"
             )
-            if not config.rescale_betas and config.timesteps_diff < PAPER_TIMESTEPS:
-                warning += f"; set rescale_betas = True or use {PAPER_TIMESTEPS} timesteps"
-            if config.beta_end < DiffusionConfig.beta_end:
-                warning += f"; use a beta_end of {DiffusionConfig.beta_end}"
-            yield warning
         if config.warmup_steps >= steps:
             yield (
                 f"warmup_steps is {config.warmup_steps:,}, and the run has {steps:,} steps: the "
