@@ -55,9 +55,7 @@ class Source:
 
     def describe_ignored(self) -> str:
         """Return the end of a sentence that counts the ignored files, or "" if there are none."""
-        # Equal counts stay in the order of the alphabet.
-        counts = Counter(dict(sorted(self.ignored.items()))).most_common()
-        text = ", ".join(f"{count:,} {kind}" for kind, count in counts)
+        text = ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.ignored.items()))
         return f"; ignored: {short(text)}" if text else ""
 
 

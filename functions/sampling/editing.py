@@ -1,7 +1,6 @@
 """The verbs of edit.py: read the images that the command line names, edit them, save a picture."""
 
 from argparse import Namespace
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -74,14 +73,8 @@ def save_variations(args: Namespace, image_sampler: ImageSampler, folder: Path) 
 
 
 def times_of(image_sampler: ImageSampler, depths: list[float]) -> list[int]:
-    """Return the sampler's timesteps nearest to these depths, and print which depths share one."""
-    rows = defaultdict(list)
-    for depth in depths:
-        rows[image_sampler.time_at(depth)].append(f"{depth:g}")
-    for t, shared in rows.items():
-        if len(shared) > 1:
-            print(f"depths {' and '.join(shared)} share the timestep t = {t + 1}, and a row")
-    return list(rows)
+    """Return the sampler's timesteps nearest to these depths, each once."""
+    return list(dict.fromkeys(map(image_sampler.time_at, depths)))
 
 
 def save_inpaintings(args: Namespace, image_sampler: ImageSampler, folder: Path) -> None:

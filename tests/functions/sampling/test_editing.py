@@ -252,7 +252,7 @@ def test_variations_differ_more_the_deeper_they_come_from():
     torch.testing.assert_close(variations(image_sampler, x_0, 99, [4, 1]), far[[4, 1]])
 
 
-def test_the_script_interpolates_between_images_of_the_seed(tiny_run, tmp_path, saved, capsys):
+def test_the_script_interpolates_between_images_of_the_seed(tiny_run, tmp_path, saved):
     """At the ends of each row stand the images of the seed.
 
     So do they as mixtures at depth 0, where nothing is noised.
@@ -266,7 +266,6 @@ def test_the_script_interpolates_between_images_of_the_seed(tiny_run, tmp_path, 
     assert titles == ["A", *(f"{i / 8:.3g}" for i in range(9)), "B"]
     # The sampler's 5 steps visit 0, 20, 40, 60, 80 and 100.
     assert rows == ["t = 0", "t = 20", "t = 100"]
-    assert "depths 0.2 and 0.295 share the timestep t = 20" in capsys.readouterr().out
     for column, row, i in ((0, 0, 1), (1, 0, 1), (9, 0, 3), (10, 0, 3), (0, 1, 1), (0, 2, 1)):
         assert abs(columns[column][row] - own[i]).max() <= 1
 
