@@ -32,8 +32,10 @@ def open_image(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
-            size = f"{image.width:,} x {image.height:,}"
-            raise BadImage(f"it has {size} pixels; images of at most {MAX_PIXELS:,} can be read")
+            raise BadImage(
+                f"it has {image.width:,} x {image.height:,} pixels; images of at most "
+                f"{MAX_PIXELS:,} can be read"
+            )
         image.load()
         return ImageOps.exif_transpose(image)
     except UnidentifiedImageError:

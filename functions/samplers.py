@@ -121,7 +121,6 @@ def ddim_invert(
     denoiser: Predictor,
     x_0: Tensor,
     steps: Steps = None,
-    spacing: str = "trailing",
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Return the x_T from which `ddim_sample`, with eta = 0, samples x_0; order 1.
@@ -133,7 +132,7 @@ def ddim_invert(
     clipping cannot be undone.
     """
     scheduler = denoiser.scheduler
-    ascending = sampling_times(scheduler, steps, spacing)[::-1]
+    ascending = sampling_times(scheduler, steps)[::-1]
     x = x_0
     for k, (s, t) in enumerate(pairwise(ascending)):
         # The network cannot be called at the clean image, s = -1. There it gets the timestep t.

@@ -113,9 +113,7 @@ class ResidualBlock(nn.Module):
 class SelfAttention(nn.Module):
     """Self-attention over all H x W positions, added to its input; without head_dim of one head."""
 
-    def __init__(
-        self, channels: int, norm: Callable[[int], GroupNorm], head_dim: int | None = None
-    ):
+    def __init__(self, channels: int, norm: Callable[[int], GroupNorm], head_dim: int | None):
         super().__init__()
         self.head_dim = head_dim or channels
         self.norm = norm(channels)

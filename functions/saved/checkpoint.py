@@ -158,8 +158,6 @@ class SavedModel:
         if run["total_steps"]:
             text += f" after {run['step']:,} of {run['total_steps']:,} steps"
         text += f", hash {self.digest[:16]}"
-        if run.get("note"):
-            text += f"; {short(run['note'])}"
         return text
 
 

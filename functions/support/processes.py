@@ -61,8 +61,7 @@ class Processes:
     def any(self, flag: bool) -> bool:
         """Return whether a flag is true in any process."""
         # The tensor is on the CPU, so the processes exchange it without waiting for their GPUs.
-        total = self.sum_(torch.tensor(int(flag)))
-        return bool(total)
+        return bool(self.sum_(torch.tensor(int(flag))))
 
     def wait(self) -> None:
         """Wait until all processes have called this."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-def seed_of(seed: int, purpose: str, index: int = 0) -> int:
+def seed_of(seed: int, purpose: str, index: int) -> int:
     """Return the 32-bit seed of a purpose's draw with this index, such as a step or an image.
 
     It is (hash(seed, purpose) + index) mod 2^32, on every machine and in every Python version.

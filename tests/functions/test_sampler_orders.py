@@ -172,8 +172,9 @@ def test_inversion_and_the_way_back_have_order_1(schedule):
 
     errors = []
     for steps in (200, 400, 800):
-        x_T = ddim_invert(denoiser, x_0, steps, "logsnr")
-        again = ddim_sample(denoiser, x_T, steps, spacing="logsnr", clip_x_0=False)
+        times = sampling_times(scheduler, steps, "logsnr")
+        x_T = ddim_invert(denoiser, x_0, times)
+        again = ddim_sample(denoiser, x_T, times, clip_x_0=False)
         differences = torch.stack([x_T - noise, again - x_0])
         errors.append(differences.square().mean((1, 2)).sqrt())
 
