@@ -61,8 +61,8 @@ def main(n: int = 36, gif: bool = False, name_prefix: str = "") -> None:
             return
 
         image_sampler = guided(image_sampler, saved, processes)
-        if args.enlarge:
-            image_sampler = enlarged(image_sampler, args.enlarge, processes)
+        for path in args.enlarge:
+            image_sampler = enlarged(image_sampler, path, processes)
         shown = None if args.individual else list(args.indices)
         folder = samples_folder(args, saved, image_sampler, processes, shown)
         # These determine the pixels, and are the same for all samples in a folder.
@@ -161,11 +161,13 @@ def parse_flags(n: int, gif: bool) -> Namespace:
 
     parser.add_argument(
         "--enlarge",
+        action="append",
+        default=[],
         type=Path,
         metavar="MODEL",
         help="Then draw the details of each image at twice its size, by a model of that size, in "
-        f"{ENLARGING_STEPS} steps, without the guide. Only clipping changes means of 2 x 2 pixels. "
-        "The figures show the denoising before. Default: no.",
+        f"{ENLARGING_STEPS} steps, without the guide. The flag can be repeated: each model doubles "
+        "the size. The figures show the denoising before. Default: no.",
     )
     parser.add_argument(
         "--individual",

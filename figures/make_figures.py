@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image, ImageSequence
 
@@ -28,7 +29,6 @@ from data.augmentation import rotate
 from data.datasets import load_images
 from data.pixels import to_model_range, to_uint8
 from figures.saved_model import ENLARGER, GUIDE_STEP, GUIDED, nearest_snapshot, open_saved
-from functions.enlarging import doubled
 from functions.noise_scheduler import NoiseScheduler
 from functions.sampling.enlarger import enlarged
 from functions.sampling.generation import ImageSampler, generate
@@ -309,7 +309,8 @@ def draw_enlarged(run: Path) -> None:
         generate(sampler, range(8))
         for sampler in (image_sampler, enlarged(image_sampler, ENLARGER), alone)
     )
-    rows = torch.cat([doubled(small), large, other])
+    # Each pixel of a small sample becomes a square.
+    rows = torch.cat([F.interpolate(small, scale_factor=2), large, other])
     save_grid(to_uint8(rows), FIGURES / "enlarged.png", columns=8)
 
 

@@ -1,16 +1,16 @@
 """Draw images at twice their size: a model of that size adds the details.
 
-A pixel of the small image is taken as the mean of 2 x 2 pixels of the large one. So of the large
-model's x_0 only what such means do not say is used, in each step: DDNM (Wang et al. 2023,
-arXiv:2212.00490, Section 3), with the steps of DPM-Solver++. A model that draws small images with
-one that enlarges them is a cascade (Ho et al. 2022, arXiv:2106.15282).
+The small image is taken as what Lanczos makes of the large one, as in data/decode.py, which shrinks
+photos at once. So of the large model's x_0 only what the small image does not say is used, in each
+step: DDNM (Wang et al. 2023, arXiv:2212.00490, Section 3), with the steps of DPM-Solver++. A model
+that draws small images with models that enlarge them is a cascade (Ho et al. 2022,
+arXiv:2106.15282).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from functions.denoiser import Predictor
@@ -18,9 +18,9 @@ from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import OnStep, dpm_solver_sample
 from functions.timesteps import nearest_timesteps
 
-# At this log-SNR noise hides all details of 2 x 2 pixels; more of it would also hide what the small
-# image says about them. The steps from there are even in t: even in log-SNR they draw more details,
-# but fewer faces look clear (docs/ffhq.md).
+# At this log-SNR noise hides all that the small image lacks; more of it would also hide what the
+# small image says about that. The steps from there are even in t: even in log-SNR they draw more
+# details, but fewer faces look clear (docs/ffhq.md).
 FIRST_LOG_SNR = -1.41
 ENLARGING_STEPS = 7
 
@@ -42,14 +42,18 @@ class Enlarger:
     def enlarge(
         self, small: Tensor, noise: Callable[[], Tensor], on_step: OnStep | None = None
     ) -> Tensor:
-        """Return images (B, C, 2H, 2W) whose means of 2 x 2 pixels are `small` (B, C, H, W).
+        """Return images (B, C, 2S, 2S) that shrink to `small` (B, C, S, S), but for clipping.
 
-        `noise()` draws the next standard normal noise (B, C, 2H, 2W). Clipping changes some means.
+        `noise()` draws the next standard normal noise (B, C, 2S, 2S).
         """
         times = self.times
+        shrink = shrinking(small.shape[-1])
+        # The pseudo-inverse: of all images that shrink to `small`, it makes the one of least norm.
+        stretch = torch.linalg.pinv(shrink)
+        enlarging = Enlarging(self.model, small, shrink.to(small), stretch.to(small))
         return dpm_solver_sample(
-            Enlarging(self.model, small),
-            self.model.scheduler.q_sample(doubled(small), times[0], noise()),
+            enlarging,
+            self.model.scheduler.q_sample(enlarging.stretched(small), times[0], noise()),
             times,
             eta=1,
             step_noise=lambda k: noise(),
@@ -59,23 +63,31 @@ class Enlarger:
 
 @dataclass(frozen=True)
 class Enlarging(Predictor):
-    """A model whose x_0 has the given means of 2 x 2 pixels, before it is clipped."""
+    """A model whose x_0 shrinks to a given image, before it is clipped."""
 
     model: Predictor
-    # The means: (B, C, H, W) for images of 2H x 2W.
-    small: Tensor
+    small: Tensor  # (B, C, S, S)
+    shrink: Tensor  # (S, 2S), which shrinks columns of pixels
+    stretch: Tensor  # (2S, S)
 
     @property
     def scheduler(self) -> NoiseScheduler:
         return self.model.scheduler
 
     def x_0_and_eps(self, x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        """Return the model's x_0 with these means, and the eps that it implies."""
+        """Return x_0, changed as little as makes it shrink to the small image, and its eps."""
         x_0, _ = self.model.predict(x_t, t)
-        x_0 = x_0 + doubled(self.small - F.avg_pool2d(x_0, 2))
+        x_0 = x_0 + self.stretched(self.small - self.shrink @ x_0 @ self.shrink.mT)
         return x_0, self.scheduler.predict_eps(x_t, t, x_0)
 
+    def stretched(self, small: Tensor) -> Tensor:
+        """Return the image (B, C, 2S, 2S) of least norm that shrinks to (B, C, S, S)."""
+        return self.stretch @ small @ self.stretch.mT
 
-def doubled(images: Tensor) -> Tensor:
-    """Return images (B, C, H, W) with each pixel as 2 x 2 equal ones."""
-    return F.interpolate(images, scale_factor=2.0, mode="nearest")
+
+def shrinking(size: int) -> Tensor:
+    """Return the matrix (S, 2S) with which Lanczos, as in Pillow, shrinks columns of 2S pixels."""
+    small, large = (torch.arange(n, dtype=torch.float64) + 0.5 for n in (size, 2 * size))
+    distances = large / 2 - small[:, None]  # in small pixels
+    weights = torch.sinc(distances) * torch.sinc(distances / 3) * (distances.abs() < 3)
+    return weights / weights.sum(dim=1, keepdim=True)

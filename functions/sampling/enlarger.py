@@ -1,4 +1,4 @@
-"""Find the model that enlarges samples (functions/enlarging.py)."""
+"""Find a model that enlarges samples (functions/enlarging.py)."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,22 +13,26 @@ from functions.support.processes import SINGLE_PROCESS, Processes
 def enlarged(
     image_sampler: ImageSampler, path: Path, processes: Processes = SINGLE_PROCESS
 ) -> ImageSampler:
-    """Return the sampler with the model at `path`, which draws each image at twice its size.
+    """Return the sampler with one more model, at `path`, which draws images at twice their size.
 
     That model has its own schedule, and the precision of the sampler's. Raises UserError for a
     model of another size, and CheckpointError when there is none.
     """
     saved, denoiser = open_model(path, image_sampler.device, "float32", processes)
     processes.print_main(f"enlarged by {saved.path}: {saved}")
-    if saved.model.image_shape != image_sampler.large_shape:
+    enlargers = image_sampler.enlargers
+    shape = image_sampler.enlarged_shape(len(enlargers) + 1)
+    if saved.model.image_shape != shape:
         raise UserError(
             f"{saved.path} draws images of {saved.model.image_shape} (channels, height, width); "
-            f"to enlarge these samples it must draw {image_sampler.large_shape}"
+            f"to enlarge these samples it must draw {shape}"
         )
     denoiser = replace(denoiser, precision=image_sampler.precision)
+    options = image_sampler.options
+    # Manifests and names of folders contain the digests, as that of a guide.
+    digests = (*options.enlarger_digests, saved.digest[:16])
     return replace(
         image_sampler,
-        enlarger=Enlarger(denoiser),
-        # Manifests and names of folders contain it, as that of a guide.
-        options=replace(image_sampler.options, enlarger_digest=saved.digest[:16]),
+        enlargers=(*enlargers, Enlarger(denoiser)),
+        options=replace(options, enlarger_digests=digests),
     )

@@ -47,8 +47,8 @@ class ImageSampler:
     precision: torch.dtype = torch.float32
     # The sampler calls this after every step.
     on_step: OnStep | None = None
-    # What then draws each image at twice its size, if anything. It does not call `on_step`.
-    enlarger: Enlarger | None = None
+    # Each of them then draws the images at twice their size. They do not call `on_step`.
+    enlargers: tuple[Enlarger, ...] = ()
 
     def __post_init__(self) -> None:
         # This raises the error.
@@ -71,11 +71,10 @@ class ImageSampler:
         """Return the sampler's timestep nearest to `depth`, from 0 (the image) to 1 (noise)."""
         return min(self.times, key=lambda t: abs(t + 1 - depth * self.scheduler.timesteps))
 
-    @property
-    def large_shape(self) -> tuple[int, int, int]:
-        """Return the shape of enlarged images, (C, 2H, 2W)."""
+    def enlarged_shape(self, count: int) -> tuple[int, int, int]:
+        """Return the shape of images after so many enlargements."""
         channels, height, width = self.shape
-        return channels, 2 * height, 2 * width
+        return channels, height * 2**count, width * 2**count
 
     @property
     def step_count(self) -> int:
@@ -115,7 +114,7 @@ class ImageSampler:
     def sample(self, indices: Sequence[int], bar: tqdm) -> Tensor:
         """Sample these images as one batch: (B, C, H, W) in [-1, 1], on the CPU.
 
-        With an enlarger they are of 2H x 2W. The bar is a `step_bar`.
+        Each enlarger doubles H and W. The bar is a `step_bar`.
         """
 
         def on_step(k, t, x, x_0):
@@ -126,11 +125,9 @@ class ImageSampler:
         noise = self.noise(indices)
         sampler = replace(self, on_step=on_step)
         images = sampler.take_steps(noise.draw(), self.times, noise.draw)
-        if self.enlarger:
-            details = replace(self, shape=self.large_shape).noise(indices, "details")
-            images = self.enlarger.enlarge(
-                images, details.draw, lambda *step: bar.update(len(indices))
-            )
+        for k, enlarger in enumerate(self.enlargers, start=1):
+            details = replace(self, shape=self.enlarged_shape(k)).noise(indices, f"details {k}")
+            images = enlarger.enlarge(images, details.draw, lambda *step: bar.update(len(indices)))
         return images.cpu()
 
 
@@ -174,7 +171,7 @@ def open_sampler(
 def generate(image_sampler: ImageSampler, indices: Sequence[int], progress: bool = False) -> Tensor:
     """Sample the images with these indices, in batches of the sampler's size.
 
-    Returns (N, C, H, W) in [-1, 1], on the CPU; with an enlarger, (N, C, 2H, 2W).
+    Returns (N, C, H, W) in [-1, 1], on the CPU. Each enlarger doubles H and W.
     """
     batches = batches_of(indices, image_sampler.batch_size)
     with step_bar(image_sampler, len(indices), progress) as bar:
@@ -183,6 +180,6 @@ def generate(image_sampler: ImageSampler, indices: Sequence[int], progress: bool
 
 def step_bar(image_sampler: ImageSampler, count: int, shown: bool) -> tqdm:
     """Return a progress bar for the steps of `count` images."""
-    enlarger = image_sampler.enlarger
-    total = count * (image_sampler.step_count + (len(enlarger.times) - 1 if enlarger else 0))
+    details = sum(len(enlarger.times) - 1 for enlarger in image_sampler.enlargers)
+    total = count * (image_sampler.step_count + details)
     return tqdm(desc="sampling", total=total, unit="step", unit_scale=True, disable=not shown)

@@ -38,8 +38,8 @@ class SamplerOptions:
     guide: str | None = None
     guidance: float | None = None
     guide_digest: str | None = None
-    # That of the model that enlarges the images, if any. `enlarged` sets it.
-    enlarger_digest: str | None = None
+    # Those of the models that enlarge the images. `enlarged` sets them.
+    enlarger_digests: tuple[str, ...] = ()
     # This has no flag. It is False for a few models from diffusers folders.
     clip_x_0: bool = True
 
@@ -71,8 +71,8 @@ class SamplerOptions:
         if self.guide:
             settings["guide"] = self.guide_digest
             settings["guidance"] = self.guide_weight
-        if self.enlarger_digest:
-            settings["enlarge"] = self.enlarger_digest
+        if self.enlarger_digests:
+            settings["enlargers"] = "+".join(self.enlarger_digests)
         if not self.clip_x_0:
             settings["clip_x_0"] = False
         return settings

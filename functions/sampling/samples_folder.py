@@ -110,7 +110,7 @@ def generate_frames(
 ) -> tuple[Tensor, Frames, Frames]:
     """Sample the images with these indices, and record about RECORDED_STEPS evenly spaced steps.
 
-    Returns the images (N, C, H, W) in [-1, 1], or with an enlarger (N, C, 2H, 2W); the noise and
+    Returns the images (N, C, H, W) in [-1, 1], and each enlarger doubles H and W; the noise and
     the states; the estimates of x_0.
     """
     count = image_sampler.step_count

@@ -91,7 +91,7 @@ def ideal(data, scheduler) -> Exact:
         a = scheduler.alphas_cumprod[t].view(-1, 1)
         # y is in proportion to x_t, so the noise in it is the same.
         y = x_t.flatten(1) / a.sqrt()
-        return data.eps(y, sigmas(a)).view(x_t.shape)
+        return data.eps(y, sigmas(a)).view(x_t.shape).to(x_t.dtype)
 
     return Exact(network, scheduler)
 
