@@ -1,6 +1,6 @@
 """Sample images from a trained model: `python sample.py` uses the newest run and writes a grid.
 
-Without any run, it uses the model in pretrained/, which comes with the repository.
+Without any run, it uses pretrained/ffhq-64.safetensors, which comes with the repository.
 
 The network and its EMA weights come from the checkpoint, and no other file is needed. Images are
 sampled from pure noise over all timesteps (Algorithm 2 of Ho et al. 2020), or in fewer steps with

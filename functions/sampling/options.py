@@ -103,7 +103,7 @@ def add_model_flags(parser: ArgumentParser) -> None:
         type=Path,
         metavar="RUN",
         help="A run folder, a checkpoint, an exported file, or a diffusers folder or its name. "
-        "Default: the newest run, or the model in pretrained/ if there is no run.",
+        "Default: the newest run, or pretrained/ffhq-64.safetensors if there is none.",
     )
     add_place_flags(parser)
 

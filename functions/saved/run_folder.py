@@ -142,8 +142,8 @@ def newest_run(runs: Path, prefix: str = "") -> Path:
         # Without a prefix, the preset that trains in minutes is meant.
         command = f"train.py {PRETRAINED.stem}" if prefix else "train.py"
         print(
-            f"{runs}: no {target} with a checkpoint here yet; using the model that comes with the "
-            f"repository (train your own: python {command})"
+            f"{runs}: no {target} with a checkpoint here yet; using pretrained/{PRETRAINED.name}, "
+            f"which comes with the repository (train your own: python {command})"
         )
         return PRETRAINED
     raise CheckpointError(
