@@ -40,6 +40,7 @@ EXACT_STEPS = 200
 EXACT_FLAGS = {
     "sampler": ("ddpm", "ddim"),
     "eta": (None, 0.0),
+    "temperature": (1.0,),
     "guide": (None,),
     "precision": ("auto", "float32"),
 }

@@ -166,8 +166,8 @@ def parse_flags(n: int, gif: bool) -> Namespace:
         type=Path,
         metavar="MODEL",
         help="Then draw the details of each image at twice its size, by a model of that size, in "
-        f"{ENLARGING_STEPS} steps, without the guide. The flag can be repeated: each model doubles "
-        "the size. The figures show the denoising before. Default: no.",
+        f"{ENLARGING_STEPS} steps, without guide and temperature. The flag can be repeated: each "
+        "model doubles the size. The figures show the denoising before. Default: no.",
     )
     parser.add_argument(
         "--individual",

@@ -80,10 +80,11 @@ def times_of(image_sampler: ImageSampler, depths: list[float]) -> list[int]:
 def save_inpaintings(args: Namespace, image_sampler: ImageSampler, folder: Path) -> None:
     """Save a grid of an image, its known pixels, and its inpaintings."""
     options = image_sampler.options
-    if options.sampler != "ddpm" and (options.sampler, options.eta) != ("ddim", 1.0):
+    full = options.sampler == "ddpm" or (options.sampler, options.eta) == ("ddim", 1.0)
+    if not full or options.temperature != 1:
         raise UserError(
-            "inpaint needs --sampler ddpm, or ddim --eta 1: the other samplers add too little "
-            "noise, or depend on earlier steps, which inpainting undoes"
+            "inpaint needs --sampler ddpm, or ddim --eta 1, with --temperature 1: others add too "
+            "little noise, or depend on earlier steps, which inpainting undoes"
         )
     image, mask = read_with_mask(args.images[0], args.mask, image_sampler.shape)
     path = edited_path(args, folder, "inpainting")

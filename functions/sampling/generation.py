@@ -1,6 +1,7 @@
 """Sample images with a trained model, for the scripts and for training's grids."""
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -27,6 +28,9 @@ from functions.timesteps import sampling_times
 # are not faster, and when memory runs out, Linux kills the process without an error.
 GPU_BATCH = 64
 CPU_BATCH = 16
+# The temperature scales the noise that is added above this log-SNR. Below it, the noise decides
+# what is in the picture: with less of it there, faces are bald before empty backgrounds.
+COOLED_LOG_SNR = -1.0
 
 
 @dataclass(frozen=True)
@@ -99,15 +103,22 @@ class ImageSampler:
     def take_steps(self, x: Tensor, times: list[int], noise: Callable[[], Tensor]) -> Tensor:
         """Run the sampler on states (B, C, H, W) from times[0] to times[-1] (descending).
 
-        `noise()` draws a step's standard normal noise (B, C, H, W).
+        `noise()` draws a step's standard normal noise (B, C, H, W). The temperature scales it in
+        steps that end above COOLED_LOG_SNR.
         """
+
+        def step_noise(k):
+            alpha_bar = self.scheduler.alpha_bar(times[k + 1])
+            cooled = alpha_bar > (1 - alpha_bar) * math.exp(COOLED_LOG_SNR)
+            return (self.options.temperature if cooled else 1.0) * noise()
+
         return SAMPLERS[self.options.sampler].function(
             self.denoiser,
             x,
             times,
             **self.options.arguments,
             clip_x_0=self.options.clip_x_0,
-            step_noise=lambda k: noise(),
+            step_noise=step_noise,
             on_step=self.on_step,
         )
 

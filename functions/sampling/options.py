@@ -32,6 +32,8 @@ class SamplerOptions:
     spacing: str | None = None
     variance: str | None = None
     eta: float | None = None
+    # This multiplies the noise of steps above COOLED_LOG_SNR (functions/sampling/generation.py).
+    temperature: float = 1.0
     # The guide is a worse model, given as a step or a path, and the guidance is its weight w, by
     # default GUIDANCE. functions/sampling/guides.py explains both. `guided` sets the digest of
     # the guide's weights, which has no flag.
@@ -50,6 +52,9 @@ class SamplerOptions:
             if option not in own:
                 flags = " and ".join(f"--{name}" for name in own)
                 raise UserError(f"--{option}: the options of --sampler {self.sampler} are {flags}")
+        adds_noise = "variance" in self.arguments or self.arguments.get("eta")
+        if self.temperature != 1 and not adds_noise:
+            raise UserError("--temperature scales the noise of steps, and these add none (--eta)")
         if self.guidance is not None and not self.guide:
             raise UserError("--guidance needs a --guide")
 
@@ -68,6 +73,8 @@ class SamplerOptions:
     def settings(self) -> dict[str, str | int | float]:
         """Return the options that determine the pixels, with the names of their flags."""
         settings = {"sampler": self.sampler, "steps": self.steps or "all", **self.arguments}
+        if self.temperature != 1:
+            settings["temperature"] = self.temperature
         if self.guide:
             settings["guide"] = self.guide_digest
             settings["guidance"] = self.guide_weight
@@ -179,6 +186,13 @@ def add_sampling_flags(parser: ArgumentParser) -> None:
         "--eta",
         type=fraction,
         help="How much noise each step adds, from 0 (none) to 1. Default: the sampler's.",
+    )
+    group.add_argument(
+        "--temperature",
+        type=fraction,
+        default=1.0,
+        help="Multiply the noise of the later steps by this, from 0 to 1 (docs/sampling.md). Below "
+        "1 faces are clearer, and have less detail. Default: %(default)s.",
     )
     group.add_argument(
         "--variance",

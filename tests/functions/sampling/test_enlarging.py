@@ -106,6 +106,9 @@ def test_enlargements_depend_on_the_seed_and_the_index_alone(network):
     )
     assert_close(together[2:], alone, atol=1e-3, rtol=0)
     assert alone.shape == (1, 3, 64, 64)
+    # The temperature is that of the small images alone.
+    cold = replace(small, options=SamplerOptions("dpm++", 2, temperature=0.0))
+    assert_close(cold.sample([2], tqdm(disable=True)), alone, atol=0.02, rtol=0)
     # Where nothing is clipped, the samples shrink exactly to the small ones.
     coloured = replace(small, denoiser=coloured, options=SamplerOptions("dpm++", 20))
     plain, large = (

@@ -3,12 +3,14 @@
 test_bad_input.py has what is refused.
 """
 
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.testing import assert_close
 
 import sample
 import train
@@ -101,6 +103,11 @@ def test_indices_are_images_of_the_seed(tiny_run, tmp_path):
             SamplerOptions("dpm++", 9, "trailing", eta=0.0),
             "sampler dpm++, steps 9, spacing trailing, eta 0.0",
         ),
+        (
+            "--temperature 0.5 --steps 20 --variance small",
+            SamplerOptions(steps=20, variance="small", temperature=0.5),
+            "sampler ddpm, steps 20, spacing trailing, variance small, temperature 0.5",
+        ),
     ],
 )
 def test_flags_give_the_images_of_their_options(flags, options, text, tiny_run, tmp_path, capsys):
@@ -115,6 +122,28 @@ def test_flags_give_the_images_of_their_options(flags, options, text, tiny_run, 
     assert np.array_equal(images, expected)
 
 
+def test_the_temperature_scales_the_noise_of_later_steps_alone(network, monkeypatch):
+    drawn = []
+
+    def record(denoiser, x_T, times, step_noise, **options):
+        drawn.append(torch.stack([x_T, *(step_noise(k) for k in range(len(times) - 1))]))
+        return x_T
+
+    monkeypatch.setitem(SAMPLERS, "ddpm", replace(SAMPLERS["ddpm"], function=record))
+    for temperature in (1.0, 0.25):
+        options = SamplerOptions(steps=10, temperature=temperature)
+        image_sampler = image_sampler_of(network, options=options)
+        generate(image_sampler, [0, 1])
+    alpha_bar = [image_sampler.scheduler.alpha_bar(t) for t in image_sampler.times[1:]]
+    # The log-SNR is log(alpha_bar / (1 - alpha_bar)). The noise of x_T comes first.
+    late = [False, *(a > (1 - a) / math.e for a in alpha_bar)]
+    assert 2 < sum(late) < 9
+    scales = torch.where(torch.tensor(late), 0.25, 1.0).view(-1, 1, 1, 1, 1)
+    assert_close(drawn[1], scales * drawn[0])
+    with pytest.raises(UserError, match="these add none"):
+        SamplerOptions("dpm++", eta=0.0, temperature=0.5)
+
+
 def test_a_new_sampler_is_a_function_and_a_row(unfinished, tmp_path, monkeypatch, capsys):
     """The scripts and the grids of training know it, and refuse options that it does not have."""
     row = Sampler(ddim_sample, {"spacing": "logsnr"}, "Euler's method")
@@ -125,6 +154,8 @@ def test_a_new_sampler_is_a_function_and_a_row(unfinished, tmp_path, monkeypatch
     assert "euler is Euler's method" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(UserError, match="the options of --sampler euler are --spacing"):
         SamplerOptions("euler", eta=0.5)
+    with pytest.raises(UserError, match="these add none"):
+        SamplerOptions("euler", temperature=0.5)
 
     call(train.main, "--resume", unfinished, "--diffusion.grid-sampler", "euler")
     assert_samples_are_the_grid(unfinished, "euler", tmp_path)
