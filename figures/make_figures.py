@@ -1,4 +1,4 @@
-"""Draw the pictures of README and docs/ from three real runs.
+"""Draw the pictures of README and docs/ from three real runs, and from the models in the box.
 
 `python -m figures.make_figures RUN_FACES RUN_FACES_V RUN_PEOPLE`
 
@@ -28,9 +28,8 @@ from config import EXPERIMENTS, build_network
 from data.augmentation import rotate
 from data.datasets import load_images
 from data.pixels import to_model_range, to_uint8
-from figures.saved_model import ENLARGER, GUIDE_STEP, GUIDED, nearest_snapshot, open_saved
+from figures.saved_model import BASE, ENLARGERS, FLAGS, GUIDE_STEPS, open_cascade, open_saved
 from functions.noise_scheduler import NoiseScheduler
-from functions.sampling.enlarger import enlarged
 from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.samples_folder import generate_frames, save_columns
 from functions.saved.loading import load_and_split
@@ -57,14 +56,17 @@ SCHEDULES = {
     "T = 200, betas as for 1000": NoiseScheduler(200, rescale_betas=False),
 }
 
-# The name of a picture -> a command for the run PEOPLE and the model ENLARGER, and a pattern of the
-# file that it writes. Images are samples of seed 0, by their indices.
+GUIDED = FLAGS["ffhq-64"]
+GUIDE = f"--guide {GUIDE_STEPS['ffhq-64']}"
+
+# The name of a picture -> a command for the run PEOPLE and the models BASE and ENLARGERS, and a
+# pattern of the file that it writes. Images are samples of seed 0, by their indices.
 COMMANDS = {
-    "people.png": (f"sample PEOPLE {GUIDED} --enlarge ENLARGER", "grid.png"),
+    "people.png": (f"sample BASE {FLAGS[BASE.stem]} ENLARGERS", "grid.png"),
     "interpolation.png": (f"edit interpolate 6 19 PEOPLE {GUIDED}", "interpolation-*.png"),
     "variations.png": (f"edit vary 22 PEOPLE {GUIDED}", "variations-*.png"),
     "inpainting.png": (
-        f"edit inpaint 26.png PEOPLE --steps 50 --guide {GUIDE_STEP} --mask mask.png --n 5",
+        f"edit inpaint 26.png PEOPLE --steps 50 {GUIDE} --mask mask.png --n 5",
         "inpainting-*.png",
     ),
 }
@@ -86,7 +88,7 @@ def main() -> None:
 
     # The runs are read first, so that a missing one ends the script immediately.
     draw_people(runs["PEOPLE"])
-    draw_enlarged(runs["PEOPLE"])
+    draw_enlarged()
     draw_faces(runs["FACES"])
     draw_cure(runs["FACES"], runs["FACES_V"])
 
@@ -282,7 +284,10 @@ def draw_people(run: Path) -> None:
     snapshots = checkpoints_of(run, "snapshots")
     total = step_of(snapshots[-1])
     # These are a quarter of the run, its half and its end.
-    chosen = [nearest_snapshot(snapshots, total * part) for part in (0.25, 0.5, 1)]
+    chosen = [
+        min(snapshots, key=lambda path: abs(step_of(path) - step))
+        for step in (total / 4, total / 2, total)
+    ]
     rows = [draw_pixels(open_saved(path, GUIDED)[1], 9) for path in chosen]
     save_grid(np.concatenate(rows), FIGURES / "people_by_step.png", columns=9)
 
@@ -294,24 +299,19 @@ def draw_people(run: Path) -> None:
     draw_strip("guidance.png", columns)
 
     # The animation has a row of six samples, and the strips have a row for each of the first four.
-    _, image_sampler = open_saved(run, f"--steps 250 --guide {GUIDE_STEP}")
+    _, image_sampler = open_saved(run, f"--steps 250 {GUIDE}")
     _, states, estimates = generate_frames(image_sampler, range(6))
     save_gif(list(states.values()), FIGURES / "denoising.gif", columns=6)
     save_columns(states, FIGURES / "strip.png")
     save_columns(estimates, FIGURES / "progressive.png")
 
 
-def draw_enlarged(run: Path) -> None:
-    """Draw a run's samples, the same enlarged, and samples of the enlarging model alone."""
-    _, image_sampler = open_saved(run, GUIDED)
-    _, alone = open_saved(ENLARGER, "--sampler dpm++ --steps 20")
-    small, large, other = (
-        generate(sampler, range(8))
-        for sampler in (image_sampler, enlarged(image_sampler, ENLARGER), alone)
-    )
+def draw_enlarged() -> None:
+    """Draw samples of BASE, then as each of the ENLARGERS leaves them, in rows of equal height."""
+    rows = [generate(open_cascade(*ENLARGERS[:k]), range(8)) for k in range(len(ENLARGERS) + 1)]
     # Each pixel of a small sample becomes a square.
-    rows = torch.cat([F.interpolate(small, scale_factor=2), large, other])
-    save_grid(to_uint8(rows), FIGURES / "enlarged.png", columns=8)
+    rows = [F.interpolate(samples, rows[-1].shape[-1]) for samples in rows]
+    save_grid(to_uint8(torch.cat(rows)), FIGURES / "enlarged.png", columns=8)
 
 
 def draw_cure(faces: Path, faces_v: Path) -> None:
@@ -345,10 +345,11 @@ def draw_commands(run: Path, temporary: Path) -> None:
 
     # Modules are found from any folder.
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    enlarge = [word for path in ENLARGERS for word in ("--enlarge", path)]
+    named = {"PEOPLE": [run], "BASE": [BASE], "ENLARGERS": enlarge}
     for figure, (command, pattern) in COMMANDS.items():
         out = temporary / Path(figure).stem
-        paths = {"PEOPLE": run, "ENLARGER": ENLARGER}
-        words = [paths.get(word, word) for word in command.split()]
+        words = [part for word in command.split() for part in named.get(word, [word])]
         call = [sys.executable, "-m", *words, "--out", out]
         subprocess.run(call, check=True, cwd=temporary, env=environment)
         [file] = out.glob(pattern)

@@ -1,47 +1,49 @@
 """Put a trained model of FFHQ into pretrained/, with a card that says where it comes from.
 
-`python -m figures.pretrained RUN`
+`python -m figures.pretrained RUN [GUIDE]`
 
 RUN is the folder of a finished run, and needs its photos. Its last snapshot is copied. A run of
-`ffhq-64` gives an early one, too, as a guide, and its card is pretrained/README.md. Another model
-enlarges the samples of that one, and its card is pretrained/NAME.md. The table of the card is
-written. The text under it, from the first heading on, is written by hand, and stays.
+`ffhq-32` or `ffhq-64` has a guide, too: the snapshot GUIDE, or else an early one of its own. A run
+of another preset enlarges, as the last of README's first command. The card is pretrained/NAME.md,
+of `ffhq-64` pretrained/README.md. Its table is written. The text under it, from the first heading
+on, is written by hand, and stays.
 """
 
 import hashlib
+import shlex
 import shutil
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 from config import EXPERIMENTS, Experiment
 from data.datasets import ImageSet, Split
 from data.pixels import to_model_range, to_uint8
 from figures.make_figures import nearest
-from figures.saved_model import GUIDE_STEP, GUIDED, nearest_snapshot, open_saved
+from figures.saved_model import BASE, ENLARGERS, FLAGS, GUIDE_STEPS, open_cascade, open_saved
 from functions.evaluation.bits_per_dim import evenly_spaced
 from functions.evaluation.feature_distance import training_features
-from functions.sampling.enlarger import enlarged
-from functions.sampling.generation import generate
-from functions.sampling.guides import guide_beside
-from functions.saved.checkpoint import SavedModel
+from functions.sampling.generation import ImageSampler, generate
+from functions.sampling.guides import find_guide, guide_beside
+from functions.saved.checkpoint import SavedModel, load_weights
 from functions.saved.loading import load_and_split
-from functions.saved.run_folder import PRETRAINED, checkpoints_of
+from functions.saved.run_folder import PRETRAINED
 from functions.support.command_line import Parser, exit_on_user_error
 from functions.support.errors import UserError
 from functions.support.files import write_text
 from functions.training.metrics import read_metrics
 
-# The samples of the card are the first images of seed 0, by README's first command in float32.
+# The samples of the card are the first images of seed 0, in float32.
 SAMPLE_COUNT = 400
 
 
 def main() -> None:
-    """Copy two snapshots of the run, and write the table of the card."""
+    """Copy a run's last snapshot, with a guide if it draws, and write the table of the card."""
     parser = Parser(description=__doc__)
     parser.add_argument("run", type=Path, help="The folder of a finished run.")
-    run = parser.parse_args().run
+    parser.add_argument("guide", nargs="?", type=Path, help="A snapshot of another run.")
+    args = parser.parse_args()
+    run = args.run
 
     source, _ = open_saved(run, "--device cpu")
     facts = source.provenance
@@ -55,50 +57,71 @@ def main() -> None:
         raise UserError(f"{run} was trained on other images than {image_set.name} has now")
 
     boxed = PRETRAINED.with_name(f"{facts['experiment']}.safetensors")
-    boxed.parent.mkdir(exist_ok=True)
     files = {"file": (snapshot, boxed)}
-    card = boxed.with_suffix(".md")
-    if boxed == PRETRAINED:
-        guide = nearest_snapshot(checkpoints_of(run, "snapshots"), GUIDE_STEP)
-        files["guide"] = guide, guide_beside(boxed)
-        card = boxed.with_name("README.md")
-    else:
-        # This refuses a model of another size before it is copied.
-        enlarged(open_saved(PRETRAINED, "--device cpu")[1], snapshot)
     rows = {}
+    # What cannot draw or enlarge is refused before it is copied.
+    if boxed.stem in FLAGS:
+        step = GUIDE_STEPS[boxed.stem]
+        path = args.guide or find_guide(str(step), source)
+        guide = load_weights(path)
+        origin = path.parent.name, guide.provenance["step"], guide.provenance["pixels_hash"]
+        # A checkpoint has the optimiser's state, too.
+        if origin != ("snapshots", step, split.pixels_hash):
+            raise UserError(f"{path} is no snapshot of step {step} and of the images of {run}")
+        files["guide"] = path, guide_beside(boxed)
+        rows["command of the guide"] = f"`{command_of(guide)}`, after {step:,} steps"
+        command = f"{boxed.name} {FLAGS[boxed.stem]}"
+        _, image_sampler = open_saved(
+            snapshot, f"{FLAGS[boxed.stem]} --guide {shlex.quote(str(path))} --device cpu"
+        )
+    elif args.guide:
+        raise UserError(f"{boxed.stem} enlarges, without a guide")
+    else:
+        image_sampler = open_cascade(*ENLARGERS[:-1], snapshot)
+        enlarge = [f" --enlarge pretrained/{path.name}" for path in (*ENLARGERS[:-1], boxed)]
+        command = f"{BASE.name} {FLAGS[BASE.stem]}{''.join(enlarge)}"
+
+    boxed.parent.mkdir(exist_ok=True)
+    copied = {}
     for kind, (file, path) in files.items():
         shutil.copyfile(file, path)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        rows |= {kind: f"`{path.name}`", f"SHA-256 of the {kind}": f"`{digest}`"}
-    rows |= facts_of_run(run, source)
-    rows |= measured(image_set, split, boxed)
+        copied |= {kind: f"`{path.name}`", f"SHA-256 of the {kind}": f"`{digest}`"}
+    rows = copied | rows | facts_of_run(run, source)
+    rows |= measured(image_set, split, image_sampler, f"python sample.py pretrained/{command}")
+    card = boxed.with_name("README.md") if boxed == PRETRAINED else boxed.with_suffix(".md")
     write_table(card, rows)
     print(f"wrote {boxed} and {card}")
+
+
+def command_of(source: SavedModel) -> str:
+    """Return the command that trained a model."""
+    facts = source.provenance
+    changes = Experiment.from_dict(source.config).differences(EXPERIMENTS[facts["experiment"]])
+    command = f"python train.py {facts['experiment']}"
+    for name, (value, _) in changes.items():
+        text = ",".join(map(str, value)) if isinstance(value, list) else value
+        command += f" --{name.replace('_', '-')} {text}"
+    if facts["initial"]:
+        command += f" --init {facts['initial'].partition(': ')[0]}"
+    return command
 
 
 def facts_of_run(run: Path, source: SavedModel) -> dict[str, str]:
     """Return what a run says of itself: {name: value}."""
     facts = source.provenance
     arithmetic = facts["arithmetic"]
-    experiment = Experiment.from_dict(source.config)
-    changes = experiment.differences(EXPERIMENTS[facts["experiment"]])
-    flags = ""
-    for name, (value, _) in changes.items():
-        text = ",".join(map(str, value)) if isinstance(value, list) else value
-        flags += f" --{name.replace('_', '-')} {text}"
-    if facts["initial"]:
-        flags += f" --init {facts['initial'].partition(': ')[0]}"
-
     rows = read_metrics(run / "metrics.csv")
     # A machine that does other things, too, slows some steps down.
     speed = np.median([row["images_per_second"] for row in rows])
-    image_count = facts["step"] * experiment.diffusion.effective_batch
+    batch = Experiment.from_dict(source.config).diffusion.effective_batch
+    image_count = facts["step"] * batch
     hours = image_count / speed / 3600
     cores = arithmetic["processes"] * arithmetic["threads"]
     last = [row["loss"] for row in rows if row["step"] > facts["step"] - 100]
     return {
         "weights": f"{source.kind} in float16, {facts['parameters']:,} parameters",
-        "command": f"`python train.py {facts['experiment']}{flags}`",
+        "command": f"`{command_of(source)}`",
         "begins as": facts["initial"] or "random weights",
         "length": f"{facts['step']:,} steps, {image_count:,} images",
         "time": f"{hours:.1f} hours at the median speed, {hours * cores:.0f} CPU-hours",
@@ -110,12 +133,14 @@ def facts_of_run(run: Path, source: SavedModel) -> dict[str, str]:
     }
 
 
-def measured(image_set: ImageSet, split: Split, boxed: Path) -> dict[str, str]:
-    """Return what is measured on samples of a model, and on as many held-out images."""
+def measured(
+    image_set: ImageSet, split: Split, image_sampler: ImageSampler, command: str
+) -> dict[str, str]:
+    """Return what is measured on samples, by this command, and on as many held-out images."""
     ids = image_set.ids
     trained, held_out = split.train_indices, split.val_indices
     real = image_set.images[evenly_spaced(held_out, SAMPLE_COUNT)]
-    samples = draw(len(real), boxed)
+    samples = generate(image_sampler, range(len(real)), progress=True)
 
     features = training_features(image_set, split)
     distances = [
@@ -124,12 +149,11 @@ def measured(image_set: ImageSet, split: Split, boxed: Path) -> dict[str, str]:
     similarities = [
         nearest(images, image_set.images[trained])[1].mean() for images in (to_uint8(samples), real)
     ]
-    enlarge = "" if boxed == PRETRAINED else f" --enlarge pretrained/{boxed.name}"
     return {
         "training images": f"{len(trained):,} of {image_set.name}: {ids[trained[0]]} to "
         f"{ids[trained[-1]]}",
         "held-out images": f"{len(held_out):,}: {ids[held_out[0]]} to {ids[held_out[-1]]}",
-        "measured on": f"{len(samples)} samples of seed 0, in float32: `{GUIDED}{enlarge}`",
+        "measured on": f"{len(samples)} samples of seed 0: `{command} --precision float32`",
         "distance": f"{distances[0]:.2f}; held-out images {distances[1]:.2f}",
         "correlation with the most similar training image, of grey levels": (
             f"{similarities[0]:.3f}; held-out images {similarities[1]:.3f}"
@@ -137,21 +161,13 @@ def measured(image_set: ImageSet, split: Split, boxed: Path) -> dict[str, str]:
     }
 
 
-def draw(count: int, boxed: Path) -> Tensor:
-    """Return the first samples, which another model than PRETRAINED enlarges: (count, C, H, W)."""
-    _, image_sampler = open_saved(PRETRAINED, f"{GUIDED} --device cpu")
-    if boxed != PRETRAINED:
-        image_sampler = enlarged(image_sampler, boxed)
-    return generate(image_sampler, range(count), progress=True)
-
-
 def write_table(path: Path, rows: dict[str, str]) -> None:
     """Write a card with this table, {name: value}, and with the text that it has under its own."""
     text = path.read_text() if path.exists() else ""
     _, heading, by_hand = text.partition("\n## ")
     table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
-    title = "# The model in the box\n\n| | |\n|---|---|\n"
-    written = "\nThis table was written by `python -m figures.pretrained RUN`.\n"
+    title = f"# {rows['file']}\n\n| | |\n|---|---|\n"
+    written = "\nThis table was written by `python -m figures.pretrained`.\n"
     write_text(path, title + table + written + heading + by_hand)
 
 

@@ -1,31 +1,39 @@
 """Open a saved model with flags of sample.py, as all scripts of this folder do."""
 
 import argparse
-from collections.abc import Sequence
+import shlex
 from pathlib import Path
 
+from functions.sampling.enlarger import enlarged
 from functions.sampling.generation import ImageSampler, open_sampler
 from functions.sampling.guides import guided
 from functions.sampling.options import add_sampling_flags
 from functions.saved.checkpoint import SavedModel
-from functions.saved.run_folder import PRETRAINED, step_of
+from functions.saved.run_folder import PRETRAINED
 from functions.support.processes import SINGLE_PROCESS
 
-# The flags of README's first command, which samples the model in the box, and enlarges its samples.
-GUIDE_STEP = 3000
-GUIDED = f"--sampler dpm++ --steps 11 --spacing trailing --guide {GUIDE_STEP} --guidance 2"
-ENLARGER = PRETRAINED.with_name("ffhq-128.safetensors")
+# The models in the box that draw: the steps of their guides, and flags of sample.py.
+GUIDE_STEPS = {"ffhq-32": 1000, "ffhq-64": 3000}
+FLAGS = {
+    "ffhq-32": "--sampler dpm++ --steps 16 --spacing trailing --guide 1000 --temperature 0.7",
+    "ffhq-64": "--sampler dpm++ --steps 11 --spacing trailing --guide 3000 --guidance 2",
+}
+# README's first command draws with the first, and the others enlarge its samples.
+BASE, *ENLARGERS = (PRETRAINED.with_name(f"ffhq-{size}.safetensors") for size in (32, 64, 128))
 
 
 def open_saved(path: Path, flags: str = "") -> tuple[SavedModel, ImageSampler]:
     """Return the model of a run or a file, and the sampler of these flags, in float32."""
     parser = argparse.ArgumentParser()
     add_sampling_flags(parser)
-    args = parser.parse_args([str(path), "--precision", "float32", *flags.split()])
+    args = parser.parse_args([str(path), "--precision", "float32", *shlex.split(flags)])
     saved, image_sampler = open_sampler(args, SINGLE_PROCESS)
     return saved, guided(image_sampler, saved, SINGLE_PROCESS)
 
 
-def nearest_snapshot(snapshots: Sequence[Path], step: float) -> Path:
-    """Return the snapshot whose step is nearest."""
-    return min(snapshots, key=lambda path: abs(step_of(path) - step))
+def open_cascade(*enlargers: Path) -> ImageSampler:
+    """Return the sampler of BASE, by its FLAGS, and of these models that enlarge its samples."""
+    _, image_sampler = open_saved(BASE, f"{FLAGS[BASE.stem]} --device cpu")
+    for path in enlargers:
+        image_sampler = enlarged(image_sampler, path)
+    return image_sampler

@@ -19,9 +19,10 @@ from config import Experiment
 from data import datasets
 from data.datasets import load_images
 from data.pixels import to_uint8
-from figures import pretrained
-from figures.saved_model import ENLARGER, GUIDE_STEP, GUIDED
+from figures import pretrained, saved_model
+from figures.saved_model import BASE, ENLARGERS, FLAGS, GUIDE_STEPS, open_cascade
 from functions.evaluation.bits_per_dim import evenly_spaced
+from functions.sampling.generation import generate
 from functions.sampling.guides import guide_beside
 from functions.saved import run_folder
 from functions.saved.checkpoint import load_weights
@@ -31,7 +32,7 @@ from functions.support.pictures import grid_of
 from tests.conftest import HELD_OUT, ROOT, TRAINED, call, train_tiny
 
 TAKEN = "using pretrained/faces.safetensors, which comes with the repository"
-FLAGS = ("--n", 2, "--steps", 3)
+FEW = ("--n", 2, "--steps", 3)
 
 
 @pytest.fixture
@@ -49,23 +50,23 @@ def box(tiny_run, tmp_path, monkeypatch):
 
 
 def card_row(path, name):
-    """Return the value of a row in the card of a model, which has the hash of its file."""
-    card = (path.parent / "README.md").read_text()
-    assert hashlib.sha256(path.read_bytes()).hexdigest() in card
+    """Return the value of a row in the card of a model."""
+    name_of_card = "README.md" if path == pretrained.PRETRAINED else f"{path.stem}.md"
+    card = (path.parent / name_of_card).read_text()
     return re.search(rf"^\| {name} \| `?(.+?)`? \|$", card, re.MULTILINE)[1]
 
 
 def test_without_a_run_the_box_is_sampled_and_evaluated_and_says_so(
     box, tiny_run, tmp_path, capsys
 ):
-    call(sample.main, *FLAGS)
+    call(sample.main, *FEW)
     printed = capsys.readouterr().out
     assert TAKEN in printed
     assert f"\n{box / 'faces.safetensors'}: EMA weights" in printed
     (path,) = box.glob("samples/faces-*-ddpm-3-trailing-small-float32-seed0-n2/grid.png")
     drawn = Image.open(path)
 
-    call(sample.main, checkpoints_of(tiny_run, "snapshots")[-1], *FLAGS, "--out", tmp_path / "a")
+    call(sample.main, checkpoints_of(tiny_run, "snapshots")[-1], *FEW, "--out", tmp_path / "a")
     assert drawn.tobytes() == Image.open(tmp_path / "a" / "grid.png").tobytes()
 
     # The model is taken by its name: neither for another experiment, nor another file.
@@ -114,8 +115,8 @@ def test_a_run_is_boxed_with_a_guide_and_a_card(trained, pictures, tmp_path, mon
     boxed = tmp_path / "pretrained" / "faces.safetensors"
     guide = boxed.with_name("faces-guide.safetensors")
     monkeypatch.setattr(pretrained, "PRETRAINED", boxed)
-    monkeypatch.setattr(pretrained, "GUIDE_STEP", 3)
-    monkeypatch.setattr(pretrained, "GUIDED", "--sampler ddim --steps 4 --guide 3")
+    monkeypatch.setitem(FLAGS, "faces", "--sampler ddim --steps 4 --guide 3")
+    monkeypatch.setitem(GUIDE_STEPS, "faces", 3)
     monkeypatch.setattr(pretrained, "SAMPLE_COUNT", 3)
     run = trained("--diffusion.snapshot-every", 3)
     source = load_weights(checkpoints_of(run)[-1])
@@ -126,11 +127,15 @@ def test_a_run_is_boxed_with_a_guide_and_a_card(trained, pictures, tmp_path, mon
 
     for name, weight in load_weights(boxed).weights.items():
         assert torch.equal(weight, source.weights[name].half().float())
+    digest = hashlib.sha256(boxed.read_bytes()).hexdigest()
+    assert card_row(boxed, "SHA-256 of the file") == digest
     # The snapshots are of steps 3, 6, 9 and 10.
     assert guide.read_bytes() == checkpoints_of(run, "snapshots")[0].read_bytes()
     assert hashlib.sha256(guide.read_bytes()).hexdigest() in card_row(boxed, "SHA-256 of the guide")
     flags = "--diffusion.epochs 2 --model.dim-multiply 1,2"
     assert card_row(boxed, "command") == f"python train.py faces {flags}"
+    by = f"python train.py faces {flags}`, after 3 steps"
+    assert card_row(boxed, "command of the guide") == by
     initial = "a/small.safetensors: EMA weights, grown from 8 px"
     grown = replace(source, provenance=source.provenance | {"initial": initial})
     rows = pretrained.facts_of_run(run, grown)
@@ -155,40 +160,67 @@ def test_a_run_is_boxed_with_a_guide_and_a_card(trained, pictures, tmp_path, mon
     card.write_text(card.read_text().replace("80 images", "9 images") + "\n## By hand\n\nDiscs\n")
     call(pretrained.main, run)
     assert card_row(boxed, "length") == "10 steps, 80 images"
-    assert card.read_text().endswith("RUN`.\n\n## By hand\n\nDiscs\n")
+    assert card.read_text().endswith("pretrained`.\n\n## By hand\n\nDiscs\n")
 
-    # A model of another name enlarges the samples.
+    # The guide may be of another run, with another network, but of the same step.
+    flags = "--diffusion.snapshot-every", 3, "--model.base-dim", 32
+    other = train_tiny(pictures, tmp_path / "other", *flags)
+    early, late = checkpoints_of(other, "snapshots")[:2]
+    call(pretrained.main, run, early)
+    assert guide.read_bytes() == early.read_bytes()
+    assert "--model.base-dim 32" in card_row(boxed, "command of the guide")
+    for path in (late, checkpoints_of(other)[0]):
+        with pytest.raises(UserError, match=r"is no snapshot of step 3 and of the images of"):
+            call(pretrained.main, run, path)
+
+    # A model without flags of its own enlarges, and has the size for it.
+    base = boxed.rename(boxed.with_name("base.safetensors"))
+    guide.rename(base.with_name("base-guide.safetensors"))
+    monkeypatch.setattr(pretrained, "PRETRAINED", base)
+    for module in (pretrained, saved_model):
+        monkeypatch.setattr(module, "BASE", base)
+    monkeypatch.setattr(pretrained, "ENLARGERS", [boxed])
+    monkeypatch.setitem(FLAGS, "base", FLAGS["faces"])
+    monkeypatch.delitem(FLAGS, "faces")
+    with pytest.raises(UserError, match=r"it must draw \(3, 32, 32\)"):
+        call(pretrained.main, run)
+    with pytest.raises(UserError, match="faces enlarges, without a guide"):
+        call(pretrained.main, run, early)
+    assert not boxed.exists()
     size = ("--model.image-size", 32, "--model.lowest-resolution-size", 16)
     large = train_tiny(pictures, tmp_path / "large", *size)
-    monkeypatch.setattr(
-        pretrained, "PRETRAINED", boxed.rename(boxed.with_name("small.safetensors"))
-    )
-    guide.rename(guide.with_name("small-guide.safetensors"))
     call(pretrained.main, large)
-    assert "--enlarge pretrained/faces.safetensors" in boxed.with_suffix(".md").read_text()
-    assert pretrained.draw(2, boxed).shape == (2, 3, 32, 32)
+    command = "pretrained/base.safetensors --sampler ddim --steps 4 --guide 3 --enlarge"
+    card = boxed.with_suffix(".md").read_text()
+    assert f"`python sample.py {command} pretrained/faces.safetensors --precision" in card
 
 
 def test_the_real_model_is_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert newest_run(Path("runs")) == newest_run(Path("runs"), "ffhq") == PRETRAINED
-    assert load_weights(PRETRAINED).provenance["experiment"] == PRETRAINED.stem
-    guide = guide_beside(PRETRAINED)
-    assert load_weights(guide).provenance["step"] == GUIDE_STEP
-    assert card_row(PRETRAINED, "file") == PRETRAINED.name
-    assert card_row(PRETRAINED, "guide") == guide.name
-    digest = hashlib.sha256(guide.read_bytes()).hexdigest()
-    assert card_row(PRETRAINED, "SHA-256 of the guide") == digest
-    digest = hashlib.sha256(ENLARGER.read_bytes()).hexdigest()
-    assert digest in ENLARGER.with_suffix(".md").read_text()
+    for model in (BASE, *ENLARGERS):
+        assert load_weights(model).provenance["experiment"] == model.stem
+        files = {"file": model}
+        if model.stem in FLAGS:
+            files["guide"] = guide_beside(model)
+            step = load_weights(files["guide"]).provenance["step"]
+            assert step == GUIDE_STEPS[model.stem]
+        drawn_by = FLAGS.get(model.stem, f"pretrained/{BASE.name} {FLAGS[BASE.stem]} --enlarge")
+        assert drawn_by in card_row(model, "measured on")
+        for kind, path in files.items():
+            assert card_row(model, kind) == path.name
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            assert card_row(model, f"SHA-256 of the {kind}") == digest
 
 
 @pytest.mark.slow
-def test_the_real_model_draws_readmes_first_picture():
+def test_the_real_models_draw_readmes_first_picture():
+    command = f".venv/bin/python sample.py pretrained/{BASE.name} {FLAGS[BASE.stem]}"
+    command += "".join(f" --enlarge pretrained/{path.name}" for path in ENLARGERS)
     readme = (ROOT / "README.md").read_text()
-    command = f".venv/bin/python sample.py {GUIDED} --enlarge pretrained/{ENLARGER.name}\n"
-    assert command in readme.split("## Start")[1].split("\n## ")[0]
-    drawn = np.array(grid_of(to_uint8(pretrained.draw(2, ENLARGER)), 2)).astype(float)
+    assert f"{command}\n" in readme.split("## Start")[1].split("\n## ")[0]
+    samples = generate(open_cascade(*ENLARGERS), range(2))
+    drawn = np.array(grid_of(to_uint8(samples), 2)).astype(float)
     shown = np.array(Image.open(ROOT / "figures" / "people.webp")).astype(float)
     # The picture was drawn in bfloat16. The people of the second row differ more.
     height, width = drawn.shape[:2]
