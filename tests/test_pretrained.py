@@ -31,7 +31,10 @@ from functions.support.errors import CheckpointError, UserError
 from functions.support.pictures import grid_of
 from tests.conftest import HELD_OUT, ROOT, TRAINED, call, train_tiny
 
-TAKEN = "using pretrained/faces.safetensors, which comes with the repository"
+TAKEN = (
+    "using pretrained/faces.safetensors, which comes with the repository "
+    "(train your own: python train.py)"
+)
 FEW = ("--n", 2, "--steps", 3)
 
 
@@ -205,6 +208,7 @@ def test_the_real_model_is_found_from_any_folder(tmp_path, monkeypatch):
             files["guide"] = guide_beside(model)
             step = load_weights(files["guide"]).provenance["step"]
             assert step == GUIDE_STEPS[model.stem]
+            assert f"--guide {step} " in FLAGS[model.stem]
         drawn_by = FLAGS.get(model.stem, f"pretrained/{BASE.name} {FLAGS[BASE.stem]} --enlarge")
         assert drawn_by in card_row(model, "measured on")
         for kind, path in files.items():
