@@ -20,7 +20,7 @@ from functions.samplers import SAMPLERS
 from functions.sampling.editing import read_x_0
 from functions.sampling.generation import ImageSampler, generate, open_sampler
 from functions.sampling.guides import guided
-from functions.sampling.inpainting import inpaint_image
+from functions.sampling.inpainting import inpaint_image, require_full_noise
 from functions.sampling.interpolation import interpolate_images
 from functions.sampling.options import add_sampling_flags
 from functions.support.command_line import EXIT_BAD_INPUT, Parser, exit_on_user_error
@@ -165,6 +165,7 @@ def mix(
 
 def paint(image_sampler: ImageSampler, n: int, edit: dict) -> Image.Image:
     """Return a grid of the image, its known pixels, and n inpaintings."""
+    require_full_noise(image_sampler.options)
     # The editor's layer is RGBA, and opaque where the user has painted.
     mask = np.zeros(1)
     for layer in edit["layers"]:

@@ -24,6 +24,7 @@ from functions.sampling.generation import generate, open_sampler
 from functions.sampling.interpolation import interpolate_images
 from functions.sampling.options import add_sampling_flags
 from functions.support.command_line import Parser
+from functions.support.errors import UserError
 from functions.support.processes import SINGLE_PROCESS
 from tests.conftest import call, train_tiny
 
@@ -206,6 +207,11 @@ def test_paint(page, run, tmp_path):
     for answer, expected in zip(answers, by_script, strict=True):
         assert_array_equal(answer, expected)
         assert_array_equal(answer[~painted], image[~painted])
+
+    from demo import paint  # This imports Gradio.
+
+    with pytest.raises(UserError, match="with --temperature 1"):
+        paint(sampler_of(run, "--temperature", "0.5"), 1, {})
 
 
 def test_it_listens_to_this_machine_alone(served_run):

@@ -12,9 +12,8 @@ from data.batches import batches_of
 from data.decode import fit_image, open_image_file
 from data.pixels import to_model_range, to_uint8
 from functions.sampling.generation import ImageSampler, generate
-from functions.sampling.inpainting import inpaint_image, read_with_mask
+from functions.sampling.inpainting import inpaint_image, read_with_mask, require_full_noise
 from functions.sampling.interpolation import interpolate_exactly, interpolate_images, variations
-from functions.support.errors import UserError
 from functions.support.files import sha256
 from functions.support.pictures import save_grid, save_strip
 
@@ -79,13 +78,7 @@ def times_of(image_sampler: ImageSampler, depths: list[float]) -> list[int]:
 
 def save_inpaintings(args: Namespace, image_sampler: ImageSampler, folder: Path) -> None:
     """Save a grid of an image, its known pixels, and its inpaintings."""
-    options = image_sampler.options
-    full = options.sampler == "ddpm" or (options.sampler, options.eta) == ("ddim", 1.0)
-    if not full or options.temperature != 1:
-        raise UserError(
-            "inpaint needs --sampler ddpm, or ddim --eta 1, with --temperature 1: others add too "
-            "little noise, or depend on earlier steps, which inpainting undoes"
-        )
+    require_full_noise(image_sampler.options)
     image, mask = read_with_mask(args.images[0], args.mask, image_sampler.shape)
     path = edited_path(args, folder, "inpainting")
     pictures = inpaint_image(image_sampler, image, mask, args.resample, args.n)

@@ -20,6 +20,7 @@ from data.batches import batches_of
 from data.decode import fit_image, fit_mask, open_image_file, to_pixels
 from data.pixels import to_model_range, to_uint8
 from functions.sampling.generation import ImageSampler
+from functions.sampling.options import SamplerOptions
 from functions.support.errors import UserError
 
 # Grey that fills the mask in the picture of the known pixels.
@@ -32,8 +33,8 @@ def inpaint(
     """Inpaint by RePaint's Algorithm 1, with jumps of length 1: each step is done `resample` times.
 
     x_0 is (C, H, W) in [-1, 1], on the sampler's device. `mask`, (H, W) bool, is true where pixels
-    are sampled. Returns one result for each index: (B, C, H, W). The sampler is ddpm,
-    or ddim with eta = 1.
+    are sampled. Returns one result for each index: (B, C, H, W). The sampler's options are those
+    that `require_full_noise` lets pass.
     """
     scheduler = image_sampler.scheduler
     # A step leads from timestep t to s.
@@ -53,6 +54,16 @@ def inpaint(
             known = scheduler.q_sample(x_0, s, noise.draw())
             x = torch.where(mask, unknown, known)
     return x
+
+
+def require_full_noise(options: SamplerOptions) -> None:
+    """Raise UserError for options with which steps add less noise than those of ddpm."""
+    full = options.sampler == "ddpm" or (options.sampler, options.eta) == ("ddim", 1.0)
+    if not full or options.temperature != 1:
+        raise UserError(
+            "inpaint needs --sampler ddpm, or ddim --eta 1, with --temperature 1: others add too "
+            "little noise, or depend on earlier steps, which inpainting undoes"
+        )
 
 
 def read_with_mask(
