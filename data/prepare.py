@@ -9,7 +9,6 @@ Preparing is optional, because train.py does it, too. The side of the images is 
 stops. The exit code is 0 on success, and 2 if the data cannot be used.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -21,32 +20,24 @@ if __name__ == "__main__":
 
 from data.datasets import DATA_FOLDER, load_images
 from data.torchvision_sets import read_torchvision_set
-from functions.support.errors import UserError
-from functions.support.files import let_all_be_printed
+from functions.support.command_line import Parser, exit_on_user_error, positive
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main() -> None:
     """Run the script."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("source")
-    parser.add_argument("--image-size", type=int, default=128)
+    parser.add_argument("--image-size", type=positive, default=128)
     parser.add_argument("--channels", type=int, default=3, choices=(1, 3))
     parser.add_argument("--download", action="store_true")
-    args = parser.parse_args(arguments)
-    if args.image_size < 1:
-        parser.exit(2, "error: --image-size is 1 or more\n")
-    try:
-        if args.download:
-            read_torchvision_set(args.source, DATA_FOLDER, download=True)
-            return
-        image_set = load_images(args.source, args.image_size, channels=args.channels)
-        print(f"Ready: {image_set.summary}")
-    except (UserError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
+    args = parser.parse_args()
+    if args.download:
+        read_torchvision_set(args.source, DATA_FOLDER, download=True)
+        return
+    image_set = load_images(args.source, args.image_size, channels=args.channels)
+    print(f"Ready: {image_set.summary}")
 
 
 if __name__ == "__main__":
-    let_all_be_printed()
-    main()
+    with exit_on_user_error():
+        main()

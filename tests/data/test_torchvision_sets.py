@@ -12,6 +12,7 @@ from torchvision.datasets import CIFAR10
 
 from data import datasets, prepare
 from functions.support.errors import UserError
+from tests.conftest import call
 from tests.data.packing import random_pixels
 
 DIGITS = random_pixels(47, 28, 28, 1)
@@ -121,7 +122,7 @@ def test_a_damaged_or_missing_set_is_one_sentence(mnist, cifar10, data_folder):
         datasets.load_images("CIFAR10", 32)
 
 
-def test_a_set_is_downloaded_only_if_that_is_asked_for(data_folder, monkeypatch, capsys):
+def test_a_set_is_downloaded_only_if_that_is_asked_for(data_folder, monkeypatch):
     calls = []
 
     def no_network(self):
@@ -133,11 +134,8 @@ def test_a_set_is_downloaded_only_if_that_is_asked_for(data_folder, monkeypatch,
         datasets.load_images("CIFAR10", 32)
     assert not calls
 
-    with pytest.raises(SystemExit, match="2"):
-        prepare.main(["CIFAR10", "--download"])
+    with pytest.raises(UserError, match="no network"):
+        call(prepare.main, "CIFAR10", "--download")
     assert calls == [data_folder]
-    assert "no network" in capsys.readouterr().err
-
-    with pytest.raises(SystemExit, match="2"):
-        prepare.main(["FFHQ", "--download"])
-    assert "only CIFAR10 and MNIST can" in capsys.readouterr().err
+    with pytest.raises(UserError, match="only CIFAR10 and MNIST can"):
+        call(prepare.main, "FFHQ", "--download")
