@@ -71,6 +71,11 @@ class NoiseScheduler:
         if log_snr_shift:
             self.betas = shifted_betas(self.betas, log_snr_shift)
         self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)  # (T,) float64, on the CPU
+        if self.alphas_cumprod[-1] < torch.finfo(torch.float64).tiny:
+            raise ValueError(
+                f"beta_end is {beta_end:g}; with {timesteps} timesteps alpha_bar underflows, and "
+                "no x_0 follows from x_t: use smaller betas"
+            )
         # Copies of alpha_bar on each device that has been used so far.
         self.tables: dict[torch.device, Tensor] = {}
 
@@ -194,7 +199,7 @@ def shifted_betas(betas: Tensor, shift: float) -> Tensor:
     before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
 
     # The shifted alpha_bar is alpha_bar / sum_t, and the one before it is before / sum_s. Their
-    # ratio is the shifted alpha. In this form nothing is divided by an alpha_bar, which may be 0.
+    # ratio is the shifted alpha. In this form nothing is divided by an alpha_bar, which may be tiny.
     factor = math.exp(-shift)
     sum_t = alpha_bar + factor * (1 - alpha_bar)
     sum_s = before + factor * (1 - before)
