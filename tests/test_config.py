@@ -73,10 +73,12 @@ def test_the_day_has_the_noise_of_64_px():
     assert shift == pytest.approx(2 * math.log(64 / 128), abs=1e-3)
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=EXPERIMENTS)
-def test_an_experiment_survives_json_and_builds_a_network_without_a_warning(experiment):
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_survives_json_and_builds_a_network_without_a_warning(name):
+    experiment = EXPERIMENTS[name]
     assert Experiment.from_dict(experiment.to_dict()) == experiment
-    assert not [*experiment.warnings()]
+    # The reference's first two runs have groups of 2 channels, which is one of their faults.
+    assert len([*experiment.warnings()]) == (name in ("ffhq-run1", "ffhq-run2"))
     # The network is built without memory for its weights; an error would end the test.
     with torch.device("meta"):
         build_network(experiment.model)
@@ -178,7 +180,7 @@ def test_a_field_that_does_not_fit_says_what_would(row):
 
 def test_what_is_probably_not_meant_is_warned_of():
     narrow = EXPERIMENTS["faces"].override({}, {"norm_groups": 32})
-    assert "norm_groups = 32 leaves 1 channel per group" in next(narrow.warnings())
+    assert "norm_groups = 32 leaves 1 of the 4 channels" in next(narrow.warnings())
 
     still = EXPERIMENTS["ffhq-full"].override({"use_augmentation": False}, {})
     assert [*still.warnings()] == ["max_rotation has no effect without use_augmentation = True"]
