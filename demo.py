@@ -1,8 +1,8 @@
 """Play with a trained model in the browser: `python demo.py` serves a page and prints its address.
 
 Only this machine can open the page. Its three tabs draw images, mix two, and inpaint one. They call
-the same functions as sample.py and edit.py, so the images are the same. The flags are those of
-sample.py; the page's fields begin with their values.
+the same functions as sample.py and edit.py, so the images are the same. It takes the
+flags of sampling of sample.py; the page's fields begin with their values.
 """
 
 import os
@@ -80,7 +80,11 @@ def tab(
 
     def call(progress=PROGRESS, *values):
         seed, name, steps, *rest = values
-        options = replace(image_sampler.options, sampler=name, steps=steps)
+        options = image_sampler.options
+        if name != options.sampler:
+            # These flags were meant for the sampler that the page began with.
+            options = replace(options, sampler=name, eta=None, variance=None, temperature=1.0)
+        options = replace(options, steps=steps)
         # An empty field gives None.
         return work(replace(image_sampler, options=options, seed=seed or 0), *rest)
 

@@ -199,7 +199,7 @@ def shifted_betas(betas: Tensor, shift: float) -> Tensor:
     before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
 
     # The shifted alpha_bar is alpha_bar / sum_t, and the one before it is before / sum_s. Their
-    # ratio is the shifted alpha. In this form nothing is divided by an alpha_bar, which may be tiny.
+    # ratio is the shifted alpha. In this form nothing is divided by a tiny alpha_bar.
     factor = math.exp(-shift)
     sum_t = alpha_bar + factor * (1 - alpha_bar)
     sum_s = before + factor * (1 - before)

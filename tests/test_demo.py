@@ -20,9 +20,10 @@ import edit
 import sample
 from data.decode import fit_image, open_image_file
 from data.pixels import picture_of, to_uint8
+from functions.samplers import SAMPLERS
 from functions.sampling.generation import generate, open_sampler
 from functions.sampling.interpolation import interpolate_images
-from functions.sampling.options import add_sampling_flags
+from functions.sampling.options import SamplerOptions, add_sampling_flags
 from functions.support.command_line import Parser
 from functions.support.errors import UserError
 from functions.support.processes import SINGLE_PROCESS
@@ -138,6 +139,16 @@ def test_a_model_of_few_timesteps_begins_with_all_of_them(trained, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         call(demo.main, run)
     assert shown == [11] * 3
+
+
+def test_flags_of_one_sampler_leave_the_others_as_they_are(run, monkeypatch):
+    import demo
+
+    monkeypatch.setattr(demo.gr, "Interface", lambda call, *_, **__: call)
+    begun = sampler_of(run, *shlex.split("--sampler dpm++ --steps 4 --eta 0.5 --temperature 0.5"))
+    submit = demo.tab(begun, lambda image_sampler: image_sampler.options, [*SAMPLERS])
+    assert submit(None, 0, "dpm++", 4) == begun.options
+    assert submit(None, 0, "ddim", 3) == SamplerOptions("ddim", 3)
 
 
 def sampler_of(run, *flags):
