@@ -52,6 +52,7 @@ def main() -> None:
     snapshot = run / "snapshots" / source.path.name
     if not snapshot.exists():
         raise UserError(f"{run} has no snapshot of its last step")
+    source = load_weights(snapshot)
     image_set, split = load_and_split(source)
     if facts["pixels_hash"] != split.pixels_hash:
         raise UserError(f"{run} was trained on other images than {image_set.name} has now")
@@ -153,7 +154,8 @@ def measured(
         "training images": f"{len(trained):,} of {image_set.name}: {ids[trained[0]]} to "
         f"{ids[trained[-1]]}",
         "held-out images": f"{len(held_out):,}: {ids[held_out[0]]} to {ids[held_out[-1]]}",
-        "measured on": f"{len(samples)} samples of seed 0: `{command} --precision float32`",
+        "measured on": f"{len(samples)} samples of seed 0: `{command} --precision float32 -n "
+        f"{len(samples)} --individual`",
         "distance": f"{distances[0]:.2f}; held-out images {distances[1]:.2f}",
         "correlation with the most similar training image, of grey levels": (
             f"{similarities[0]:.3f}; held-out images {similarities[1]:.3f}"

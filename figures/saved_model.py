@@ -10,7 +10,6 @@ from functions.sampling.guides import guided
 from functions.sampling.options import add_sampling_flags
 from functions.saved.checkpoint import SavedModel
 from functions.saved.run_folder import PRETRAINED
-from functions.support.processes import SINGLE_PROCESS
 
 # The models in the box that draw: the steps of their guides, and flags of sample.py.
 GUIDE_STEPS = {"ffhq-32": 1000, "ffhq-64": 3000}
@@ -27,8 +26,8 @@ def open_saved(path: Path, flags: str = "") -> tuple[SavedModel, ImageSampler]:
     parser = argparse.ArgumentParser()
     add_sampling_flags(parser)
     args = parser.parse_args([str(path), "--precision", "float32", *shlex.split(flags)])
-    saved, image_sampler = open_sampler(args, SINGLE_PROCESS)
-    return saved, guided(image_sampler, saved, SINGLE_PROCESS)
+    saved, image_sampler = open_sampler(args)
+    return saved, guided(image_sampler, saved)
 
 
 def open_cascade(*enlargers: Path) -> ImageSampler:

@@ -145,7 +145,7 @@ def test_a_run_is_boxed_with_a_guide_and_a_card(trained, pictures, tmp_path, mon
     assert rows["command"].endswith("1,2 --init a/small.safetensors`")
     assert rows["begins as"] == initial
     assert card_row(boxed, "length") == "10 steps, 80 images"
-    assert source.digest[:16] in card_row(boxed, "source")
+    assert load_weights(boxed).digest[:16] in card_row(boxed, "source")
     assert card_row(boxed, "training images").startswith("46 of ")
     assert card_row(boxed, "held-out images") == "4: 33 to 49"
 
@@ -202,7 +202,9 @@ def test_the_real_model_is_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert newest_run(Path("runs")) == newest_run(Path("runs"), "ffhq") == PRETRAINED
     for model in (BASE, *ENLARGERS):
-        assert load_weights(model).provenance["experiment"] == model.stem
+        saved = load_weights(model)
+        assert saved.provenance["experiment"] == model.stem
+        assert saved.digest[:16] in card_row(model, "source")
         files = {"file": model}
         if model.stem in FLAGS:
             files["guide"] = guide_beside(model)
