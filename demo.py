@@ -1,8 +1,8 @@
 """Play with a trained model in the browser: `python demo.py` serves a page and prints its address.
 
 Only this machine can open the page. Its three tabs draw images, mix two, and inpaint one. They call
-the same functions as sample.py and edit.py, so the images are the same. It takes the
-flags of sampling of sample.py; the page's fields begin with their values.
+the same functions as sample.py and edit.py, so the images are the same. The flags are those of
+sampling, as in sample.py; the page's fields begin with their values.
 """
 
 import os

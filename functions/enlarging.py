@@ -19,7 +19,7 @@ from functions.samplers import OnStep, dpm_solver_sample
 from functions.timesteps import nearest_timesteps
 
 # At this log-SNR noise hides all that the small image lacks; more of it would also hide what the
-# small image says about that. The steps from there are even in t: even in log-SNR they draw more
+# small image says about that. The steps from there are even in t: even in log-SNR they draw larger
 # details, but fewer faces look clear (docs/ffhq.md).
 FIRST_LOG_SNR = -1.41
 ENLARGING_STEPS = 7

@@ -26,7 +26,6 @@ from functions.sampling.interpolation import interpolate_images
 from functions.sampling.options import SamplerOptions, add_sampling_flags
 from functions.support.command_line import Parser
 from functions.support.errors import UserError
-from functions.support.processes import SINGLE_PROCESS
 from tests.conftest import call, train_tiny
 
 pytest.importorskip("playwright", reason="requirements-dev.txt is not installed")
@@ -156,7 +155,7 @@ def sampler_of(run, *flags):
     parser = Parser()
     add_sampling_flags(parser)
     args = parser.parse_args([str(run), "--device", "cpu", *flags])
-    return open_sampler(args, SINGLE_PROCESS)[1]
+    return open_sampler(args)[1]
 
 
 def test_mix(page, run, pictures):

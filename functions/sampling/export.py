@@ -2,10 +2,12 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from data.pixels import to_uint8
 from functions.sampling.generation import ImageSampler, generate
+from functions.sampling.options import SamplerOptions
 from functions.saved.checkpoint import SavedModel, export_weights
 from functions.saved.diffusers_folder import write_folder
 from functions.support.errors import UserError
@@ -33,11 +35,13 @@ def export(saved: SavedModel, image_sampler: ImageSampler, path: Path) -> None:
             f"{path}: --export needs NAME.safetensors, or NAME without an extension for a folder"
         )
 
-    sampler = image_sampler.quick()
     # The folder is filled under a temporary name, so that `path` is complete as soon as it exists.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write_folder(saved, temporary)
+        steps = min(20, image_sampler.scheduler.timesteps)
+        options = SamplerOptions("dpm++", steps, clip_x_0=image_sampler.options.clip_x_0)
+        sampler = replace(image_sampler, options=options)
         images = generate(sampler, range(SAMPLE_COUNT), progress=True)
         save_grid(to_uint8(images), temporary / "samples.png")
         caption = f"The first {SAMPLE_COUNT} images of seed {sampler.seed}: {sampler.options}."

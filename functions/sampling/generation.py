@@ -29,7 +29,7 @@ from functions.timesteps import sampling_times
 GPU_BATCH = 64
 CPU_BATCH = 16
 # The temperature scales the noise that is added above this log-SNR. Below it, the noise decides
-# what is in the picture: with less of it there, faces are bald before empty backgrounds.
+# what is in the picture: with less of it there, faces are bald, in front of empty backgrounds.
 COOLED_LOG_SNR = -1.0
 
 
@@ -85,12 +85,6 @@ class ImageSampler:
         """Return the number of steps. Each makes one network call, or two with a guide."""
         return len(self.times) - 1
 
-    def quick(self) -> "ImageSampler":
-        """Return this sampler with 20 steps of dpm++."""
-        steps = min(20, self.scheduler.timesteps)
-        options = SamplerOptions("dpm++", steps, clip_x_0=self.options.clip_x_0)
-        return replace(self, options=options)
-
     def noise(self, indices: Sequence[int], purpose: str = "image") -> ImageNoise:
         """Return the noise of these images and this purpose: first x_T, then that of the steps."""
         return ImageNoise(self.seed, indices, self.shape, self.device, purpose)
@@ -137,7 +131,8 @@ class ImageSampler:
         sampler = replace(self, on_step=on_step)
         images = sampler.take_steps(noise.draw(), self.times, noise.draw)
         for k, enlarger in enumerate(self.enlargers, start=1):
-            details = replace(self, shape=self.enlarged_shape(k)).noise(indices, f"details {k}")
+            shape = self.enlarged_shape(k)
+            details = ImageNoise(self.seed, indices, shape, self.device, f"details {k}")
             images = enlarger.enlarge(images, details.draw, lambda *step: bar.update(len(indices)))
         return images.cpu()
 

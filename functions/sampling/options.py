@@ -1,6 +1,6 @@
 """The sampler options, which all scripts set by the same flags.
 
-`SamplerOptions()` is the default everywhere: Algorithm 2 over all timesteps.
+`SamplerOptions()` is the default of sample.py: Algorithm 2 over all timesteps.
 """
 
 from argparse import ArgumentParser
@@ -191,8 +191,8 @@ def add_sampling_flags(parser: ArgumentParser) -> None:
         "--temperature",
         type=fraction,
         default=1.0,
-        help="Multiply the noise of the later steps by this, from 0 to 1 (docs/sampling.md). Below "
-        "1 faces are clearer, and have less detail. Default: %(default)s.",
+        help="Multiply the noise of the later steps by this, from 0 to 1. With 0.7 more faces of "
+        "ffhq-32 were clear, with less detail (docs/sampling.md). Default: %(default)s.",
     )
     group.add_argument(
         "--variance",

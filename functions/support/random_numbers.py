@@ -18,7 +18,7 @@ def seed_of(seed: int, purpose: str, index: int) -> int:
     It is (hash(seed, purpose) + index) mod 2^32, on every machine and in every Python version.
     """
     # PyTorch's generator for CPUs uses only 32 bits of a seed. If the index were hashed, too, two
-    # of 50,000 images would probably have the same seed, and so be identical.
+    # of 50,000 images would have the same seed, and so be identical, with a chance of 25%.
     digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=4).digest()
     return (int.from_bytes(digest, "little") + index) % 2**32
 
