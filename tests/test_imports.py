@@ -42,7 +42,13 @@ MAY_IMPORT = {
     },
     "example.py": {"data", "functions.noise_scheduler", "functions.optimizers", "models.unet"},
     "models": {"models"},
-    "data": {"data", "functions.support.errors", "functions.support.files"},
+    # The flags are those of the script, prepare.py.
+    "data": {
+        "data",
+        "functions.support.command_line",
+        "functions.support.errors",
+        "functions.support.files",
+    },
     "functions/support": {"functions.support", "data.pixels"},
     "functions/saved": SAVED,
     "functions/sampling": SAMPLING,
