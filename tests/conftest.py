@@ -118,6 +118,11 @@ def draw_pictures(folder: Path) -> Path:
     return folder
 
 
+def pixels_of(path):
+    """Return the pixels of an image file."""
+    return np.asarray(Image.open(path))
+
+
 def call(main, *arguments):
     """Run a script's main with this command line, in this process, and return its result."""
     before = sys.argv

@@ -26,7 +26,7 @@ from functions.sampling.interpolation import interpolate_images
 from functions.sampling.options import SamplerOptions, add_sampling_flags
 from functions.support.command_line import Parser
 from functions.support.errors import UserError
-from tests.conftest import call, train_tiny
+from tests.conftest import call, pixels_of, train_tiny
 
 pytest.importorskip("playwright", reason="requirements-dev.txt is not installed")
 # Gradio takes seconds to import, which tests that are not slow need not wait for.
@@ -95,11 +95,6 @@ def cut(grid):
         for y in range(2, height - SIZE, step)
         for x in range(2, width - SIZE, step)
     ]
-
-
-def pixels_of(path):
-    """Return the pixels of an image file."""
-    return np.asarray(Image.open(path))
 
 
 def test_draw(page, run, tmp_path):

@@ -2,7 +2,7 @@
 
 import re
 from contextlib import redirect_stdout
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from io import StringIO
 from itertools import pairwise
@@ -25,8 +25,12 @@ FOLDERS = ("benchmarks", "data", "figures", "functions", "models", "tests")
 FILES = [*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))]
 PATHS = [f"/{path.relative_to(ROOT).as_posix()}" for path in FILES]
 
+for_each = partial(
+    pytest.mark.parametrize, "page", ids=lambda page: page.relative_to(ROOT).as_posix()
+)
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+
+@for_each(PAGES)
 def test_what_a_page_names_is_there(page):
     texts = [path.read_text() for path in FILES if path.name.startswith("test_")]
     names = {path.stem for path in FILES}
@@ -40,9 +44,7 @@ def test_what_a_page_names_is_there(page):
             assert name in names, name
 
 
-@pytest.mark.parametrize(
-    "page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.relative_to(ROOT).as_posix()
-)
+@for_each([*PAGES, ROOT / "CHANGELOG.md"])
 def test_what_a_page_links_to_is_there(page):
     """A link leads to a file or a folder and, after a #, to a heading as GitHub names it."""
     for path, anchor in re.findall(r"\]\(([^):#]*)#?([^):]*)\)", page.read_text()):
@@ -96,7 +98,7 @@ def help_of(*command):
     return printed.getvalue()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+@for_each(PAGES)
 def test_the_flags_of_a_pages_commands_exist(page):
     for line in re.findall(r"^    (.*\.py .*)$", page.read_text(), re.MULTILINE):
         for script, arguments in re.findall(r"([\w/]+\.py)( [^&#]*)", line):

@@ -29,7 +29,7 @@ from functions.saved.checkpoint import load_weights
 from functions.saved.run_folder import PRETRAINED, checkpoints_of, newest_run
 from functions.support.errors import CheckpointError, UserError
 from functions.support.pictures import grid_of
-from tests.conftest import HELD_OUT, ROOT, TRAINED, call, train_tiny
+from tests.conftest import HELD_OUT, ROOT, TRAINED, call, pixels_of, train_tiny
 
 TAKEN = (
     "using pretrained/faces.safetensors, which comes with the repository "
@@ -227,7 +227,7 @@ def test_the_real_models_draw_readmes_first_picture():
     assert f"{command}\n" in readme.split("## Start")[1].split("\n## ")[0]
     samples = generate(open_cascade(*ENLARGERS), range(2))
     drawn = np.array(grid_of(to_uint8(samples), 2)).astype(float)
-    shown = np.array(Image.open(ROOT / "figures" / "people.webp")).astype(float)
+    shown = pixels_of(ROOT / "figures" / "people.webp").astype(float)
     # The picture was drawn in bfloat16. The people of the second row differ more.
     height, width = drawn.shape[:2]
     first, second = (shown[y : y + height, :width] for y in (0, 260))

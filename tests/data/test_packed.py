@@ -37,6 +37,12 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
+@pytest.fixture
+def path(tmp_path):
+    """Return a folder of the ten images."""
+    return write_folder(tmp_path / "set")
+
+
 @pytest.mark.parametrize(
     ("write", "name"),
     [
@@ -77,8 +83,7 @@ def test_the_pack_holds_the_pixels_and_is_made_once(tmp_path, monkeypatch, write
     assert_array_equal(load(moved / name).images, IMAGES)
 
 
-def test_what_changed_is_made_anew_in_the_same_place(tmp_path):
-    path = write_folder(tmp_path / "set")
+def test_what_changed_is_made_anew_in_the_same_place(path):
     before = load(path)
     files = packed_files(path)
 
@@ -98,8 +103,7 @@ def test_what_changed_is_made_anew_in_the_same_place(tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["", ".json"])
-def test_a_damaged_pack_is_made_anew(tmp_path, ending, capsys):
-    path = write_folder(tmp_path / "set")
+def test_a_damaged_pack_is_made_anew(path, ending, capsys):
     damaged = Path(f"{load(path).path}{ending}")
     whole = damaged.read_bytes()
     contents = [b""]
@@ -121,9 +125,7 @@ def test_a_damaged_pack_is_made_anew(tmp_path, ending, capsys):
         )
 
 
-def test_a_pack_that_is_deleted_while_it_is_made_is_one_sentence(tmp_path, monkeypatch):
-    path = write_folder(tmp_path / "set")
-
+def test_a_pack_that_is_deleted_while_it_is_made_is_one_sentence(path, monkeypatch):
     def fit_and_delete(pixels, image_size):
         (path / "set-8px.packed").unlink(missing_ok=True)
         return fit_square(pixels, image_size)
@@ -134,8 +136,7 @@ def test_a_pack_that_is_deleted_while_it_is_made_is_one_sentence(tmp_path, monke
 
 
 @linux
-def test_another_users_outdated_pack_is_one_sentence(tmp_path):
-    path = write_folder(tmp_path / "set")
+def test_another_users_outdated_pack_is_one_sentence(path):
     lock = Path(f"{load(path).path}.lock")
     lock.chmod(0o444)
     with rights_of_others():
@@ -278,8 +279,7 @@ def build(path, go):
 
 @pytest.mark.slow
 @posix
-def test_of_two_processes_one_prepares_and_a_kill_leaves_nothing(tmp_path):
-    path = write_folder(tmp_path / "set")
+def test_of_two_processes_one_prepares_and_a_kill_leaves_nothing(path, tmp_path):
     go = tmp_path / "go"
 
     # This process is killed when it has begun to write.

@@ -96,6 +96,11 @@ def ideal(data, scheduler) -> Exact:
     return Exact(network, scheduler)
 
 
+def white(std, scheduler) -> Exact:
+    """Return the ideal denoiser of images whose pixels are independent, from N(0, std^2)."""
+    return ideal(Gaussian(double(0.0), double(std)), scheduler)
+
+
 def mean_and_variance(denoiser, sampler, times, start, **options) -> tuple[float, float]:
     """Return the mean and the variance that a sampler gives to a state of those in `start`.
 

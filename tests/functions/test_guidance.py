@@ -12,9 +12,9 @@ from torch.testing import assert_close
 
 from functions.guidance import Guided
 from functions.noise_scheduler import NoiseScheduler
-from functions.samplers import SAMPLERS
 from tests.conftest import image_sampler_of, small_unet
 from tests.functions.known_denoisers import IMAGES, Exact, ideal
+from tests.functions.test_samplers import all_samplers
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
@@ -53,7 +53,7 @@ def test_the_guided_x_0_is_on_the_line_through_both(w, schedule):
 
 
 @pytest.mark.parametrize("clip", [True, False])
-@pytest.mark.parametrize("row", SAMPLERS.values(), ids=SAMPLERS)
+@all_samplers
 def test_what_changes_nothing_changes_no_bit(network, row, clip):
     """A weight of 1 and a guide that is the model do nothing."""
     plain = image_sampler_of(network, 1000).denoiser

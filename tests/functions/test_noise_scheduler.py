@@ -108,8 +108,6 @@ def test_a_shift_gives_a_shrunk_image_the_noise_of_a_small_one(name):
     shifted = NoiseScheduler(1000, beta_schedule=name, log_snr_shift=2 * math.log(64 / 128))
     a = shifted.alphas_cumprod
     assert_close(a / (a + (1 - a) / 4), plain, rtol=1e-9, atol=0)
-    assert shifted.betas.min() > 0
-    assert shifted.betas.max() < 1
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,17 @@
 """The network: the paper's parameter counts, and the same function as diffusers' U-Net."""
 
 from dataclasses import replace
-from inspect import signature
 
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DModel
 from torch.testing import assert_close
 
 from benchmarks.compare import build_diffusers
 from config import EXPERIMENTS, ModelConfig
 from functions.saved.diffusers_folder import compute, copy_weights
-from models.blocks import DIALECTS, sinusoidal_embedding
+from models.blocks import sinusoidal_embedding
 from models.unet import UNet
-from tests.functions.saved.test_diffusers_folder import HO
 
 CELEBA_HQ = ModelConfig(8, (1, 1, 2, 2, 4, 4), (4,), 128, image_size=256)
 
@@ -70,14 +67,6 @@ def test_same_function_and_gradients_as_diffusers_with_the_same_weights(dialect,
     for parameter, other in zip(parameters, others, strict=True):
         gradient = other.grad.reshape(parameter.shape)
         assert torch.allclose(parameter.grad, gradient, rtol=1e-3, atol=2e-5)
-
-
-def test_the_details_are_those_of_google_s_networks_and_diffusers_defaults():
-    """The first are in the configs of Google's DDPMs, which are Ho's networks."""
-    assert vars(DIALECTS["ho"]) == HO
-    defaults = signature(UNet2DModel).parameters
-    for name, value in vars(DIALECTS["diffusers"]).items():
-        assert value == defaults[name].default
 
 
 def test_time_embedding_is_the_papers():

@@ -31,8 +31,8 @@ from functions.sampling.interpolation import (
 from functions.sampling.options import SamplerOptions
 from functions.support.errors import UserError
 from functions.timesteps import sampling_times
-from tests.conftest import CPU, call, image_sampler_of
-from tests.functions.known_denoisers import Gaussian, double, ideal
+from tests.conftest import CPU, call, image_sampler_of, pixels_of
+from tests.functions.known_denoisers import white
 
 SCHEDULER = NoiseScheduler(1000)
 # An image has four pixels, each like its neighbours: the first two, its first row, are kept.
@@ -218,7 +218,7 @@ def test_mixtures_of_the_noise_of_two_images_are_mixtures_of_the_images():
     noise of an image is a multiple of the image, and the two ends, which are orthogonal and of
     equal length, are mixed by cosine and sine.
     """
-    network = ideal(Gaussian(double(0.0), double(0.5)), NoiseScheduler(1000)).network
+    network = white(0.5, NoiseScheduler(1000)).network
     image_sampler = image_sampler_of(network, 1000)
     x = image_sampler.noise([0]).draw() / 2
     ends = torch.cat([x, x.flip(3) * torch.tensor([1.0, -1.0]).repeat(8)])
@@ -239,8 +239,7 @@ def test_mixtures_of_the_noise_of_two_images_are_mixtures_of_the_images():
 
 def test_variations_differ_more_the_deeper_they_come_from():
     """The network is the ideal one for pixels from N(0, 0.5^2), so it returns draws of these."""
-    data = Gaussian(double(0.0), double(0.5))
-    image_sampler = image_sampler_of(ideal(data, NoiseScheduler(100)).network)
+    image_sampler = image_sampler_of(white(0.5, NoiseScheduler(100)).network)
     x_0 = 0.5 * torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(1)).clamp(-1.9, 1.9)
     near, middle, far = (variations(image_sampler, x_0, t, range(6)) for t in (4, 29, 99))
     assert (near - x_0).std() < (middle - x_0).std() < (far - x_0).std()
@@ -258,7 +257,7 @@ def test_the_script_interpolates_between_images_of_the_seed(tiny_run, tmp_path, 
     So do they as mixtures at depth 0, where nothing is noised.
     """
     call(sample.main, tiny_run, "--n", 4, "--steps", 5, "--individual", "--out", tmp_path)
-    own = [np.asarray(Image.open(tmp_path / f"0000{i}.png")).astype(int) for i in range(4)]
+    own = [pixels_of(tmp_path / f"0000{i}.png").astype(int) for i in range(4)]
     flags = "--steps 5 --batch-size 4 --depths 0,0.2,0.295,1 --out"
     call(edit.main, "interpolate", 1, 3, tiny_run, *flags.split(), tmp_path)
     columns, titles, path, rows = saved.call_args.args

@@ -34,8 +34,6 @@ def test_a_step_is_the_nearest_snapshot_or_checkpoint(run):
     ):
         assert find_guide(step, saved) == run / f"{file}.safetensors"
     assert find_guide(str(run), late) == run
-    with pytest.raises(UserError, match='--guide "" names neither'):
-        call(sample.main, run, *FEW, "--guide", "")
     with pytest.raises(UserError, match="snapshot-every"):
         find_guide("4", load_weights(checkpoints_of(run, "snapshots")[0]))
 

@@ -163,19 +163,6 @@ def test_two_commands_that_start_at_once_do_not_mix_their_samples(
     assert [path.name for path in tmp_path.iterdir()] == ["samples.json"]
 
 
-@pytest.mark.slow
-def test_figures_and_the_animation_have_their_frames(tiny_run, tmp_path, capsys):
-    """They show the noise and all steps, or nine of them."""
-    flags = "--steps 12 --n 4 --gif --strip --progressive"
-    call(sample.main, tiny_run, *flags.split(), "--out", tmp_path)
-    printed = capsys.readouterr().out
-    assert "EMA weights after 10 of 10 steps" in printed
-    assert f"wrote {tmp_path / 'grid.png'}" in printed
-    assert Image.open(tmp_path / "denoising.gif").n_frames == 13
-    for name in ("strip.png", "progressive.png"):
-        assert Image.open(tmp_path / name).width > 9 * 100
-
-
 @pytest.mark.parametrize("name", ["00003.png", "strip.png"])
 def test_images_of_unknown_origin_are_not_gone_on_with(name, tiny_run, tmp_path):
     """Without a manifest, or with one that is cut short, nobody knows what they are."""

@@ -116,22 +116,16 @@ def test_the_instructions_of_a_cpu_are_read(cpuinfo, has, monkeypatch, tmp_path)
     assert cpu_has_bfloat16() == has
 
 
-@pytest.mark.parametrize(
-    ("message", "memory"),
-    [
-        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
-        ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", True),
-        ("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED", False),
-    ],
-)
-def test_libraries_that_have_no_memory(message, memory):
-    assert is_out_of_memory(RuntimeError(message)) == memory
-
-
-def test_a_cpu_that_has_no_memory():
+def test_a_cpu_and_libraries_that_have_no_memory():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60)
     assert is_out_of_memory(caught.value)
+    for message, memory in {
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`": True,
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED": True,
+        "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED": False,
+    }.items():
+        assert is_out_of_memory(RuntimeError(message)) == memory
 
 
 def test_adam_skips_a_step_on_mps_too():

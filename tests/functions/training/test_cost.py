@@ -40,16 +40,12 @@ def test_a_dry_run_says_the_hours_of_the_steps_to_go(unfinished, pictures, monke
         assert "24 hours are 4.8 epochs" in description
 
 
-def test_a_schedule_that_ends_too_early_is_warned_of_with_what_helps(trained, capsys):
-    trained("--dry-run", "--diffusion.rescale-betas", "false")
-    said = "starts from pure noise; set rescale_betas = True and beta_end = 0.02\n"
-    assert said in capsys.readouterr().out
-
-
-def test_a_warm_up_or_an_average_longer_than_the_run_is_warned_of(trained, capsys):
+def test_what_does_not_fit_the_length_of_the_run_or_of_the_schedule_is_warned_of(trained, capsys):
     """The run has 10 steps, so a warm-up of 200 reaches 10 / 201 of the rate."""
-    trained("--dry-run", "--diffusion.warmup-steps", 200, "--diffusion.ema-decay", 0.99)
+    flags = "--diffusion.warmup-steps 200 --diffusion.ema-decay 0.99"
+    trained("--dry-run", "--diffusion.rescale-betas", "false", *flags.split())
     printed = capsys.readouterr().out
+    assert "starts from pure noise; set rescale_betas = True and beta_end = 0.02\n" in printed
     assert "warmup_steps is 200, and the run has 10 steps: the learning rate rises to 5%" in printed
     assert "ema_decay = 0.99 is for an average over 100 steps, and the run has 10 " in printed
 

@@ -5,7 +5,6 @@ import shutil
 from dataclasses import replace
 
 import pytest
-import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 import train
@@ -40,8 +39,7 @@ def test_a_run_begins_with_the_averaged_weights_of_another(tiny_run, pictures, t
     with open_run(args, CPU, SINGLE_PROCESS) as run:
         pass
     assert same(run.parts()["model"], run.parts()["ema"])
-    for name, weight in run.parts()["ema"].items():
-        assert torch.equal(weight, before.weights[name])
+    assert same(run.parts()["ema"], before.weights)
     assert f"begins as  {tiny_run}" in run.describe()
     assert "another split" not in run.provenance["initial"]
     other_split = replace(before, provenance=before.provenance | {"train_ids_hash": "0"})
@@ -186,7 +184,3 @@ def test_a_resumed_run_remembers_where_it_began(tiny_run, trained, tmp_path, cap
     assert capsys.readouterr().out.count(f"begins as  {initial}") == 2
     assert len([*run.parent.iterdir()]) == 1
     assert newest(run)["run"]["step"] == 10
-
-    with pytest.raises(SystemExit):
-        trained("--resume", run, "--init", source)
-    assert "--init starts a new run, but --resume continues one" in capsys.readouterr().err

@@ -5,7 +5,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import sample
 import train
@@ -17,7 +16,7 @@ from functions.denoiser import OBJECTIVES
 from functions.noise_scheduler import NoiseScheduler
 from functions.training.draws import training_draws
 from functions.training.metrics import read_metrics
-from tests.conftest import TRAINED, call, train_tiny
+from tests.conftest import TRAINED, call, pixels_of, train_tiny
 from tests.functions.test_denoiser import X_0
 
 
@@ -59,8 +58,8 @@ def assert_samples_are_the_grid(run, sampler, out):
     In memory the two networks are laid out differently.
     """
     call(sample.main, run, "--n", 4, "--sampler", sampler, "--steps", 4, "--out", out)
-    training = np.asarray(Image.open(run / "samples" / "step-00000010.png"))
-    script = np.asarray(Image.open(out / "grid.png"))
+    training = pixels_of(run / "samples" / "step-00000010.png")
+    script = pixels_of(out / "grid.png")
     assert abs(training.astype(float) - script).max() <= 2
 
 

@@ -43,7 +43,6 @@ def test_what_a_resumed_run_may_change(unfinished, capsys):
     assert "warning: batch_size was 8, is now 4: no longer bit for bit" in printed
 
     # An epoch has five steps.
-    assert newest(unfinished)["run"]["step"] == 15
     rows = read_metrics(unfinished / "metrics.csv")
     assert [row["step"] for row in rows] == [2, 4, 5, 6, 8, 10, 12, 14, 15]
     assert (

@@ -239,7 +239,6 @@ def test_a_run_that_began_without_a_column_goes_on(tmp_path):
     log.close()
     rows = read_metrics(path)
     assert [(row["eps_error"], row["val_loss_q3"]) for row in rows] == [(0.2, None), (0.1, 0.25)]
-    plot_losses(path, tmp_path / "losses.png")
 
 
 @pytest.mark.parametrize(
