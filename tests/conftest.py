@@ -186,6 +186,12 @@ def image_sampler_of(network, timesteps=100, options=OPTIONS, seed=0, device="cp
     return ImageSampler(denoiser, options, (3, 16, 16), seed, torch.device(device))
 
 
+def normal(seed, *shape, dtype=torch.float32):
+    """Return standard normal numbers of a shape, which follow from the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=dtype)
+
+
 def small_unet(dim_multiply=(1, 2)) -> UNet:
     """Return a small network whose output is not zero."""
     torch.manual_seed(0)

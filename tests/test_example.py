@@ -12,7 +12,7 @@ from functions.denoiser import Denoiser
 from functions.losses import denoising_loss
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import ddpm_sample
-from tests.conftest import ROOT, SMALL_MODEL, small_unet
+from tests.conftest import ROOT, SMALL_MODEL, normal, small_unet
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def scheduler():
 
 
 def test_its_algorithm_2_is_ddpm_sample(network, scheduler):
-    x_T = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    x_T = normal(2, 3, 3, 16, 16)
     # Both draw the noise of the steps from the global generator.
     torch.manual_seed(3)
     samples = example.sample(network, scheduler, x_T)

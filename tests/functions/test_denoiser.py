@@ -13,7 +13,7 @@ from functions.denoiser import OBJECTIVES, Denoiser, Objective
 from functions.losses import denoising_loss, eps_errors
 from functions.noise_scheduler import BETA_SCHEDULES, NoiseScheduler
 from functions.samplers import ddim_sample
-from tests.conftest import small_unet
+from tests.conftest import normal, small_unet
 from tests.functions.known_denoisers import Exact
 
 SCHEDULERS = {name: NoiseScheduler(1000, beta_schedule=name) for name in BETA_SCHEDULES}
@@ -40,10 +40,9 @@ def test_an_unknown_objective_is_refused():
         Denoiser(None, SCHEDULERS["linear"], objective="noise")
 
 
-def normal(seed, count=5):
-    """Draw standard normal images (count, 3, 8, 8) float64."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, 3, 8, 8, generator=generator, dtype=torch.float64)
+def images(seed):
+    """Draw five standard normal images (5, 3, 8, 8) float64."""
+    return normal(seed, 5, 3, 8, 8, dtype=torch.float64)
 
 
 def test_v_keeps_the_digits_of_x_0_that_eps_would_lose():
@@ -53,7 +52,7 @@ def test_v_keeps_the_digits_of_x_0_that_eps_would_lose():
     sqrt(alpha_bar), which is 5e-5 here.
     """
     scheduler = SCHEDULERS["cosine"]
-    truths = normal(1), normal(2)
+    truths = images(1), images(2)
     x_0, noise = truths
     v = scheduler.v(x_0, 999, noise).float()
     x_t = scheduler.q_sample(x_0, 999, noise).float()
@@ -68,7 +67,7 @@ def test_v_keeps_the_digits_of_x_0_that_eps_would_lose():
 def test_losses_are_squared_errors_of_the_target_and_convert_into_those_of_eps(objective, schedule):
     """The next test compares v and the predicted eps with those of diffusers."""
     scheduler = SCHEDULERS[schedule]
-    x_0, noise, output = (normal(seed) for seed in (1, 2, 3))
+    x_0, noise, output = (images(seed) for seed in (1, 2, 3))
     denoiser = Exact(lambda x_t, t: output, scheduler, objective)
     losses = denoising_loss(denoiser, x_0, T, noise)
     target = {"eps": noise, "v": scheduler.v(x_0, T, noise), "x_0": x_0}[objective]
@@ -95,12 +94,12 @@ def test_objectives_are_those_of_diffusers(schedule, theirs, objective):
     theirs.alphas_cumprod = ours.alphas_cumprod
     theirs.set_timesteps(20)
 
-    x_0 = normal(1).clamp(-1, 1)
-    noise = normal(2)
+    x_0 = images(1).clamp(-1, 1)
+    noise = images(2)
     assert_close(ours.v(x_0, T, noise), theirs.get_velocity(x_0, noise, T))
 
     # Our network and theirs say the same, whatever it is.
-    output = normal(3)
+    output = images(3)
     denoiser = Exact(lambda x_t, t: output, ours, objective)
     for t in (950, 500, 50):
         x_t = ours.q_sample(x_0, t, noise)
@@ -116,7 +115,7 @@ def test_objectives_are_those_of_diffusers(schedule, theirs, objective):
 
 
 SCHEDULER = NoiseScheduler(1000)
-X_T = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+X_T = normal(0, 2, 3, 16, 16)
 
 
 @torch.no_grad()

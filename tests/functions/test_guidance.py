@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from functions.guidance import Guided
 from functions.noise_scheduler import NoiseScheduler
-from tests.conftest import image_sampler_of, small_unet
+from tests.conftest import image_sampler_of, normal, small_unet
 from tests.functions.known_denoisers import IMAGES, Exact, ideal
 from tests.functions.test_samplers import all_samplers
 
@@ -32,7 +32,7 @@ def test_the_guided_x_0_is_on_the_line_through_both(w, schedule):
         return torch.zeros_like(x_t)
 
     guided = Guided(ideal(IMAGES, scheduler), Exact(zero, scheduler, "v"), w)
-    x_t = torch.randn(3, 192, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x_t = normal(0, 3, 192, dtype=torch.float64)
     inside = []
     for t, a in enumerate(scheduler.alphas_cumprod.tolist()):
         gain = a**0.5 * IMAGES.std**2 / (a * IMAGES.std**2 + 1 - a)
@@ -57,7 +57,7 @@ def test_the_guided_x_0_is_on_the_line_through_both(w, schedule):
 def test_what_changes_nothing_changes_no_bit(network, row, clip):
     """A weight of 1 and a guide that is the model do nothing."""
     plain = image_sampler_of(network, 1000).denoiser
-    draws = torch.randn(6, 2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    draws = normal(0, 6, 2, 3, 16, 16)
 
     def sampled(denoiser):
         options = {"clip_x_0": clip, "step_noise": draws.__getitem__, **row.options}

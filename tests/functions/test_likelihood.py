@@ -24,6 +24,7 @@ from functions.likelihood import (
 )
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import VARIANCES
+from tests.conftest import normal
 
 LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
 
@@ -33,8 +34,7 @@ LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
 def test_kl_is_that_of_torch_distributions(variance, t):
     """The truth builds both distributions as objects of PyTorch and asks for their divergence."""
     scheduler = NoiseScheduler(1000)
-    generator = torch.Generator().manual_seed(t)
-    x_0, predicted, x_t = torch.randn(3, 4, 3, 4, 4, dtype=torch.float64, generator=generator)
+    x_0, predicted, x_t = normal(t, 3, 4, 3, 4, 4, dtype=torch.float64)
     times = torch.full((4,), t)
     sigma_squared = model_variance(scheduler, times, variance)
 

@@ -10,6 +10,7 @@ import torch
 from functions.noise_scheduler import BETA_SCHEDULES, NoiseScheduler
 from functions.samplers import SAMPLERS, ddim_invert, ddim_sample
 from functions.timesteps import sampling_times
+from tests.conftest import normal
 from tests.functions.known_denoisers import (
     IMAGES,
     MIXTURE,
@@ -121,7 +122,7 @@ def test_the_error_falls_with_the_order(row, options, spacing):
     """
     scheduler = NoiseScheduler(T)
     a, a_end = scheduler.alphas_cumprod[[START, STOP]]
-    x_T = torch.randn(8, 192, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x_T = normal(0, 8, 192, dtype=torch.float64)
     exact = a_end.sqrt() * IMAGES.path(x_T / a.sqrt(), sigmas(a), sigmas(a_end))
     errors = []
     for steps in (128, 256, 512):
@@ -165,8 +166,7 @@ def test_inversion_and_the_way_back_have_order_1(schedule):
     """
     scheduler = NoiseScheduler(T, beta_schedule=schedule)
     denoiser = ideal(IMAGES, scheduler)
-    normal = torch.randn(8, 192, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    x_0 = IMAGES.mean + IMAGES.std * normal
+    x_0 = IMAGES.mean + IMAGES.std * normal(0, 8, 192, dtype=torch.float64)
     first, last = sigmas(scheduler.alphas_cumprod[[0, -1]])
     noise = IMAGES.path(x_0, double(0.0), last) * scheduler.alphas_cumprod[-1].sqrt()
 

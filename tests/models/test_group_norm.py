@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from models.group_norm import ChannelsLastNorm, GroupNorm
+from tests.conftest import normal
 
 
 class OnCuda(torch.Tensor):
@@ -19,8 +20,7 @@ def output_and_gradients(y, *inputs):
 
     For this gradient of y, each of its terms is a large part of it.
     """
-    generator = torch.Generator().manual_seed(1)
-    noise = torch.randn(y.shape, generator=generator).to(y.dtype)
+    noise = normal(1, *y.shape).to(y.dtype)
     gradients = torch.autograd.grad(y, inputs, noise + 0.3 + 0.3 * y.detach())
     return [y, *gradients, gradients[0].sum((2, 3), dtype=torch.float32)]
 

@@ -18,7 +18,7 @@ from functions.evaluation.bits_per_dim import (
     measure_bits_per_dim,
 )
 from functions.noise_scheduler import NoiseScheduler
-from tests.conftest import LittleMemory
+from tests.conftest import LittleMemory, normal
 from tests.functions.known_denoisers import Gaussian, double, ideal
 
 # The Gaussian data have this mean and this standard deviation in each pixel.
@@ -28,8 +28,7 @@ S = 0.3
 
 def gaussian_images(count, size):
     """Draw images (count, 3, size, size) float32."""
-    generator = torch.Generator().manual_seed(0)
-    return MU + S * torch.randn(count, 3, size, size, generator=generator)
+    return MU + S * normal(0, count, 3, size, size)
 
 
 def best_denoiser(scheduler, most=64**2):
@@ -136,8 +135,7 @@ HELD_OUT = np.arange(2, 10)
 def small_measurement(indices=HELD_OUT, batch_size=8):
     """Measure some of ten images, by a network that has memory for `most` of them."""
     scheduler = NoiseScheduler(40)
-    generator = torch.Generator().manual_seed(0)
-    x_0 = torch.randn(10, 3, 4, 4, generator=generator).clamp(-1, 1)
+    x_0 = normal(0, 10, 3, 4, 4).clamp(-1, 1)
     denoiser = best_denoiser(scheduler, batch_size)
     return measure(denoiser, x_0, indices, t_stride=3, batch_size=batch_size)
 

@@ -15,7 +15,7 @@ from data.pixels import to_model_range
 from functions.evaluation import fidelity
 from functions.evaluation.feature_distance import Features
 from functions.support.errors import UserError
-from tests.conftest import HELD_OUT, TRAINED, call
+from tests.conftest import HELD_OUT, TRAINED, call, normal
 
 
 def distances(capsys, *arguments):
@@ -31,11 +31,6 @@ def loaded(name, size):
     return load_images(str(name), size).images.copy()
 
 
-def seeded():
-    """Return a random generator that starts anew, with seed 0."""
-    return torch.Generator().manual_seed(0)
-
-
 def test_the_feature_distance_orders_the_obvious():
     """Held-out images are nearest, then tinted ones; noise is very far."""
     people = to_model_range(loaded("emoji_people", 32))
@@ -43,7 +38,7 @@ def test_the_feature_distance_orders_the_obvious():
     features = Features([people[np.arange(len(people)) % 9 > 0]])
     tint = torch.tensor([20, 0, -20]).view(3, 1, 1) / 255
     tinted = (held_out + tint).clamp(-1, 1)
-    noise = torch.randn(held_out.shape, generator=seeded()).clamp(-1, 1)
+    noise = normal(0, *held_out.shape).clamp(-1, 1)
 
     # How the images are divided into batches does not matter.
     of_held_out, of_tinted, of_noise = (
@@ -62,7 +57,7 @@ def test_the_frechet_distance_of_gaussians_is_the_closed_form():
     features = Features(images)
     assert features.distance(features(images)) == pytest.approx(0, abs=1e-9)
 
-    drawn = torch.randn(200_000, 2, generator=seeded(), dtype=torch.float64)
+    drawn = normal(0, 200_000, 2, dtype=torch.float64)
     rotation = torch.tensor([[0.6, 0.8], [-0.8, 0.6]], dtype=torch.float64)
     drawn = drawn * torch.tensor([2, 3]) @ rotation + 1
     assert features.distance(drawn) == pytest.approx(2 + 1 + 4, rel=0.02)

@@ -24,14 +24,14 @@ from functions.saved.checkpoint import load_weights
 from functions.saved.run_folder import checkpoints_of
 from functions.support.errors import UserError
 from functions.support.random_numbers import ImageNoise
-from tests.conftest import call, image_sampler_of, train_tiny
+from tests.conftest import call, image_sampler_of, normal, train_tiny
 from tests.functions.known_denoisers import mean_and_variance, white
 
 FEW = ["--sampler", "dpm++", "--steps", 3, "--n", 3, "--device", "cpu"]
 COSINE = NoiseScheduler(1000, beta_schedule="cosine")
 STD = 0.2
 WHITE = white(STD, COSINE)
-SMALL = 0.1 * torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+SMALL = 0.1 * normal(0, 64, 3, 8, 8)
 
 
 def shrunk(images):

@@ -33,7 +33,7 @@ from functions.training.metrics import (
 )
 from functions.training.run import TrainingRun, learning_rate
 from functions.training.validation import validation_losses
-from tests.conftest import CPU, HELD_OUT, LittleMemory, newest
+from tests.conftest import CPU, HELD_OUT, LittleMemory, newest, normal
 
 
 def test_the_noised_image_is_in_float32_whatever_the_network_computes_in():
@@ -81,8 +81,7 @@ def test_no_two_images_of_a_seed_have_the_same_noise():
 
     # This is the definition: the hash of seed and purpose, plus the index.
     start = int.from_bytes(hashlib.blake2b(b"3/image", digest_size=4).digest(), "little")
-    generator = torch.Generator().manual_seed((start + 5) % 2**32)
-    expected = torch.randn(3, 4, 4, generator=generator)
+    expected = normal((start + 5) % 2**32, 3, 4, 4)
     assert torch.equal(ImageNoise(3, [5], (3, 4, 4)).draw()[0], expected)
 
 
