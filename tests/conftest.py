@@ -24,6 +24,7 @@ from functions.sampling.generation import ImageSampler
 from functions.sampling.options import SamplerOptions
 from functions.saved import run_folder
 from functions.saved.checkpoint import verify_checkpoint
+from functions.support.errors import UserError
 from functions.training import recorder
 from models.unet import UNet
 
@@ -220,6 +221,11 @@ class LittleMemory(torch.nn.Module):
         if len(batch) > self.most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return self.network(batch, *t)
+
+
+def refused(sentence, error=UserError):
+    """Return a context that must end in this error, whose sentence matches a regular expression."""
+    return pytest.raises(error, match=sentence)
 
 
 @contextmanager

@@ -19,8 +19,7 @@ from benchmarks import compare, same_hour
 from benchmarks import first_day_on_a_gpu as first_day
 from benchmarks.compare import COLUMNS
 from config import EXPERIMENTS
-from functions.support.errors import UserError
-from tests.conftest import HELD_OUT, SMALL_MODEL, call
+from tests.conftest import HELD_OUT, SMALL_MODEL, call, refused
 
 SMALL = replace(EXPERIMENTS["ffhq-run2"].model, **SMALL_MODEL)
 
@@ -88,7 +87,7 @@ def test_our_program_is_timed_trained_and_drawn_beside_one_that_fails(
     monkeypatch.setattr(same_hour, "PROGRAMS", programs)
     arguments = (pictures, "--minutes", 16, "--seed", 3, "--out", tmp_path)
     for _ in range(2):
-        with pytest.raises(UserError, match="no results of diffusers; the same command trains"):
+        with refused("no results of diffusers; the same command trains"):
             call(same_hour.main, *arguments)
         assert "RuntimeError: no memory" in capsys.readouterr().err
     # It is timed once, and trained once.

@@ -19,6 +19,7 @@ from config import (
 )
 from functions.noise_scheduler import NoiseScheduler
 from functions.support.settings import fields_with
+from tests.conftest import refused
 
 # These are the fields that the reference's own script gives.
 DIFFUSION = dict(
@@ -169,7 +170,7 @@ def test_a_field_that_does_not_fit_says_what_would(row):
         config = ModelConfig(**MODEL)
     config = replace(config, **dict(*others))
 
-    with pytest.raises(ConfigError, match=re.escape(what_fits)) as error:
+    with refused(re.escape(what_fits), ConfigError) as error:
         replace(config, **{field: value})
 
     message = str(error.value)
@@ -188,12 +189,12 @@ def test_what_is_probably_not_meant_is_warned_of():
 
 def test_a_saved_config_with_unknown_or_missing_fields():
     saved = EXPERIMENTS["faces-v"].to_dict()
-    with pytest.raises(ConfigError, match="diffusion"):
+    with refused("diffusion", ConfigError):
         Experiment.from_dict({"model": saved["model"]})
 
     # A run of an earlier version has fields that went, such as this one.
     saved["diffusion"]["recompute"] = "norms"
-    with pytest.raises(ConfigError, match=r"'recompute'.*CHANGELOG\.md says"):
+    with refused(r"'recompute'.*CHANGELOG\.md says", ConfigError):
         Experiment.from_dict(saved)
 
 

@@ -25,8 +25,7 @@ from functions.sampling.generation import generate, open_sampler
 from functions.sampling.interpolation import interpolate_images
 from functions.sampling.options import SamplerOptions, add_sampling_flags
 from functions.support.command_line import Parser
-from functions.support.errors import UserError
-from tests.conftest import call, pixels_of, train_tiny
+from tests.conftest import call, pixels_of, refused, train_tiny
 
 pytest.importorskip("playwright", reason="requirements-dev.txt is not installed")
 # Gradio takes seconds to import, which tests that are not slow need not wait for.
@@ -215,7 +214,7 @@ def test_paint(page, run, tmp_path):
 
     from demo import paint  # This imports Gradio.
 
-    with pytest.raises(UserError, match="with --temperature 1"):
+    with refused("with --temperature 1"):
         paint(sampler_of(run, "--temperature", "0.5"), 1, {})
 
 

@@ -27,9 +27,9 @@ from functions.sampling.guides import guide_beside
 from functions.saved import run_folder
 from functions.saved.checkpoint import load_weights
 from functions.saved.run_folder import PRETRAINED, checkpoints_of, newest_run
-from functions.support.errors import CheckpointError, UserError
+from functions.support.errors import CheckpointError
 from functions.support.pictures import grid_of
-from tests.conftest import HELD_OUT, ROOT, TRAINED, call, pixels_of, train_tiny
+from tests.conftest import HELD_OUT, ROOT, TRAINED, call, pixels_of, refused, train_tiny
 
 TAKEN = (
     "using pretrained/faces.safetensors, which comes with the repository "
@@ -74,7 +74,7 @@ def test_without_a_run_the_box_is_sampled_and_evaluated_and_says_so(
 
     # The model is taken by its name: neither for another experiment, nor another file.
     assert newest_run(Path("runs"), "fa") == box / "faces.safetensors"
-    with pytest.raises(CheckpointError, match=r"no run of an experiment another\*"):
+    with refused(r"no run of an experiment another\*", CheckpointError):
         newest_run(Path("runs"), "another")
     for main, *flags in (
         (evaluate.main, "--images", 2, "--t-stride", 50),
@@ -108,7 +108,7 @@ def test_only_sampling_works_without_the_photos(pictures, tmp_path, monkeypatch,
     assert grid.width / grid.height == pytest.approx(5 / 4, rel=0.02)
 
     needed = f"needs the images that {boxed} was trained on: FFHQ was not found at .*--data NAME"
-    with pytest.raises(UserError, match=needed) as caught:
+    with refused(needed) as caught:
         call(evaluate.main)
     assert "\n" not in str(caught.value)
 
@@ -173,7 +173,7 @@ def test_a_run_is_boxed_with_a_guide_and_a_card(trained, pictures, tmp_path, mon
     assert guide.read_bytes() == early.read_bytes()
     assert "--model.base-dim 32" in card_row(boxed, "command of the guide")
     for path in (late, checkpoints_of(other)[0]):
-        with pytest.raises(UserError, match=r"is no snapshot of step 3 and of the images of"):
+        with refused(r"is no snapshot of step 3 and of the images of"):
             call(pretrained.main, run, path)
 
     # A model without flags of its own enlarges, and has the size for it.
@@ -185,9 +185,9 @@ def test_a_run_is_boxed_with_a_guide_and_a_card(trained, pictures, tmp_path, mon
     monkeypatch.setattr(pretrained, "ENLARGERS", [boxed])
     monkeypatch.setitem(FLAGS, "base", FLAGS["faces"])
     monkeypatch.delitem(FLAGS, "faces")
-    with pytest.raises(UserError, match=r"it must draw \(3, 32, 32\)"):
+    with refused(r"it must draw \(3, 32, 32\)"):
         call(pretrained.main, run)
-    with pytest.raises(UserError, match="faces enlarges, without a guide"):
+    with refused("faces enlarges, without a guide"):
         call(pretrained.main, run, early)
     assert not boxed.exists()
     size = ("--model.image-size", 32, "--model.lowest-resolution-size", 16)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from data import datasets
 from data.datasets import ImageSet, load_images, split_images
-from functions.support.errors import UserError
+from tests.conftest import refused
 from tests.data.packing import IMAGES, TREE, encoded, write_folder, write_npz, write_zip
 
 PREVIEW = encoded(IMAGES[0])
@@ -47,7 +47,7 @@ def test_the_embedded_set_and_the_people_in_it(data_folder):
 
 def test_ffhq_is_found_in_every_place(data_folder, tmp_path):
     place = data_folder / "FFHQ"
-    with pytest.raises(UserError, match=f"FFHQ was not found at {place} .*docs/ffhq.md"):
+    with refused(f"FFHQ was not found at {place} .*docs/ffhq.md"):
         load_images("FFHQ", 8)
 
     def check():
@@ -65,7 +65,7 @@ def test_ffhq_is_found_in_every_place(data_folder, tmp_path):
     # A picture without a number, or a second one with the same number, would be trained on, too.
     for stray in ("teaser.png", "00003.png"):
         (copy / stray).touch()
-        with pytest.raises(UserError, match="a number of its own"):
+        with refused("a number of its own"):
             load_images("FFHQ", 8)
         (copy / stray).unlink()
     place.unlink()
@@ -150,7 +150,7 @@ def test_an_image_stays_on_its_side_whatever_is_added_or_missing():
     # One image at least is held out, and all the same names are on one side.
     trained = [name for name in names if name not in held_out][:20]
     assert held_out_names(named_set(trained, "name")) == {min(trained, key=digests.get)}
-    with pytest.raises(UserError, match=r"0 images train, 9 validate .*: too few; folders"):
+    with refused(r"0 images train, 9 validate .*: too few; folders"):
         split_images(named_set([f"{i}/face.png" for i in range(9)], "name"), "reference")
 
 

@@ -15,8 +15,7 @@ from PIL import Image
 
 from data import packed
 from data.decode import fit_square
-from functions.support.errors import UserError
-from tests.conftest import linux, posix, rights_of_others
+from tests.conftest import linux, posix, refused, rights_of_others
 from tests.data.packing import (
     IMAGES,
     encoded,
@@ -131,7 +130,7 @@ def test_a_pack_that_is_deleted_while_it_is_made_is_one_sentence(path, monkeypat
         return fit_square(pixels, image_size)
 
     monkeypatch.setattr(packed, "fit_square", fit_and_delete)
-    with pytest.raises(UserError, match=r"set-8px.packed was deleted .* start again"):
+    with refused(r"set-8px.packed was deleted .* start again"):
         load(path)
 
 
@@ -143,9 +142,7 @@ def test_another_users_outdated_pack_is_one_sentence(path):
         # While it fits, it is used.
         assert_array_equal(load(path).images, IMAGES)
         os.utime(path / "00003.png", ns=(1, 1))
-        with pytest.raises(
-            UserError, match=r"set-8px.packed .* is another user's .* delete it and"
-        ):
+        with refused(r"set-8px.packed .* is another user's .* delete it and"):
             load(path)
 
 
@@ -156,7 +153,7 @@ def test_bad_images_are_left_out_and_counted(tmp_path, capsys, monkeypatch):
     (path / "00002.png").write_bytes((path / "00002.png").read_bytes()[:100])
     (path / "00005.png").write_text("<html>quota exceeded</html>")
 
-    with pytest.raises(UserError, match=r"2 unusable.*1 allowed.*00002\.png \(cannot be decoded"):
+    with refused(r"2 unusable.*1 allowed.*00002\.png \(cannot be decoded"):
         load(path, max_bad_images=1)
     assert "98 images at 8x8, 2 left out" in capsys.readouterr().out
 
@@ -165,7 +162,7 @@ def test_bad_images_are_left_out_and_counted(tmp_path, capsys, monkeypatch):
     pack = load(path, max_bad_images=2)
     assert pack.ids == [number for number in range(100) if number not in (2, 5)]
     assert_array_equal(pack.images, images[pack.ids])
-    with pytest.raises(UserError, match="2 unusable"):
+    with refused("2 unusable"):
         load(path)
 
 
@@ -203,7 +200,7 @@ def test_a_damaged_member_of_a_zip_is_one_bad_image(tmp_path, method, damage):
         content[header + 20 : header + 24] = (100).to_bytes(4, "little")
     path.write_bytes(content)
 
-    with pytest.raises(UserError, match=r"set.zip: 1 unusable.* 5.png \(cannot be read \(\w+: "):
+    with refused(r"set.zip: 1 unusable.* 5.png \(cannot be read \(\w+: "):
         load(path)
     assert load(path, max_bad_images=1).ids == [0, 1, 2, 3, 4, 6, 7, 8, 9]
 
@@ -222,7 +219,7 @@ def test_an_error_of_the_disk_names_the_archive_and_its_member(tmp_path, monkeyp
 def test_a_set_without_one_good_image_is_an_error(tmp_path):
     path = write_folder(tmp_path / "set", [], more={"\x1b.png": b""})
     # A name must not control the terminal.
-    with pytest.raises(UserError, match=r"none of its images can be used: \\x1b.png: empty file"):
+    with refused(r"none of its images can be used: \\x1b.png: empty file"):
         load(path, max_bad_images=5)
 
 

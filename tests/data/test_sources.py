@@ -14,8 +14,7 @@ from pyarrow import parquet
 
 from config import EXPERIMENTS
 from data.sources import find_source
-from functions.support.errors import UserError
-from tests.conftest import posix
+from tests.conftest import posix, refused
 from tests.data.packing import (
     IMAGES,
     TREE,
@@ -102,7 +101,7 @@ def test_images_beside_archives(tmp_path):
     write_folder(path)
     assert find_source(path).ignored == {".zip": 1}
     write_npz(path / "masks" / "b.npz", IMAGES)
-    with pytest.raises(UserError, match=r"10 images, such as 00000.png, and 2 archives, such as a"):
+    with refused(r"10 images, such as 00000.png, and 2 archives, such as a"):
         find_source(path)
 
 
@@ -160,7 +159,7 @@ def test_what_is_no_file_is_one_bad_image(tmp_path):
     # A folder is no image.
     (path / "00012.png").mkdir()
 
-    with pytest.raises(UserError, match=r"set: 2 unusable image.* \(not a file\)"):
+    with refused(r"set: 2 unusable image.* \(not a file\)"):
         load(path)
     assert load(path, max_bad_images=2).ids == NUMBERS
 
@@ -198,9 +197,7 @@ def test_arrays_and_tables_without_one_set_of_images_are_refused(tmp_path):
     lists = [[{"bytes": PICTURE, "path": "a name"}]]
     parquet.write_table(pa.table({"image": lists}), tmp_path / "lists.parquet")
     for path in tmp_path.iterdir():
-        with pytest.raises(
-            UserError, match=rf"{path.name} has . (uint8 arrays|columns).* must have one"
-        ):
+        with refused(rf"{path.name} has . (uint8 arrays|columns).* must have one"):
             find_source(path)
 
 
@@ -208,7 +205,7 @@ def test_a_row_without_an_image_is_one_bad_image(tmp_path):
     path = tmp_path / "set.parquet"
     rows = [{"bytes": PICTURE, "path": "a name"}, None, {"bytes": None, "path": "a name"}]
     parquet.write_table(pa.table({"image": rows}), path)
-    with pytest.raises(UserError, match=r"set.parquet: 2 unusable.* first is 1 \(empty file\)"):
+    with refused(r"set.parquet: 2 unusable.* first is 1 \(empty file\)"):
         load(path)
     assert load(path, max_bad_images=2).ids == [0]
 
@@ -216,7 +213,7 @@ def test_a_row_without_an_image_is_one_bad_image(tmp_path):
 def test_parquet_without_pyarrow_says_what_is_missing(tmp_path, monkeypatch):
     path = write_parquet(tmp_path / "set.parquet")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(UserError, match="needs pyarrow: python -m pip install pyarrow"):
+    with refused("needs pyarrow: python -m pip install pyarrow"):
         find_source(path)
 
 
@@ -241,5 +238,5 @@ def test_what_is_no_source_is_said_in_a_sentence(tmp_path):
         ("tar.zip", f"{unusable}.zip file"),
         ("array.npz", f"{unusable}.npz file"),
     ):
-        with pytest.raises(UserError, match=f"{name} {message}"):
+        with refused(f"{name} {message}"):
             find_source(tmp_path / name)

@@ -11,8 +11,7 @@ from numpy.testing import assert_array_equal
 from torchvision.datasets import CIFAR10
 
 from data import datasets, prepare
-from functions.support.errors import UserError
-from tests.conftest import call
+from tests.conftest import call, refused
 from tests.data.packing import random_pixels
 
 DIGITS = random_pixels(47, 28, 28, 1)
@@ -108,17 +107,17 @@ def test_a_damaged_or_missing_set_is_one_sentence(mnist, cifar10, data_folder):
     file = mnist / "train-images-idx3-ubyte"
     for content in (gzip.compress(file.read_bytes()), b"<!DOCTYPE html>", file.read_bytes()[:-1]):
         file.write_bytes(content)
-        with pytest.raises(UserError, match=r"MNIST cannot be read .* Delete a damaged copy"):
+        with refused(r"MNIST cannot be read .* Delete a damaged copy"):
             datasets.load_images("MNIST", 28)
 
     (mnist / "t10k-labels-idx1-ubyte").unlink()
     file.write_bytes(idx(2051, 40, 28, 28, content=DIGITS[:40]))
-    with pytest.raises(UserError, match=r"MNIST cannot be read .* --download"):
+    with refused(r"MNIST cannot be read .* --download"):
         datasets.load_images("MNIST", 28)
 
     # The pickle is not read, because its md5 is wrong.
     (cifar10 / "data_batch_3").write_bytes(b"")
-    with pytest.raises(UserError, match=r"CIFAR10 cannot .* binary version is not read.*download"):
+    with refused(r"CIFAR10 cannot .* binary version is not read.*download"):
         datasets.load_images("CIFAR10", 32)
 
 
@@ -130,12 +129,12 @@ def test_a_set_is_downloaded_only_if_that_is_asked_for(data_folder, monkeypatch)
         raise OSError("no network")
 
     monkeypatch.setattr(CIFAR10, "download", no_network)
-    with pytest.raises(UserError, match="CIFAR10 cannot be read"):
+    with refused("CIFAR10 cannot be read"):
         datasets.load_images("CIFAR10", 32)
     assert not calls
 
-    with pytest.raises(UserError, match="no network"):
+    with refused("no network"):
         call(prepare.main, "CIFAR10", "--download")
     assert calls == [data_folder]
-    with pytest.raises(UserError, match="only CIFAR10 and MNIST can"):
+    with refused("only CIFAR10 and MNIST can"):
         call(prepare.main, "FFHQ", "--download")

@@ -14,8 +14,7 @@ from data.datasets import ImageSet, load_images
 from data.pixels import to_model_range
 from functions.evaluation import fidelity
 from functions.evaluation.feature_distance import Features
-from functions.support.errors import UserError
-from tests.conftest import HELD_OUT, TRAINED, call, normal
+from tests.conftest import HELD_OUT, TRAINED, call, normal, refused
 
 
 def distances(capsys, *arguments):
@@ -119,7 +118,7 @@ def test_of_many_held_out_images_evenly_spaced_ones_are_measured(tmp_path, capsy
 def test_a_distance_without_a_meaning_is_refused(size, trained, message, pictures, tmp_path):
     write_samples(tmp_path, loaded(pictures, size)[:10])
     data = split_folder(pictures, tmp_path / "data", trained)
-    with pytest.raises(UserError, match=message):
+    with refused(message):
         call(evaluate.main, "distance", tmp_path, data)
 
 

@@ -14,8 +14,7 @@ import evaluate
 import sample
 from data.datasets import load_images
 from functions.evaluation import fidelity
-from functions.support.errors import UserError
-from tests.conftest import CPU, HELD_OUT, TRAINED, call
+from tests.conftest import CPU, HELD_OUT, TRAINED, call, refused
 
 FAST = ["--sampler", "ddim", "--steps", 1, "--individual", "--device", "cpu"]
 
@@ -116,24 +115,24 @@ def test_samples_are_compared_as_torch_fidelity_does(weights, grey_run, pictures
     # Nothing is kept, so that other pixels under the same name are measured anew.
     assert [*weights.parents[1].iterdir()] == [weights.parent]
 
-    with pytest.raises(UserError, match="--part is for a data set"):
+    with refused("--part is for a data set"):
         evaluated(capsys, *folders, "--part", "val")
     file = folders[1] / "00003.png"
     data = file.read_bytes()
     file.write_bytes(data[:-40])
-    with pytest.raises(UserError, match=r"b/00003\.png: cannot be decoded"):
+    with refused(r"b/00003\.png: cannot be decoded"):
         evaluated(capsys, *folders)
     Image.new("L", (20, 16)).save(file)
-    with pytest.raises(UserError, match=r"b/00003\.png has another size than 00000\.png"):
+    with refused(r"b/00003\.png has another size than 00000\.png"):
         evaluated(capsys, *folders)
     file.unlink()
-    with pytest.raises(UserError, match=r"b has 7 images; .* without a gap"):
+    with refused(r"b has 7 images; .* without a gap"):
         evaluated(capsys, *folders)
 
 
 def test_too_few_real_images_are_one_sentence():
     few = fidelity.Images(3, read=None)
-    with pytest.raises(UserError, match="there are 3 real images; there must be 4 or more"):
+    with refused("there are 3 real images; there must be 4 or more"):
         fidelity.measure_fidelity(few, few, CPU)
 
 
@@ -143,9 +142,9 @@ def test_weights_that_are_missing_damaged_or_more_than_tensors(weights):
     torch.save(Path(), weights)
     for content in (weights.read_bytes(), b"weights"):
         weights.write_bytes(content)
-        with pytest.raises(UserError, match=r"6726825d\.pth is not the file of https") as error:
+        with refused(r"6726825d\.pth is not the file of https") as error:
             fidelity.inception_weights()
         assert str(error.value).isprintable()
     weights.unlink()
-    with pytest.raises(UserError, match=f"put https.* at {weights}"):
+    with refused(f"put https.* at {weights}"):
         fidelity.inception_weights()

@@ -29,9 +29,8 @@ from functions.sampling.interpolation import (
     variations,
 )
 from functions.sampling.options import SamplerOptions
-from functions.support.errors import UserError
 from functions.timesteps import sampling_times
-from tests.conftest import CPU, call, image_sampler_of, normal, pixels_of
+from tests.conftest import CPU, call, image_sampler_of, normal, pixels_of, refused
 from tests.functions.known_denoisers import white
 
 SCHEDULER = NoiseScheduler(1000)
@@ -164,7 +163,7 @@ def test_image_and_mask_are_cropped_and_resized_alike(files, photo):
     ],
 )
 def test_masks_that_do_not_fit_are_refused(files, message, photo):
-    with pytest.raises(UserError, match=message):
+    with refused(message):
         read_with_mask(*files, (3, 16, 16))
 
 

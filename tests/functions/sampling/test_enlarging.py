@@ -22,9 +22,8 @@ from functions.sampling.generation import step_bar
 from functions.sampling.options import SamplerOptions
 from functions.saved.checkpoint import load_weights
 from functions.saved.run_folder import checkpoints_of
-from functions.support.errors import UserError
 from functions.support.random_numbers import ImageNoise
-from tests.conftest import call, image_sampler_of, normal, train_tiny
+from tests.conftest import call, image_sampler_of, normal, refused, train_tiny
 from tests.functions.known_denoisers import mean_and_variance, white
 
 FEW = ["--sampler", "dpm++", "--steps", 3, "--n", 3, "--device", "cpu"]
@@ -133,7 +132,7 @@ def test_samples_shrink_to_the_small_ones_and_the_manifest_says_what_enlarged_th
     digest = load_weights(checkpoints_of(large)[-1]).digest[:16]
     assert json.loads((folder / "samples.json").read_text())["enlargers"] == digest
     assert SamplerOptions(enlarger_digests=("a", "b")).settings["enlargers"] == "a+b"
-    with pytest.raises(UserError, match="enlargers was None, is now"):
+    with refused("enlargers was None, is now"):
         call(sample.main, tiny_run, *FEW, *enlarge, "--individual", "--out", plain)
     sampler = replace(image_sampler_of(network), precision=torch.bfloat16)
     assert enlarged(sampler, large).enlargers[0].model.precision == torch.bfloat16
@@ -142,5 +141,5 @@ def test_samples_shrink_to_the_small_ones_and_the_manifest_says_what_enlarged_th
     call(sample.main, tiny_run, *FEW, *enlarge)
     assert "30.0/30.0" in capsys.readouterr().err
     assert (next(tiny_run.glob(f"samples/*-{digest}-*")) / "grid.png").is_file()
-    with pytest.raises(UserError, match=r"to enlarge these samples it must draw \(3, 64, 64"):
+    with refused(r"to enlarge these samples it must draw \(3, 64, 64"):
         call(sample.main, tiny_run, *FEW, *enlarge, *enlarge)

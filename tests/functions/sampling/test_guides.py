@@ -9,8 +9,7 @@ import sample
 from functions.sampling.guides import find_guide
 from functions.saved.checkpoint import load_weights
 from functions.saved.run_folder import checkpoints_of, step_of
-from functions.support.errors import UserError
-from tests.conftest import call, train_tiny
+from tests.conftest import call, refused, train_tiny
 
 FEW = ["--sampler", "dpm++", "--steps", 3, "--n", 2, "--device", "cpu", "--individual"]
 
@@ -34,7 +33,7 @@ def test_a_step_is_the_nearest_snapshot_or_checkpoint(run):
     ):
         assert find_guide(step, saved) == run / f"{file}.safetensors"
     assert find_guide(str(run), late) == run
-    with pytest.raises(UserError, match="snapshot-every"):
+    with refused("snapshot-every"):
         find_guide("4", load_weights(checkpoints_of(run, "snapshots")[0]))
 
 
@@ -46,7 +45,7 @@ def test_only_files_of_the_run_have_its_past(run, trained, tmp_path):
         (copy / place).mkdir(exist_ok=True)
         model = copy / place / "step-00000011.safetensors"
         shutil.copy(checkpoints_of(other)[-1], model)
-        with pytest.raises(UserError, match="no earlier snapshots in its run"):
+        with refused("no earlier snapshots in its run"):
             call(sample.main, model, *FEW, "--guide", 4)
     # A resumed run may have more epochs and smaller batches; another version may have other fields.
     saved = load_weights(checkpoints_of(run)[-1])
@@ -58,10 +57,10 @@ def test_only_files_of_the_run_have_its_past(run, trained, tmp_path):
 def test_an_exported_file_has_its_guide_beside_it(run, tmp_path):
     early, *_, last = checkpoints_of(run, "snapshots")
     model = shutil.copy(last, tmp_path / "faces.safetensors")
-    with pytest.raises(UserError, match=r"there is no faces-guide\.safetensors beside it"):
+    with refused(r"there is no faces-guide\.safetensors beside it"):
         find_guide("4", load_weights(model))
     shutil.copy(early, tmp_path / "faces-guide.safetensors")
-    with pytest.raises(UserError, match=r"faces-guide.safetensors is of step 4: use --guide 4"):
+    with refused(r"faces-guide.safetensors is of step 4: use --guide 4"):
         find_guide("99", load_weights(model))
     # The images are those of the run.
     for path in (last, model):
@@ -91,5 +90,5 @@ def test_files_and_the_manifest_hold_the_guide_and_its_weight(run, capsys):
 )
 def test_a_guide_of_another_shape_or_schedule_is_refused(run, trained, flags):
     flags += ["--model.transformer-layers", 0, "--diffusion.epochs", 1]
-    with pytest.raises(UserError, match=r"another shape of images, or another noise schedule"):
+    with refused(r"another shape of images, or another noise schedule"):
         call(sample.main, run, *FEW, "--guide", trained(*flags))

@@ -14,8 +14,7 @@ from PIL import Image
 import sample
 from functions.sampling import generation
 from functions.sampling.samples_folder import image_path
-from functions.support.errors import UserError
-from tests.conftest import call, posix
+from tests.conftest import call, posix, refused
 from tests.forked import Program
 from tests.functions.support.test_processes import two
 
@@ -115,11 +114,11 @@ def test_a_folder_of_other_settings_is_refused(tiny_run, tmp_path):
     ):
         for folder in (single, pictures):
             for kind in ([], ["--individual"]):
-                with pytest.raises(UserError, match="of other settings") as error:
+                with refused("of other settings") as error:
                     call(sample.main, tiny_run / run, *common, folder, *kind, *flags.split())
                 assert re.findall(r"(\w+) was ", str(error.value)) == changed
     # Pictures of other images are refused, too, but not single images of the same settings.
-    with pytest.raises(UserError, match=r"grid was \[0, 1\], is now \[0, 1, 2\]"):
+    with refused(r"grid was \[0, 1\], is now \[0, 1, 2\]"):
         call(sample.main, tiny_run, *common, pictures, "-n", 3)
     assert [contents(single), contents(pictures)] == before
     call(sample.main, tiny_run, "--individual", *common, pictures, "-n", 3)
@@ -158,7 +157,7 @@ def test_two_commands_that_start_at_once_do_not_mix_their_samples(
 
     monkeypatch.setattr(sample, "step_bar", replace_the_manifest)
     monkeypatch.setattr(generation, "step_bar", replace_the_manifest)
-    with pytest.raises(UserError, match=r"other settings \(seed was 1, is now 0\)"):
+    with refused(r"other settings \(seed was 1, is now 0\)"):
         call(sample.main, *command)
     assert [path.name for path in tmp_path.iterdir()] == ["samples.json"]
 
@@ -167,10 +166,10 @@ def test_two_commands_that_start_at_once_do_not_mix_their_samples(
 def test_images_of_unknown_origin_are_not_gone_on_with(name, tiny_run, tmp_path):
     """Without a manifest, or with one that is cut short, nobody knows what they are."""
     Image.new("RGB", (16, 16)).save(tmp_path / name)
-    with pytest.raises(UserError, match=r"samples\.json: there is no such file"):
+    with refused(r"samples\.json: there is no such file"):
         call(sample.main, tiny_run, *FLAGS, "--out", tmp_path)
     for text in ('{"sampler": ', "[]"):
         (tmp_path / "samples.json").write_text(text)
-        with pytest.raises(UserError, match=r"samples\.json: cannot be read"):
+        with refused(r"samples\.json: cannot be read"):
             call(sample.main, tiny_run, *FLAGS, "--out", tmp_path)
     assert [path.name for path in tmp_path.glob("*.png")] == [name]

@@ -23,7 +23,7 @@ from functions.saved.loading import load_denoiser, load_model, rebuild
 from functions.saved.run_folder import find_checkpoints
 from functions.support.errors import CheckpointError, UserError
 from models.unet import UNet
-from tests.conftest import CPU, call
+from tests.conftest import CPU, call, refused
 from tests.small_training import same
 
 UNET, SCHEDULE = "unet/config.json", "scheduler/scheduler_config.json"
@@ -200,7 +200,7 @@ def test_what_cannot_be_exported_leaves_nothing_behind(folder, tmp_path):
         ("theirs", UserError, "theirs exists"),
         ("out", CheckpointError, "no such betas, objective or dim_multiply"),
     ):
-        with pytest.raises(error, match=message):
+        with refused(message, error):
             export(saved, Mock(), tmp_path / name)
     assert [*tmp_path.iterdir()] == [folder]
 
@@ -218,7 +218,7 @@ def test_what_only_a_folder_decides(folder, tmp_path, monkeypatch, capsys):
     assert "steps all, spacing trailing, variance large, clip_x_0 False" in capsys.readouterr().out
     call(sample.main, "theirs", "--n", 2, "--steps", 5)
     assert "variance small, clip_x_0 False" in capsys.readouterr().out
-    with pytest.raises(UserError, match="does not say which images it was trained on"):
+    with refused("does not say which images it was trained on"):
         call(evaluate.main, "theirs")
     call(evaluate.main, "theirs", "--data", "emoji_faces", "--images", 2, "--t-stride", 20)
     # The folder does not say on which images its network was trained, so evaluate.py warns.
@@ -278,7 +278,7 @@ REFUSED = [
 def test_what_another_network_or_schedule_would_need_is_refused(name):
     fields = {**UNet2DModel(**SMALL | HO).config, **DDPMScheduler().config}
     our_config(fields, {})
-    with pytest.raises(ValueError, match=f"unsupported: {name}"):
+    with refused(f"unsupported: {name}", ValueError):
         our_config(fields | {name: "another"}, {})
 
 
@@ -296,7 +296,7 @@ def test_a_folder_is_refused_by_its_field(folder):
 def test_the_comparison_of_the_networks_sees_another_epsilon():
     theirs = network_of(SMALL | HO | {"norm_eps": 1e-5})
     ours = UNet(16, 3, 8, (1, 2), (1,), 16, norm_groups=4)
-    with pytest.raises(ValueError, match="our network computes something else"):
+    with refused("our network computes something else", ValueError):
         copy_weights(theirs, ours, 2)
 
 
@@ -336,14 +336,14 @@ def test_a_name_is_taken_from_the_cache_of_diffusers(folder, tmp_path, monkeypat
     call(sample.main, "me/faces", "--n", 1, "--steps", 2)
     assert "me/faces: no such path; diffusers takes it from its cache" in capsys.readouterr().out
     assert len([*Path("samples").glob("me--faces-*/*me--faces-*-ddpm-2-*-seed0-n1/grid.png")]) == 1
-    with pytest.raises(UserError, match="me/others is no path, and diffusers cannot download it"):
+    with refused("me/others is no path, and diffusers cannot download it"):
         call(sample.main, "me/others")
     # A name in a folder that is there is a path.
-    with pytest.raises(CheckpointError, match="theirs/unet2: there is no such file"):
+    with refused("theirs/unet2: there is no such file", CheckpointError):
         call(sample.main, "theirs/unet2")
 
 
 def test_without_the_package_a_sentence_says_what_to_install(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(UserError, match="install its package: pip install 'diffusers"):
+    with refused("install its package: pip install 'diffusers"):
         load_denoiser(folder)

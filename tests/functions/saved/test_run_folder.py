@@ -8,8 +8,8 @@ import torch
 from functions.saved import run_folder
 from functions.saved.checkpoint import write_tensors
 from functions.saved.run_folder import checkpoints_of, locked, path_of
-from functions.support.errors import CheckpointError, UserError
-from tests.conftest import linux, posix, rights_of_others
+from functions.support.errors import CheckpointError
+from tests.conftest import linux, posix, refused, rights_of_others
 
 
 def make_run(runs, name, steps, total=100):
@@ -46,12 +46,12 @@ def test_the_newest_run_and_its_newest_checkpoint_are_found(tmp_path, capsys):
     for finished in ("faces", "ffhq", "ffhq-run1"):
         assert run_folder.run_to_resume("auto", tmp_path, finished) is None
         assert "WARNING: NOTHING TO RESUME" in capsys.readouterr().err
-        with pytest.raises(UserError, match="no unfinished run"):
+        with refused("no unfinished run"):
             run_folder.run_to_resume("newest", tmp_path, finished)
-    with pytest.raises(UserError, match=f"longer: --resume {done} --diffusion.epochs N;"):
+    with refused(f"longer: --resume {done} --diffusion.epochs N;"):
         run_folder.run_to_resume("newest", tmp_path, "faces")
 
-    with pytest.raises(CheckpointError, match="no run"):
+    with refused("no run", CheckpointError):
         run_folder.newest_run(tmp_path / "missing")
 
 

@@ -12,7 +12,7 @@ from functions.support.device import (
     cpu_has_bfloat16,
     is_out_of_memory,
 )
-from functions.support.errors import UserError
+from tests.conftest import refused
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -38,7 +38,7 @@ def test_each_process_has_a_gpu_that_is_there(monkeypatch):
     for name, index in (("cuda:1", None), ("auto", 1), ("cuda", 1), ("cuda:0", 1)):
         assert choose_device(name, index).index == 1
     assert chosen == [torch.device("cuda", 1)] * 4
-    with pytest.raises(UserError, match="'cuda:2'; it must be"):
+    with refused("'cuda:2'; it must be"):
         choose_device("cuda:2")
 
 
@@ -76,7 +76,7 @@ def test_a_training_has_the_fastest_precision_of_the_device(
     if isinstance(expected, torch.dtype):
         assert choose_precision(name, device, previous) == expected
     else:
-        with pytest.raises(UserError, match=expected):
+        with refused(expected):
             choose_precision(name, device, previous)
 
 

@@ -12,10 +12,9 @@ from config import ConfigError, Experiment
 from data.datasets import hash_ids
 from functions.saved.checkpoint import verify_checkpoint, write_tensors
 from functions.saved.run_folder import checkpoints_of, locked
-from functions.support.errors import UserError
 from functions.training import opening
 from functions.training.metrics import read_metrics
-from tests.conftest import call, newest, posix, terminate
+from tests.conftest import call, newest, posix, refused, terminate
 from tests.kill import assert_same_run
 from tests.small_training import same
 
@@ -23,15 +22,15 @@ from tests.small_training import same
 @pytest.mark.slow
 @posix
 def test_what_a_resumed_run_may_change(unfinished, capsys):
-    for refused, message in {
+    for flags, message in {
         "--diffusion.optimizer adam --model.base-dim 16": "diffusion.optimizer, model.base_dim",
         "--diffusion.batch-size 4": "cannot change diffusion.batch_size",
         # It has done 7 steps, and an epoch has five.
         "--diffusion.epochs 1": "finished with 1 epochs of 5 steps, as 7 steps are done",
         "ffhq-full": "a run of 'faces', not of 'ffhq-full'",
     }.items():
-        with pytest.raises(ConfigError, match=message):
-            call(train.main, *refused.split(), "--resume", unfinished)
+        with refused(message, ConfigError):
+            call(train.main, *flags.split(), "--resume", unfinished)
     capsys.readouterr()
 
     # The effective batch stays the same, so this is allowed.
@@ -48,7 +47,7 @@ def test_what_a_resumed_run_may_change(unfinished, capsys):
     assert (
         json.loads((unfinished / "config.json").read_text())["config"]["diffusion"]["epochs"] == 3
     )
-    with pytest.raises(ConfigError, match=f"longer: --resume {unfinished} --diffusion.epochs 4$"):
+    with refused(f"longer: --resume {unfinished} --diffusion.epochs 4$", ConfigError):
         call(train.main, "--resume", unfinished)
 
 
@@ -106,10 +105,10 @@ def test_a_run_goes_on_with_the_same_images_wherever_they_are(unfinished, tiny_r
     pixels = picture.read_bytes()
     before = (unfinished / "config.json").read_bytes()
     picture.write_bytes((elsewhere / "00008.png").read_bytes())
-    with pytest.raises(ConfigError, match="other images"):
+    with refused("other images", ConfigError):
         call(train.main, *resume)
     picture.unlink()
-    with pytest.raises(ConfigError, match="other images"):
+    with refused("other images", ConfigError):
         call(train.main, *resume)
     assert (unfinished / "config.json").read_bytes() == before
 
@@ -125,7 +124,7 @@ def test_a_run_whose_images_were_split_by_another_rule_is_refused(unfinished, pi
         (folder / side).mkdir(parents=True)
         for picture in pictures.glob(pattern):
             shutil.copy(picture, folder / side)
-    with pytest.raises(ConfigError, match=rf"then: {by_hash}; now: its val images\)"):
+    with refused(rf"then: {by_hash}; now: its val images\)", ConfigError):
         call(train.main, "--resume", unfinished, "--diffusion.dataset-name", folder)
 
     # Earlier versions held out the last pictures, and did not say so.
@@ -140,7 +139,7 @@ def test_a_run_whose_images_were_split_by_another_rule_is_refused(unfinished, pi
     ):
         file.contents["run"] |= rule
         write_tensors(path, {part: file.tensors(part) for part in file.digests}, file.contents)
-        with pytest.raises(ConfigError, match=message):
+        with refused(message, ConfigError):
             call(train.main, "--resume", unfinished)
 
 
@@ -149,7 +148,7 @@ def test_a_run_is_locked_before_its_checkpoint_is_read(unfinished, tiny_run, mon
     read = opening.intact_checkpoint
 
     def read_while_locked(folder):
-        with pytest.raises(UserError, match="already training in this folder"), locked(folder):
+        with refused("already training in this folder"), locked(folder):
             pass
         return read(folder)
 
@@ -157,7 +156,7 @@ def test_a_run_is_locked_before_its_checkpoint_is_read(unfinished, tiny_run, mon
         # A dry run writes nothing.
         call(train.main, "--resume", unfinished, "--dry-run")
         monkeypatch.setattr(opening, "intact_checkpoint", None)
-        with pytest.raises(UserError, match="already training in this folder"):
+        with refused("already training in this folder"):
             call(train.main, "--resume", unfinished)
     monkeypatch.setattr(opening, "intact_checkpoint", read_while_locked)
     call(train.main, "--resume", unfinished)
