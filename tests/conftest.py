@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -38,7 +37,7 @@ HELD_OUT = [33, 43, 48, 49]
 TRAINED = [i for i in range(50) if i not in HELD_OUT]
 
 # The network has 64,483 parameters and makes images of 16 x 16: the whole program takes seconds.
-TINY = shlex.split("""
+TINY = """
     --model.image-size 16
     --model.lowest-resolution-size 8
     --model.dim-multiply 1,2
@@ -59,13 +58,13 @@ TINY = shlex.split("""
     --diffusion.grid-steps 4
     --diffusion.precision float32
     --device cpu
-""")
+"""
 # With these flags it has one level, which has all kinds of layers but those between levels.
-ONE_LEVEL = shlex.split("""
+ONE_LEVEL = """
     --model.image-size 8
     --model.dim-multiply 1
-    --model.transformer-layers ""
-""")
+    --model.transformer-layers=
+"""
 # The same network, as fields of ModelConfig.
 SMALL_MODEL = {
     "image_size": 16,
@@ -124,21 +123,26 @@ def pixels_of(path):
     return np.asarray(Image.open(path))
 
 
-def call(main, *arguments):
+def words(*arguments):
+    """Return the words of a command line; a text may have several, with spaces between them."""
+    return [
+        word
+        for argument in arguments
+        for word in (argument.split() if isinstance(argument, str) else [str(argument)])
+    ]
+
+
+def call(script, *arguments, function="main"):
     """Run a script's main with this command line, in this process, and return its result."""
-    before = sys.argv
-    sys.argv = ["script.py", *map(str, arguments)]
-    try:
-        return main()
-    finally:
-        sys.argv = before
+    with mock.patch.object(sys, "argv", ["script.py", *words(*arguments)]):
+        return getattr(script, function)()
 
 
 def script(*arguments, cwd=ROOT):
     """Run a script in a process of its own, as a shell does, and return the finished process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, *map(str, arguments)],
+        [sys.executable, *words(*arguments)],
         cwd=cwd,
         env=environment,
         capture_output=True,
@@ -150,7 +154,7 @@ def script(*arguments, cwd=ROOT):
 
 def train_tiny(pictures, runs, *flags, name="faces"):
     """Train the tiny experiment with additional flags; return its run folder, if there is one."""
-    call(train.main, name, "--runs", runs, "--diffusion.dataset-name", pictures, *TINY, *flags)
+    call(train, name, "--runs", runs, "--diffusion.dataset-name", pictures, TINY, *flags)
     return next(runs.glob("*"), None)
 
 
@@ -166,7 +170,7 @@ def tiny_run(pictures, tmp_path_factory):
 @pytest.fixture(scope="session")
 def grey_run(pictures, tmp_path_factory):
     """Return a finished run like `tiny_run`, of a network with one channel."""
-    return train_tiny(pictures, tmp_path_factory.mktemp("grey"), "--model.channels", 1)
+    return train_tiny(pictures, tmp_path_factory.mktemp("grey"), "--model.channels 1")
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, words
 
 if os.name == "posix":
     SERVER = multiprocessing.get_context("forkserver")
@@ -72,7 +72,7 @@ class Program(SERVER.Process):
         for name, value in self.environment.items():
             os.environ[name] = str(value)
         torch.set_num_threads(1)
-        sys.argv = ["train.py", *map(str, self.arguments)]
+        sys.argv = ["train.py", *words(*self.arguments)]
         self.act()
 
     @property

@@ -5,7 +5,6 @@
 
 import argparse
 import random
-import shlex
 import shutil
 import signal
 import tempfile
@@ -36,8 +35,8 @@ def kill_and_resume(folder: Path, times: int, seed: int = 0) -> str:
     epochs = (times + 1) * (STEPS_A_KILL + MARGIN) // 5
     pictures = draw_pictures(folder / "pictures")
     # One level makes steps short, and most of the time writes.
-    flags = ["faces", *TINY, *ONE_LEVEL, "--diffusion.dataset-name", pictures]
-    flags += shlex.split(f"""
+    flags = ["faces", TINY, ONE_LEVEL, "--diffusion.dataset-name", pictures]
+    flags.append(f"""
         --diffusion.epochs {epochs}
         --diffusion.checkpoint-every {EVERY}
         --diffusion.log-every 1
@@ -49,7 +48,7 @@ def kill_and_resume(folder: Path, times: int, seed: int = 0) -> str:
     straight = Program(folder / "straight.txt", *flags, "--runs", folder / "straight")
     assert straight.wait() == 0, straight.printed
 
-    flags += ["--resume", "auto", "--runs", folder / "killed"]
+    flags += ["--resume auto --runs", folder / "killed"]
     rng = random.Random(seed)
     kills = 0
     kills_in_a_write = 0

@@ -85,10 +85,10 @@ def test_our_program_is_timed_trained_and_drawn_beside_one_that_fails(
 
     programs = {"ours, faces-v": a_minute_a_step, "diffusers": broken}
     monkeypatch.setattr(same_hour, "PROGRAMS", programs)
-    arguments = (pictures, "--minutes", 16, "--seed", 3, "--out", tmp_path)
+    arguments = (pictures, "--minutes 16 --seed 3 --out", tmp_path)
     for _ in range(2):
         with refused("no results of diffusers; the same command trains"):
-            call(same_hour.main, *arguments)
+            call(same_hour, *arguments)
         assert "RuntimeError: no memory" in capsys.readouterr().err
     # It is timed once, and trained once.
     assert trained == [2 * (same_hour.WARM_UP_STEPS + 1), 16]
@@ -108,7 +108,7 @@ def test_our_program_is_timed_trained_and_drawn_beside_one_that_fails(
     assert not np.array_equal(drawn[0], drawn[3])
 
     monkeypatch.delitem(programs, "diffusers")
-    call(same_hour.main, *arguments)
+    call(same_hour, *arguments)
     assert Image.open(tmp_path / "same_hour.png").width >= 1000
 
 
@@ -133,7 +133,7 @@ def test_it_finds_all_facts_and_goes_on_after_a_failure(tmp_path, monkeypatch, c
 
     def in_this_process(command, cwd):
         script, *arguments = command[1:]
-        call(import_module(script.removesuffix(".py")).main, *arguments)
+        call(import_module(script.removesuffix(".py")), *arguments)
         return 0
 
     monkeypatch.chdir(tmp_path)
@@ -142,7 +142,7 @@ def test_it_finds_all_facts_and_goes_on_after_a_failure(tmp_path, monkeypatch, c
     monkeypatch.setattr(compare, "TURN_SECONDS", 0)
     monkeypatch.setattr(first_day, "PARTS", {"broken": broken, **first_day.PARTS})
 
-    call(first_day.main)
+    call(first_day)
 
     facts = json.loads((tmp_path / "first_day.json").read_text())
     printed = capsys.readouterr().out.splitlines()

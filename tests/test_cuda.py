@@ -1,6 +1,5 @@
 """What only a real GPU can show; skipped without one."""
 
-import shlex
 from dataclasses import replace
 from functools import partial
 
@@ -34,18 +33,18 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 # 20 steps of 4 passes of two images.
-CUDA = shlex.split("""
+CUDA = """
     --device cuda
     --diffusion.precision auto
     --diffusion.batch-size 2
     --diffusion.gradient-accumulation 4
     --diffusion.epochs 4
-""")
+"""
 
 
 @pytest.mark.parametrize("compiled", ["false", "true"])
 def test_a_network_learns_in_20_steps(compiled, pictures, tmp_path, capsys):
-    run = train_tiny(pictures, tmp_path, *CUDA, "--diffusion.compile", compiled)
+    run = train_tiny(pictures, tmp_path, CUDA, "--diffusion.compile", compiled)
     assert "failed" not in capsys.readouterr().out
     rows = read_metrics(run / "metrics.csv")
     assert rows[-1]["step"] == 20
@@ -56,12 +55,12 @@ def test_a_network_learns_in_20_steps(compiled, pictures, tmp_path, capsys):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_a_deterministic_run_resumes_bit_for_bit(precision, pictures, tmp_path):
     """A run that is stopped after step 7 and resumed is compared with one that never stopped."""
-    flags = [*CUDA, "--diffusion.deterministic", "true", "--diffusion.precision", precision]
+    flags = [CUDA, "--diffusion.deterministic true --diffusion.precision", precision]
     straight = train_tiny(pictures, tmp_path / "straight", *flags)
     with pytest.raises(SystemExit, match="75"), during(7, terminate):
         train_tiny(pictures, tmp_path / "cut", *flags)
     (cut,) = (tmp_path / "cut").iterdir()
-    call(train.main, "--resume", cut, "--device", "cuda")
+    call(train, "--resume", cut, "--device cuda")
     assert_same_run(straight, cut)
 
 
@@ -110,7 +109,7 @@ def test_out_of_memory_is_a_sentence(pictures, tmp_path, capsys):
     torch.cuda.set_per_process_memory_fraction(0.001)
     try:
         with pytest.raises(SystemExit, match="2"), exit_on_user_error():
-            train_tiny(pictures, tmp_path, *CUDA, "--model.base-dim", 256)
+            train_tiny(pictures, tmp_path, CUDA, "--model.base-dim 256")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     error = capsys.readouterr().err
@@ -128,14 +127,14 @@ def train_with_ddp():
 
 
 def test_one_process_of_nccl_gives_the_numbers_of_none(pictures, tmp_path):
-    flags = ["--diffusion.deterministic", "true", "--diffusion.dataset-name", pictures, "--runs"]
-    flags = ["faces", *TINY, *CUDA, *flags]
+    flags = ["faces --diffusion.deterministic true --diffusion.dataset-name", pictures]
+    flags += [TINY, CUDA, "--runs"]
     group = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
     group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     nccl = tmp_path / "nccl"
     program = Program(tmp_path / "printed", *flags, nccl, act=train_with_ddp, **group)
     assert program.wait() == 0, program.printed
     alone = tmp_path / "alone"
-    call(train.main, *flags, alone)
+    call(train, *flags, alone)
     models = [newest(next(runs.iterdir()))["model"] for runs in (nccl, alone)]
     torch.testing.assert_close(*models)

@@ -4,7 +4,6 @@ It shows what sample.py and edit.py write, and answers bad input with a sentence
 """
 
 import importlib.util
-import shlex
 import shutil
 import socket
 from dataclasses import replace
@@ -25,7 +24,7 @@ from functions.sampling.generation import generate, open_sampler
 from functions.sampling.interpolation import interpolate_images
 from functions.sampling.options import SamplerOptions, add_sampling_flags
 from functions.support.command_line import Parser
-from tests.conftest import call, pixels_of, refused, train_tiny
+from tests.conftest import call, pixels_of, refused, train_tiny, words
 
 pytest.importorskip("playwright", reason="requirements-dev.txt is not installed")
 # Gradio takes seconds to import, which tests that are not slow need not wait for.
@@ -41,20 +40,20 @@ from tests.browser import UNPAINTED, fill, inpaint, picture, sentence, served, s
 
 # Images of so many pixels are not enlarged in grids.
 SIZE = 96
-FLAGS = shlex.split(f"""
+FLAGS = f"""
     --model.image-size {SIZE}
     --model.lowest-resolution-size 12
     --model.dim-multiply 1,1,1,1
     --model.transformer-layers 3
     --diffusion.epochs 1
     --diffusion.checkpoint-every 2
-""")
+"""
 
 
 @pytest.fixture(scope="module")
 def run(pictures, tmp_path_factory):
     """Return a run of 5 steps on images of SIZE, with checkpoints of steps 2, 4 and 5."""
-    return train_tiny(pictures, tmp_path_factory.mktemp("runs"), *FLAGS)
+    return train_tiny(pictures, tmp_path_factory.mktemp("runs"), FLAGS)
 
 
 @pytest.fixture(scope="module")
@@ -102,19 +101,18 @@ def test_draw(page, run, tmp_path):
     page.get_by_label("ddim").locator("visible=true").check()
     submit(page)
     grid = picture(page)
-    flags = "--seed 3 --sampler ddim --steps 20 --device cpu"
-    call(sample.main, run, *flags.split(), "--n", 4, "--out", tmp_path)
+    call(sample, run, "--seed 3 --sampler ddim --steps 20 --device cpu --n 4 --out", tmp_path)
     assert_array_equal(grid, pixels_of(tmp_path / "grid.png"))
 
 
 def test_fields_begin_with_the_values_of_flags(chromium, run, tmp_path):
     flags = "--seed 2 --sampler ddim --steps 5 --spacing trailing --guide 2 --guidance 3"
-    with served(tmp_path / "log", run, *flags.split()) as address, chromium.new_page() as page:
+    with served(tmp_path / "log", run, *words(flags)) as address, chromium.new_page() as page:
         page.goto(address)
         fill(page, How_many=2)
         submit(page)
         grid = picture(page)
-    call(sample.main, run, *flags.split(), "--n", 2, "--device", "cpu", "--out", tmp_path / "out")
+    call(sample, run, flags, "--n 2 --device cpu --out", tmp_path / "out")
     assert_array_equal(grid, pixels_of(tmp_path / "out" / "grid.png"))
 
 
@@ -122,7 +120,7 @@ def test_a_model_of_few_timesteps_begins_with_all_of_them(trained, monkeypatch):
     import demo
 
     shown = []
-    run = trained("--diffusion.timesteps-diff", 11, "--diffusion.beta-end", 0.01)
+    run = trained("--diffusion.timesteps-diff 11 --diffusion.beta-end 0.01")
 
     def interface(call, inputs, *_, **__):
         shown.append(inputs[2].value)
@@ -130,7 +128,7 @@ def test_a_model_of_few_timesteps_begins_with_all_of_them(trained, monkeypatch):
     monkeypatch.setattr(demo.gr, "Interface", interface)
     monkeypatch.setattr(demo.gr, "TabbedInterface", mock.Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        call(demo.main, run)
+        call(demo, run)
     assert shown == [11] * 3
 
 
@@ -138,7 +136,7 @@ def test_flags_of_one_sampler_leave_the_others_as_they_are(run, monkeypatch):
     import demo
 
     monkeypatch.setattr(demo.gr, "Interface", lambda call, *_, **__: call)
-    begun = sampler_of(run, *shlex.split("--sampler dpm++ --steps 4 --eta 0.5 --temperature 0.5"))
+    begun = sampler_of(run, "--sampler dpm++ --steps 4 --eta 0.5 --temperature 0.5")
     submit = demo.tab(begun, lambda image_sampler: image_sampler.options, [*SAMPLERS])
     assert submit(None, 0, "dpm++", 4) == begun.options
     assert submit(None, 0, "ddim", 3) == SamplerOptions("ddim", 3)
@@ -148,7 +146,7 @@ def sampler_of(run, *flags):
     """Return the `ImageSampler` that sample.py has for these flags."""
     parser = Parser()
     add_sampling_flags(parser)
-    args = parser.parse_args([str(run), "--device", "cpu", *flags])
+    args = parser.parse_args(words(run, "--device cpu", *flags))
     return open_sampler(args)[1]
 
 
@@ -157,7 +155,7 @@ def test_mix(page, run, pictures):
     tab(page, "Mix")
     fill(page, Seed=3, Steps=5, Depth=0.5, Share=0.3, Index_of_the_second_image=12)
     submit(page)
-    image_sampler = sampler_of(run, "--seed", "3", "--sampler", "dpm++", "--steps", "5")
+    image_sampler = sampler_of(run, "--seed 3 --sampler dpm++ --steps 5")
     ends = generate(replace(image_sampler, batch_size=1), [0, 12])
     t = image_sampler.time_at(0.5)
     mixture = interpolate_images(image_sampler, ends, t, torch.tensor([0.3]))
@@ -194,7 +192,7 @@ def test_paint(page, run, tmp_path):
 
     image, kept, *answers = cut(inpaint(page))
     # The page begins with image 0 of the flags' seed, enlarged and then reduced again.
-    sampler = sampler_of(run, "--sampler", "dpm++", "--steps", "20")
+    sampler = sampler_of(run, "--sampler dpm++ --steps 20")
     first = picture_of(to_uint8(generate(sampler, [0]))[0]).resize((512, 512))
     assert_array_equal(image, fit_image(first, sampler.shape))
     # The page shows in grey what is painted over.
@@ -204,8 +202,7 @@ def test_paint(page, run, tmp_path):
     Image.fromarray(image).save(tmp_path / "image.png")
     Image.fromarray(np.uint8(255) * painted).save(tmp_path / "mask.png")
     files = [tmp_path / "image.png", run, "--mask", tmp_path / "mask.png", "--out", tmp_path]
-    flags = "--steps 4 --seed 3 --n 4 --device cpu"
-    call(edit.main, "inpaint", *files, *flags.split())
+    call(edit, "inpaint", *files, "--steps 4 --seed 3 --n 4 --device cpu")
     [path] = tmp_path.glob("inpainting-image-*.png")
     by_script = cut(pixels_of(path))[2:]
     for answer, expected in zip(answers, by_script, strict=True):
@@ -215,7 +212,7 @@ def test_paint(page, run, tmp_path):
     from demo import paint  # This imports Gradio.
 
     with refused("with --temperature 1"):
-        paint(sampler_of(run, "--temperature", "0.5"), 1, {})
+        paint(sampler_of(run, "--temperature 0.5"), 1, {})
 
 
 def test_it_listens_to_this_machine_alone(served_run):

@@ -94,7 +94,7 @@ def help_of(*command):
     module = import_module(script.removesuffix(".py").replace("/", "."))
     printed = StringIO()
     with redirect_stdout(printed), pytest.raises(SystemExit, match="0"):
-        call(module.main, *verb, "--help")
+        call(module, *verb, "--help")
     return printed.getvalue()
 
 

@@ -12,7 +12,7 @@ from data.datasets import load_images
 from tests.conftest import call
 from tests.data.packing import IMAGES, write_folder
 
-FEW = ["--steps", 12, "--seed", 3, "--device", "cpu"]
+FEW = "--steps 12 --seed 3 --device cpu"
 
 
 def test_grey_packs_lie_beside_those_of_colours(tmp_path):
@@ -34,9 +34,8 @@ def test_grey_packs_lie_beside_those_of_colours(tmp_path):
 def test_samples_of_a_grey_network_are_grey_and_it_is_evaluated(
     grey_run, pictures, tmp_path, capsys
 ):
-    call(sample.main, grey_run, *FEW, "--n", 2, "--individual", "--out", tmp_path)
-    flags = ["--n", 2, "--strip", "--progressive", "--gif"]
-    call(sample.main, grey_run, *FEW, *flags, "--out", tmp_path)
+    call(sample, grey_run, FEW, "--n 2 --individual --out", tmp_path)
+    call(sample, grey_run, FEW, "--n 2 --strip --progressive --gif --out", tmp_path)
     assert f"wrote {tmp_path / 'grid.png'}" in capsys.readouterr().out
     # The animation has the noise and all steps, and the figures have nine of them.
     assert Image.open(tmp_path / "denoising.gif").n_frames == 13
@@ -45,7 +44,7 @@ def test_samples_of_a_grey_network_are_grey_and_it_is_evaluated(
 
     # These files have colours.
     photos = [pictures / "00001.png", pictures / "00002.png"]
-    call(edit.main, "interpolate", *photos, grey_run, *FEW, "--out", tmp_path)
+    call(edit, "interpolate", *photos, grey_run, FEW, "--out", tmp_path)
 
     for name in ("grid.png", "00000.png"):
         assert Image.open(tmp_path / name).mode == "L"
@@ -55,5 +54,5 @@ def test_samples_of_a_grey_network_are_grey_and_it_is_evaluated(
         red, green, blue = Image.open(file).convert("RGB").split()
         assert red == green == blue
 
-    call(evaluate.main, grey_run, "--images", 4, "--device", "cpu", "--out", tmp_path)
+    call(evaluate, grey_run, "--images 4 --device cpu --out", tmp_path)
     assert len([*tmp_path.glob("*-bpd-*.json")]) == 1

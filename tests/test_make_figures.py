@@ -27,13 +27,13 @@ def test_every_picture_is_drawn_from_a_run_of_eight_steps(trained, tmp_path, mon
         "--diffusion.dataset-name emoji_people --diffusion.batch-size 100 --diffusion.epochs 1 "
         "--diffusion.snapshot-every 1 --diffusion.timesteps-diff 250"
     )
-    run = trained(*flags.split())
+    run = trained(flags)
     folder = tmp_path / "figures"
     folder.mkdir()
     monkeypatch.setattr(make_figures, "FIGURES", folder)
     monkeypatch.setattr(make_figures.subprocess, "run", run_here)
-    size = ("--model.image-size", 32, "--model.lowest-resolution-size", 16)
-    large = train_tiny("emoji_people", tmp_path / "large", *flags.split(), *size)
+    size = "--model.image-size 32 --model.lowest-resolution-size 16"
+    large = train_tiny("emoji_people", tmp_path / "large", flags, size)
     for module in (make_figures, saved_model):
         monkeypatch.setattr(module, "BASE", run)
     monkeypatch.setattr(make_figures, "ENLARGERS", [large])
@@ -42,7 +42,7 @@ def test_every_picture_is_drawn_from_a_run_of_eight_steps(trained, tmp_path, mon
     command, pattern = make_figures.COMMANDS["inpainting.png"]
     few = command.replace("--steps 50", "--steps 2"), pattern
     monkeypatch.setitem(make_figures.COMMANDS, "inpainting.png", few)
-    call(make_figures.main, run, run, run)
+    call(make_figures, run, run, run)
 
     for path in folder.iterdir():
         # It has more than one colour.

@@ -35,7 +35,7 @@ TAKEN = (
     "using pretrained/faces.safetensors, which comes with the repository "
     "(train your own: python train.py)"
 )
-FEW = ("--n", 2, "--steps", 3)
+FEW = "--n 2 --steps 3"
 
 
 @pytest.fixture
@@ -62,25 +62,25 @@ def card_row(path, name):
 def test_without_a_run_the_box_is_sampled_and_evaluated_and_says_so(
     box, tiny_run, tmp_path, capsys
 ):
-    call(sample.main, *FEW)
+    call(sample, FEW)
     printed = capsys.readouterr().out
     assert TAKEN in printed
     assert f"\n{box / 'faces.safetensors'}: EMA weights" in printed
     (path,) = box.glob("samples/faces-*-ddpm-3-trailing-small-float32-seed0-n2/grid.png")
     drawn = Image.open(path)
 
-    call(sample.main, checkpoints_of(tiny_run, "snapshots")[-1], *FEW, "--out", tmp_path / "a")
+    call(sample, checkpoints_of(tiny_run, "snapshots")[-1], FEW, "--out", tmp_path / "a")
     assert drawn.tobytes() == Image.open(tmp_path / "a" / "grid.png").tobytes()
 
     # The model is taken by its name: neither for another experiment, nor another file.
     assert newest_run(Path("runs"), "fa") == box / "faces.safetensors"
     with refused(r"no run of an experiment another\*", CheckpointError):
         newest_run(Path("runs"), "another")
-    for main, *flags in (
-        (evaluate.main, "--images", 2, "--t-stride", 50),
-        (edit.main, "vary", 0, "--steps", 3),
+    for script, flags in (
+        (evaluate, "--images 2 --t-stride 50"),
+        (edit, "vary 0 --steps 3"),
     ):
-        call(main, *flags)
+        call(script, flags)
         assert TAKEN in capsys.readouterr().out
     assert list(box.glob("evaluation/faces-bpd-*.json"))
     assert list(box.glob("samples/*/variations-0-*.png"))
@@ -98,7 +98,7 @@ def test_only_sampling_works_without_the_photos(pictures, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path / "runs")
     # A run of another experiment does not count.
     other = shutil.copytree(run, "runs/faces-20260101-120000")
-    call(sampleFFHQ.main, "--steps", 3)
+    call(sampleFFHQ, "--steps 3")
     assert "runs: no run of an experiment ffhq* with a checkpoint" in capsys.readouterr().out
     shutil.rmtree(other)
     [folder] = (tmp_path / "samples").iterdir()
@@ -109,7 +109,7 @@ def test_only_sampling_works_without_the_photos(pictures, tmp_path, monkeypatch,
 
     needed = f"needs the images that {boxed} was trained on: FFHQ was not found at .*--data NAME"
     with refused(needed) as caught:
-        call(evaluate.main)
+        call(evaluate)
     assert "\n" not in str(caught.value)
 
 
@@ -121,12 +121,12 @@ def test_a_run_is_boxed_with_a_guide_and_a_card(trained, pictures, tmp_path, mon
     monkeypatch.setitem(FLAGS, "faces", "--sampler ddim --steps 4 --guide 3")
     monkeypatch.setitem(GUIDE_STEPS, "faces", 3)
     monkeypatch.setattr(pretrained, "SAMPLE_COUNT", 3)
-    run = trained("--diffusion.snapshot-every", 3)
+    run = trained("--diffusion.snapshot-every 3")
     source = load_weights(checkpoints_of(run)[-1])
     changes = {"epochs": 7}, {"dim_multiply": (2, 2)}
     longer = Experiment.from_dict(source.config).override(*changes)
     monkeypatch.setattr(pretrained, "EXPERIMENTS", {"faces": longer})
-    call(pretrained.main, run)
+    call(pretrained, run)
 
     for name, weight in load_weights(boxed).weights.items():
         assert torch.equal(weight, source.weights[name].half().float())
@@ -161,20 +161,20 @@ def test_a_run_is_boxed_with_a_guide_and_a_card(trained, pictures, tmp_path, mon
     # What is written by hand stays.
     card = boxed.with_name("README.md")
     card.write_text(card.read_text().replace("80 images", "9 images") + "\n## By hand\n\nDiscs\n")
-    call(pretrained.main, run)
+    call(pretrained, run)
     assert card_row(boxed, "length") == "10 steps, 80 images"
     assert card.read_text().endswith("pretrained`.\n\n## By hand\n\nDiscs\n")
 
     # The guide may be of another run, with another network, but of the same step.
-    flags = "--diffusion.snapshot-every", 3, "--model.base-dim", 32
-    other = train_tiny(pictures, tmp_path / "other", *flags)
+    flags = "--diffusion.snapshot-every 3 --model.base-dim 32"
+    other = train_tiny(pictures, tmp_path / "other", flags)
     early, late = checkpoints_of(other, "snapshots")[:2]
-    call(pretrained.main, run, early)
+    call(pretrained, run, early)
     assert guide.read_bytes() == early.read_bytes()
     assert "--model.base-dim 32" in card_row(boxed, "command of the guide")
     for path in (late, checkpoints_of(other)[0]):
         with refused(r"is no snapshot of step 3 and of the images of"):
-            call(pretrained.main, run, path)
+            call(pretrained, run, path)
 
     # A model without flags of its own enlarges, and has the size for it.
     base = boxed.rename(boxed.with_name("base.safetensors"))
@@ -186,13 +186,13 @@ def test_a_run_is_boxed_with_a_guide_and_a_card(trained, pictures, tmp_path, mon
     monkeypatch.setitem(FLAGS, "base", FLAGS["faces"])
     monkeypatch.delitem(FLAGS, "faces")
     with refused(r"it must draw \(3, 32, 32\)"):
-        call(pretrained.main, run)
+        call(pretrained, run)
     with refused("faces enlarges, without a guide"):
-        call(pretrained.main, run, early)
+        call(pretrained, run, early)
     assert not boxed.exists()
-    size = ("--model.image-size", 32, "--model.lowest-resolution-size", 16)
-    large = train_tiny(pictures, tmp_path / "large", *size)
-    call(pretrained.main, large)
+    size = "--model.image-size 32 --model.lowest-resolution-size 16"
+    large = train_tiny(pictures, tmp_path / "large", size)
+    call(pretrained, large)
     command = "pretrained/base.safetensors --sampler ddim --steps 4 --guide 3 --enlarge"
     card = boxed.with_suffix(".md").read_text()
     assert f"`python sample.py {command} pretrained/faces.safetensors --precision" in card

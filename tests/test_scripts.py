@@ -39,7 +39,7 @@ def test_the_loss_falls(trained):
     """
     flags = "--diffusion.epochs 12 --diffusion.learning-rate 5e-3"
     flags += " --diffusion.validation-samples 32 --diffusion.sample-every 60"
-    rows = read_metrics(trained(*flags.split()) / "metrics.csv")
+    rows = read_metrics(trained(flags) / "metrics.csv")
     losses = [row["val_loss"] for row in rows if row["val_loss"] is not None]
     assert losses[0] > 0.6
     assert losses[-1] < 0.35
@@ -47,15 +47,15 @@ def test_the_loss_falls(trained):
 
 @pytest.mark.slow
 def test_without_ema_the_raw_weights_are_used_and_it_is_said(trained, capsys):
-    run = trained("--diffusion.ema-decay", 0, "--diffusion.epochs", 1)
+    run = trained("--diffusion.ema-decay 0 --diffusion.epochs 1")
     capsys.readouterr()
-    call(sample.main, "--runs", run.parent, "--n", 1, "--steps", 1)
+    call(sample, "--runs", run.parent, "--n 1 --steps 1")
     assert "raw weights" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_a_script_works_from_another_folder(pictures, tmp_path):
-    flags = ["--diffusion.dataset-name", pictures, *TINY]
+    flags = ["--diffusion.dataset-name", pictures, TINY]
     ended = script(ROOT / "train.py", *flags, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert "epoch 2/2" in ended.stderr
@@ -66,7 +66,7 @@ def test_a_script_works_from_another_folder(pictures, tmp_path):
 def test_every_field_is_explained_by_help(config_class, capsys):
     """With its comment, its default and, of a field with choices, all of these."""
     with pytest.raises(SystemExit):
-        call(train.main, "--help")
+        call(train, "--help")
 
     printed = " ".join(capsys.readouterr().out.split())
     for field in fields(config_class):

@@ -11,7 +11,7 @@ PHOTOS = random_pixels(6, 128, 128, 3)
 @pytest.mark.slow
 def test_the_script_prepares_from_any_folder(tmp_path):
     ffhq = write_folder(tmp_path / "thumbnails128x128", PHOTOS, "00000/{number:05d}.png")
-    done = script(ROOT / "data" / "prepare.py", ffhq.name, "--image-size", 64, cwd=tmp_path)
+    done = script(ROOT / "data" / "prepare.py", ffhq.name, "--image-size 64", cwd=tmp_path)
     # A progress bar is no error.
     assert done.returncode == 0, done.stderr
     assert "error:" not in done.stderr

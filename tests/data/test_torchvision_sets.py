@@ -134,7 +134,7 @@ def test_a_set_is_downloaded_only_if_that_is_asked_for(data_folder, monkeypatch)
     assert not calls
 
     with refused("no network"):
-        call(prepare.main, "CIFAR10", "--download")
+        call(prepare, "CIFAR10 --download")
     assert calls == [data_folder]
     with refused("only CIFAR10 and MNIST can"):
-        call(prepare.main, "FFHQ", "--download")
+        call(prepare, "FFHQ --download")

@@ -9,7 +9,7 @@ import torch
 import evaluate
 from tests.conftest import call
 
-BPD = ["--t-stride", "100", "--device", "cpu"]
+BPD = "--t-stride 100 --device cpu"
 
 
 def files_of(folder):
@@ -21,7 +21,7 @@ def files_of(folder):
 def test_bits_per_dim_of_a_run(tiny_run, pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     out = tmp_path / "out"
-    call(evaluate.main, "--runs", tiny_run.parent, *BPD, "--out", out)
+    call(evaluate, "--runs", tiny_run.parent, BPD, "--out", out)
     assert not torch.backends.cudnn.allow_tf32
     printed = capsys.readouterr().out
     first = files_of(out)
@@ -37,13 +37,13 @@ def test_bits_per_dim_of_a_run(tiny_run, pictures, tmp_path, monkeypatch, capsys
     assert result["settings"]["weights"] == "EMA"
 
     # The same command again writes the same, bit for bit, and other settings add a file.
-    call(evaluate.main, tiny_run, *BPD, "--out", out)
+    call(evaluate, tiny_run, BPD, "--out", out)
     assert files_of(out) == first
     assert "WARNING" not in capsys.readouterr().err
     ignored = shutil.ignore_patterns("0000*", "*.packed*")
     fewer = shutil.copytree(pictures, tmp_path / "fewer", ignore=ignored)
-    other = ["--images", "2", "--bpd-variance", "large", "--data", fewer]
-    call(evaluate.main, "bits", tiny_run, *BPD, *other, "--out", out)
+    other = ["--images 2 --bpd-variance large --data", fewer]
+    call(evaluate, "bits", tiny_run, BPD, *other, "--out", out)
     both = files_of(out)
     assert len(both) == 2
     assert first.items() < both.items()

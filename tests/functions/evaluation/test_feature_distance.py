@@ -20,7 +20,7 @@ from tests.conftest import HELD_OUT, TRAINED, call, normal, refused
 def distances(capsys, *arguments):
     """Return the ends of the lines that `evaluate.py distance` prints, by what precedes them."""
     capsys.readouterr()
-    call(evaluate.main, "distance", *arguments)
+    call(evaluate, "distance", *arguments)
     printed = capsys.readouterr().out
     return dict(re.findall(r"^((?:no )?distance.*): (.+)$", printed, re.MULTILINE))
 
@@ -119,11 +119,11 @@ def test_a_distance_without_a_meaning_is_refused(size, trained, message, picture
     write_samples(tmp_path, loaded(pictures, size)[:10])
     data = split_folder(pictures, tmp_path / "data", trained)
     with refused(message):
-        call(evaluate.main, "distance", tmp_path, data)
+        call(evaluate, "distance", tmp_path, data)
 
 
 def test_samples_are_compared_with_the_split_of_their_run(tiny_run, tmp_path, monkeypatch):
-    call(sample.main, tiny_run, "--n", 1, "--steps", 1, "--individual", "--out", tmp_path)
+    call(sample, tiny_run, "--n 1 --steps 1 --individual --out", tmp_path)
     # The run has the other split.
     manifest = tmp_path / "samples.json"
     manifest.write_text(manifest.read_text().replace('"reference"', '"official"'))

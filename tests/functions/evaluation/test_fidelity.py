@@ -16,7 +16,7 @@ from data.datasets import load_images
 from functions.evaluation import fidelity
 from tests.conftest import CPU, HELD_OUT, TRAINED, call, refused
 
-FAST = ["--sampler", "ddim", "--steps", 1, "--individual", "--device", "cpu"]
+FAST = "--sampler ddim --steps 1 --individual --device cpu"
 
 
 class SmallExtractor(FeatureExtractorBase):
@@ -56,7 +56,7 @@ def weights(tmp_path, monkeypatch):
 def evaluated(capsys, *arguments):
     """Return the numbers that evaluate.py prints, by name, and all that it prints."""
     capsys.readouterr()
-    call(evaluate.main, "images", *arguments, "--device", "cpu")
+    call(evaluate, "images", *arguments, "--device cpu")
     printed = capsys.readouterr()
     lines = [line.split() for line in printed.out.splitlines()]
     numbers = {words[0]: float(words[1]) for words in lines if len(words) == 2}
@@ -92,7 +92,7 @@ def test_samples_are_compared_as_torch_fidelity_does(weights, grey_run, pictures
     """The truth is torch-fidelity, called by hand on the same arrays."""
     folders = [tmp_path / "a", tmp_path / "b"]
     for seed, folder in enumerate(folders):
-        call(sample.main, grey_run, "--n", 8, "--seed", seed, "--out", folder, *FAST)
+        call(sample, grey_run, FAST, "--n 8 --seed", seed, "--out", folder)
     # A grid in the folder is not an image of the model.
     (folders[0] / "grid.png").touch()
     first, second = (pixels_of(folder, 8) for folder in folders)
@@ -116,7 +116,7 @@ def test_samples_are_compared_as_torch_fidelity_does(weights, grey_run, pictures
     assert [*weights.parents[1].iterdir()] == [weights.parent]
 
     with refused("--part is for a data set"):
-        evaluated(capsys, *folders, "--part", "val")
+        evaluated(capsys, *folders, "--part val")
     file = folders[1] / "00003.png"
     data = file.read_bytes()
     file.write_bytes(data[:-40])

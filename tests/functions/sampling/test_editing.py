@@ -178,7 +178,7 @@ def saved(monkeypatch):
 
 def test_the_script_paints_what_is_erased_and_keeps_the_rest(photo, grey_run, saved):
     flags = "--sampler ddim --eta 1 --steps 4 --n 2 --out out"
-    call(edit.main, "inpaint", "erased.png", grey_run, *flags.split())
+    call(edit, "inpaint erased.png", grey_run, flags)
     shown, known, first, second = saved.call_args.args[0]
     image, anew = read_with_mask("erased.png", None, (1, 16, 16))
     assert np.array_equal(shown, image)
@@ -255,10 +255,10 @@ def test_the_script_interpolates_between_images_of_the_seed(tiny_run, tmp_path, 
 
     So do they as mixtures at depth 0, where nothing is noised.
     """
-    call(sample.main, tiny_run, "--n", 4, "--steps", 5, "--individual", "--out", tmp_path)
+    call(sample, tiny_run, "--n 4 --steps 5 --individual --out", tmp_path)
     own = [pixels_of(tmp_path / f"0000{i}.png").astype(int) for i in range(4)]
     flags = "--steps 5 --batch-size 4 --depths 0,0.2,0.295,1 --out"
-    call(edit.main, "interpolate", 1, 3, tiny_run, *flags.split(), tmp_path)
+    call(edit, "interpolate 1 3", tiny_run, flags, tmp_path)
     columns, titles, path, rows = saved.call_args.args
     assert path.name.startswith("interpolation-1-3-")
     assert titles == ["A", *(f"{i / 8:.3g}" for i in range(9)), "B"]
@@ -281,7 +281,7 @@ def test_the_script_says_by_how_much_images_come_back_changed(
 ):
     """The way back of the image in each of these columns is in another column."""
     files = [pictures / "00000.png", pictures / "00001.png"]
-    call(edit.main, *command.format(*files, run=tiny_run).split())
+    call(edit, command.format(*files, run=tiny_run))
     columns, _, path, rows = saved.call_args.args
     assert rows == ["t = 100"]
     # The folder's name has the settings.
@@ -303,9 +303,9 @@ def test_the_script_varies_a_file_and_overwrites_no_other_picture(tiny_run, tmp_
     """The file's name is the index of the image of the seed. The last command is the third."""
     file = tmp_path / "3.png"
     Image.new("RGB", (20, 20), (200, 0, 0)).save(file)
-    flags = ["--depths", 0, "--steps", 2, "--out", tmp_path]
+    flags = ["--depths 0 --steps 2 --out", tmp_path]
     for source, seed in ((3, 0), (file, 1), (file, 0), (file, 0)):
-        call(edit.main, "vary", source, tiny_run, *flags, "--seed", seed)
+        call(edit, "vary", source, tiny_run, *flags, "--seed", seed)
     paths = [call.args[2] for call in saved.call_args_list]
     assert len({*paths}) == 3
     assert paths[2] == paths[3]

@@ -26,7 +26,7 @@ from functions.support.random_numbers import ImageNoise
 from tests.conftest import call, image_sampler_of, normal, refused, train_tiny
 from tests.functions.known_denoisers import mean_and_variance, white
 
-FEW = ["--sampler", "dpm++", "--steps", 3, "--n", 3, "--device", "cpu"]
+FEW = "--sampler dpm++ --steps 3 --n 3 --device cpu"
 COSINE = NoiseScheduler(1000, beta_schedule="cosine")
 STD = 0.2
 WHITE = white(STD, COSINE)
@@ -114,12 +114,12 @@ def test_enlargements_depend_on_the_seed_and_the_index_alone(network):
 def test_samples_shrink_to_the_small_ones_and_the_manifest_says_what_enlarged_them(
     tiny_run, network, pictures, tmp_path, capsys
 ):
-    size = ("--model.image-size", 32, "--model.lowest-resolution-size", 16)
-    large = train_tiny(pictures, tmp_path / "large", *size)
+    size = "--model.image-size 32 --model.lowest-resolution-size 16"
+    large = train_tiny(pictures, tmp_path / "large", size)
     plain, folder = tmp_path / "plain", tmp_path / "enlarged"
-    call(sample.main, tiny_run, *FEW, "--individual", "--out", plain)
+    call(sample, tiny_run, FEW, "--individual --out", plain)
     enlarge = ("--enlarge", large)
-    call(sample.main, tiny_run, *FEW, *enlarge, "--individual", "--out", folder)
+    call(sample, tiny_run, FEW, *enlarge, "--individual --out", folder)
     small, large_images = (
         torch.tensor(load_images(str(path), size).images).movedim(-1, 1).float()
         for path, size in ((plain, 16), (folder, 32))
@@ -133,13 +133,13 @@ def test_samples_shrink_to_the_small_ones_and_the_manifest_says_what_enlarged_th
     assert json.loads((folder / "samples.json").read_text())["enlargers"] == digest
     assert SamplerOptions(enlarger_digests=("a", "b")).settings["enlargers"] == "a+b"
     with refused("enlargers was None, is now"):
-        call(sample.main, tiny_run, *FEW, *enlarge, "--individual", "--out", plain)
+        call(sample, tiny_run, FEW, *enlarge, "--individual --out", plain)
     sampler = replace(image_sampler_of(network), precision=torch.bfloat16)
     assert enlarged(sampler, large).enlargers[0].model.precision == torch.bfloat16
     # The bar counts all steps, and the folder's name has the model.
     capsys.readouterr()
-    call(sample.main, tiny_run, *FEW, *enlarge)
+    call(sample, tiny_run, FEW, *enlarge)
     assert "30.0/30.0" in capsys.readouterr().err
     assert (next(tiny_run.glob(f"samples/*-{digest}-*")) / "grid.png").is_file()
     with refused(r"to enlarge these samples it must draw \(3, 64, 64"):
-        call(sample.main, tiny_run, *FEW, *enlarge, *enlarge)
+        call(sample, tiny_run, FEW, *enlarge, *enlarge)

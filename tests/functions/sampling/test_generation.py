@@ -46,10 +46,10 @@ def test_a_cpu_samples_16_images_at_a_time_and_out_of_memory_names_the_flag(
     tiny_run, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(UNet, "forward", LittleMemory(lambda x_t, t: x_t, 16).forward)
-    flags = ["--steps", 2, "--n", 17, "--device", "cpu", "--out", tmp_path]
-    call(sample.main, tiny_run, *flags)
+    flags = ["--steps 2 --n 17 --device cpu --out", tmp_path]
+    call(sample, tiny_run, *flags)
     with pytest.raises(SystemExit, match="2"), exit_on_user_error():
-        call(sample.main, tiny_run, *flags, "--batch-size", 17)
+        call(sample, tiny_run, *flags, "--batch-size 17")
     error = capsys.readouterr().err
     assert "error: out of memory (CUDA out of memory. Tried to allocate 2 GiB)" in error
     assert "use a smaller --batch-size" in error
@@ -76,14 +76,14 @@ def test_frames_are_evenly_spaced_and_end_with_the_image(network):
 def test_indices_are_images_of_the_seed(tiny_run, tmp_path):
     """In a batch of the same size an image has the same bits, whatever the others are."""
     folder = tmp_path / "all"
-    common = [tiny_run, "--steps", 5, "--batch-size", 4, "--device", "cpu", "--out"]
-    call(sample.main, *common, folder, "--individual", "--n", 8)
-    call(sample.main, *common, tmp_path / "grid", "--indices", "6,1,7,3")
+    common = [tiny_run, "--steps 5 --batch-size 4 --device cpu --out"]
+    call(sample, *common, folder, "--individual --n 8")
+    call(sample, *common, tmp_path / "grid", "--indices 6,1,7,3")
     in_order = np.stack([pixels_of(image_path(folder, i)) for i in (6, 1, 7, 3)])
     assert np.array_equal(pixels_of(tmp_path / "grid" / "grid.png"), np.asarray(grid_of(in_order)))
 
     # Only the image that is missing is added to the others.
-    call(sample.main, *common, folder, "--individual", "--indices", "9,1")
+    call(sample, *common, folder, "--individual --indices 9,1")
     assert image_indices(folder) == {*range(8), 9}
 
 
@@ -104,7 +104,7 @@ def test_indices_are_images_of_the_seed(tiny_run, tmp_path):
 )
 def test_flags_give_the_images_of_their_options(flags, options, text, tiny_run, tmp_path, capsys):
     flags += " --seed 3 --n 2 --individual --out"
-    call(sample.main, tiny_run, *flags.split(), tmp_path)
+    call(sample, tiny_run, flags, tmp_path)
     assert f"{text}, seed 3" in capsys.readouterr().out
 
     # The files are compared with what these options give in memory.
@@ -142,12 +142,12 @@ def test_a_new_sampler_is_a_function_and_a_row(unfinished, tmp_path, monkeypatch
     monkeypatch.setitem(SAMPLERS, "euler", row)
 
     with pytest.raises(SystemExit):
-        call(sample.main, "--help")
+        call(sample, "--help")
     assert "euler is Euler's method" in " ".join(capsys.readouterr().out.split())
     with refused("the options of --sampler euler are --spacing"):
         SamplerOptions("euler", eta=0.5)
     with refused("these add none"):
         SamplerOptions("euler", temperature=0.5)
 
-    call(train.main, "--resume", unfinished, "--diffusion.grid-sampler", "euler")
+    call(train, "--resume", unfinished, "--diffusion.grid-sampler euler")
     assert_samples_are_the_grid(unfinished, "euler", tmp_path)

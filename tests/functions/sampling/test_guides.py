@@ -11,14 +11,14 @@ from functions.saved.checkpoint import load_weights
 from functions.saved.run_folder import checkpoints_of, step_of
 from tests.conftest import call, refused, train_tiny
 
-FEW = ["--sampler", "dpm++", "--steps", 3, "--n", 2, "--device", "cpu", "--individual"]
+FEW = "--sampler dpm++ --steps 3 --n 2 --device cpu --individual"
 
 
 @pytest.fixture(scope="module")
 def run(pictures, tmp_path_factory):
     """Return a finished run of 10 steps, with snapshots of steps 4, 8 and 10."""
     runs = tmp_path_factory.mktemp("guided")
-    return train_tiny(pictures, runs, "--diffusion.snapshot-every", 4)
+    return train_tiny(pictures, runs, "--diffusion.snapshot-every 4")
 
 
 def test_a_step_is_the_nearest_snapshot_or_checkpoint(run):
@@ -39,14 +39,14 @@ def test_a_step_is_the_nearest_snapshot_or_checkpoint(run):
 
 def test_only_files_of_the_run_have_its_past(run, trained, tmp_path):
     """A model file of another run is none of them, whatever its folder."""
-    other = trained("--diffusion.snapshot-every", 4, "--diffusion.seed", 1)
+    other = trained("--diffusion.snapshot-every 4 --diffusion.seed 1")
     for place in ("models", "checkpoints"):
         copy = shutil.copytree(run, tmp_path / place / run.name)
         (copy / place).mkdir(exist_ok=True)
         model = copy / place / "step-00000011.safetensors"
         shutil.copy(checkpoints_of(other)[-1], model)
         with refused("no earlier snapshots in its run"):
-            call(sample.main, model, *FEW, "--guide", 4)
+            call(sample, model, FEW, "--guide 4")
     # A resumed run may have more epochs and smaller batches; another version may have other fields.
     saved = load_weights(checkpoints_of(run)[-1])
     del saved.config["diffusion"]["log_snr_shift"]
@@ -64,7 +64,7 @@ def test_an_exported_file_has_its_guide_beside_it(run, tmp_path):
         find_guide("99", load_weights(model))
     # The images are those of the run.
     for path in (last, model):
-        call(sample.main, path, *FEW, "--guide", 4, "--out", tmp_path / path.stem)
+        call(sample, path, FEW, "--guide 4 --out", tmp_path / path.stem)
     for name in ("00000.png", "00001.png"):
         images = [(tmp_path / path.stem / name).read_bytes() for path in (last, model)]
         assert images[0] == images[1]
@@ -72,7 +72,7 @@ def test_an_exported_file_has_its_guide_beside_it(run, tmp_path):
 
 def test_files_and_the_manifest_hold_the_guide_and_its_weight(run, capsys):
     """Files of one guide are never taken for those of another, or of none."""
-    call(sample.main, run, *FEW, "--guide", 3)
+    call(sample, run, FEW, "--guide 3")
     snapshot = checkpoints_of(run, "snapshots")[0]
     assert f"guide {snapshot}: " in capsys.readouterr().out
     digest = load_weights(snapshot).digest[:16]
@@ -83,12 +83,9 @@ def test_files_and_the_manifest_hold_the_guide_and_its_weight(run, capsys):
 
 @pytest.mark.parametrize(
     "flags",
-    [
-        ["--diffusion.timesteps-diff", 50],
-        ["--model.image-size", 8, "--model.dim-multiply", 1],
-    ],
+    ["--diffusion.timesteps-diff 50", "--model.image-size 8 --model.dim-multiply 1"],
 )
 def test_a_guide_of_another_shape_or_schedule_is_refused(run, trained, flags):
-    flags += ["--model.transformer-layers", 0, "--diffusion.epochs", 1]
+    flags += " --model.transformer-layers 0 --diffusion.epochs 1"
     with refused(r"another shape of images, or another noise schedule"):
-        call(sample.main, run, *FEW, "--guide", trained(*flags))
+        call(sample, run, FEW, "--guide", trained(flags))

@@ -5,7 +5,6 @@ The processes are real ones of sample.py.
 
 import os
 import re
-import shlex
 import signal
 
 import pytest
@@ -18,14 +17,14 @@ from tests.conftest import call, posix, refused
 from tests.forked import Program
 from tests.functions.support.test_processes import two
 
-FLAGS = shlex.split("--individual -n 22 --batch-size 4 --steps 4 --device cpu --guide 5")
+FLAGS = "--individual -n 22 --batch-size 4 --steps 4 --device cpu --guide 5"
 
 
 @pytest.fixture(scope="module")
 def whole(tiny_run, tmp_path_factory):
     """Return a folder made in one go: 22 images in 6 batches."""
     folder = tmp_path_factory.mktemp("whole")
-    call(sample.main, tiny_run, *FLAGS, "--out", folder)
+    call(sample, tiny_run, FLAGS, "--out", folder)
     return folder
 
 
@@ -56,7 +55,7 @@ def sample_until_a_write_kills():
 @pytest.mark.slow
 def test_after_a_kill_only_what_is_missing_is_made(whole, tiny_run, tmp_path, capsys):
     """The images are then, bit for bit, those that were made in one go."""
-    command = [tiny_run, *FLAGS, "--out", tmp_path]
+    command = [tiny_run, FLAGS, "--out", tmp_path]
     program = Program(tmp_path / "printed", *command, act=sample_until_a_write_kills)
     assert program.wait() == -signal.SIGKILL, program.printed
     kept = written(tmp_path)
@@ -66,7 +65,7 @@ def test_after_a_kill_only_what_is_missing_is_made(whole, tiny_run, tmp_path, ca
 
     # The second time there is nothing to do.
     for count in (14, 0):
-        call(sample.main, *command)
+        call(sample, *command)
         assert f"sampling {count} of 22 images" in capsys.readouterr().out
         assert kept.items() <= written(tmp_path).items()
         assert contents(tmp_path) == contents(whole)
@@ -79,12 +78,12 @@ def test_two_processes_make_the_images_of_one(whole, tiny_run, tmp_path):
 
     What it began are fewer images, of which one was lost, so that of a batch only a part is there.
     """
-    call(sample.main, tiny_run, *FLAGS, "-n", 8, "--out", tmp_path)
+    call(sample, tiny_run, FLAGS, "-n 8 --out", tmp_path)
     image_path(tmp_path, 5).unlink()
     kept = written(tmp_path)
     folder = tmp_path.with_name("printed")
     folder.mkdir()
-    programs = two(folder, tiny_run, *FLAGS, "--out", tmp_path, act=sample.main)
+    programs = two(folder, tiny_run, FLAGS, "--out", tmp_path, act=sample.main)
     assert [program.wait() for program in programs] == [0, 0], programs[1].printed
 
     # Rank 0 alone speaks, and has the one bar.
@@ -101,10 +100,10 @@ def test_two_processes_make_the_images_of_one(whole, tiny_run, tmp_path):
 
 def test_a_folder_of_other_settings_is_refused(tiny_run, tmp_path):
     """Whether it has single images or pictures, and even if nothing is in it yet."""
-    common = ["-n", 2, "--steps", 5, "--device", "cpu", "--out"]
+    common = "-n 2 --steps 5 --device cpu --out"
     single, pictures = (tmp_path / name for name in ("single", "pictures"))
-    call(sample.main, tiny_run, "--individual", *common, single)
-    call(sample.main, tiny_run, *common, pictures, "--strip")
+    call(sample, tiny_run, "--individual", common, single)
+    call(sample, tiny_run, common, pictures, "--strip")
     before = [contents(single), contents(pictures)]
     for run, flags, changed in (
         ("checkpoints/step-00000005.safetensors", "--seed 1", ["checkpoint", "seed"]),
@@ -113,26 +112,25 @@ def test_a_folder_of_other_settings_is_refused(tiny_run, tmp_path):
         ("", "--guide 5", ["guide", "guidance"]),
     ):
         for folder in (single, pictures):
-            for kind in ([], ["--individual"]):
+            for kind in ("", "--individual"):
                 with refused("of other settings") as error:
-                    call(sample.main, tiny_run / run, *common, folder, *kind, *flags.split())
+                    call(sample, tiny_run / run, common, folder, kind, flags)
                 assert re.findall(r"(\w+) was ", str(error.value)) == changed
     # Pictures of other images are refused, too, but not single images of the same settings.
     with refused(r"grid was \[0, 1\], is now \[0, 1, 2\]"):
-        call(sample.main, tiny_run, *common, pictures, "-n", 3)
+        call(sample, tiny_run, common, pictures, "-n 3")
     assert [contents(single), contents(pictures)] == before
-    call(sample.main, tiny_run, "--individual", *common, pictures, "-n", 3)
-    call(sample.main, tiny_run, *common, pictures, "--progressive")
-    call(sample.main, tiny_run, *common, single)
+    call(sample, tiny_run, "--individual", common, pictures, "-n 3")
+    call(sample, tiny_run, common, pictures, "--progressive")
+    call(sample, tiny_run, common, single)
     names = {path.stem for path in pictures.glob("*.png")}
     assert names == {"grid", "strip", "progressive", "00000", "00001", "00002"}
 
 
 def test_settings_and_images_are_in_the_name_of_the_folder(unfinished):
     """So commands of other settings write into other folders, but single images into one."""
-    flags = ["--device", "cpu", "--steps"]
     for command in ("2", "2 -n 3", "2 --indices 2,1", "3", "2 --individual", "2 --individual -n 3"):
-        call(sample.main, unfinished, *flags, *command.split())
+        call(sample, unfinished, "--device cpu --steps", command)
     folders = {path.name: sorted(path.iterdir()) for path in unfinished.glob("samples/*-2-*")}
     (start,) = {name.split("-seed0")[0] for name in folders}
     assert re.fullmatch(r"step-00000007-[0-9a-f]{8}-ddpm-2-trailing-small-float32", start)
@@ -147,7 +145,7 @@ def test_two_commands_that_start_at_once_do_not_mix_their_samples(
     kind, tiny_run, tmp_path, monkeypatch
 ):
     """The second replaces the manifest before the first has written an image."""
-    command = [tiny_run, kind, "--steps", 2, "--n", 4, "--batch-size", 2, "--out", tmp_path]
+    command = [tiny_run, kind, "--steps 2 --n 4 --batch-size 2 --out", tmp_path]
     step_bar = generation.step_bar
 
     def replace_the_manifest(*args):
@@ -158,7 +156,7 @@ def test_two_commands_that_start_at_once_do_not_mix_their_samples(
     monkeypatch.setattr(sample, "step_bar", replace_the_manifest)
     monkeypatch.setattr(generation, "step_bar", replace_the_manifest)
     with refused(r"other settings \(seed was 1, is now 0\)"):
-        call(sample.main, *command)
+        call(sample, *command)
     assert [path.name for path in tmp_path.iterdir()] == ["samples.json"]
 
 
@@ -167,9 +165,9 @@ def test_images_of_unknown_origin_are_not_gone_on_with(name, tiny_run, tmp_path)
     """Without a manifest, or with one that is cut short, nobody knows what they are."""
     Image.new("RGB", (16, 16)).save(tmp_path / name)
     with refused(r"samples\.json: there is no such file"):
-        call(sample.main, tiny_run, *FLAGS, "--out", tmp_path)
+        call(sample, tiny_run, FLAGS, "--out", tmp_path)
     for text in ('{"sampler": ', "[]"):
         (tmp_path / "samples.json").write_text(text)
         with refused(r"samples\.json: cannot be read"):
-            call(sample.main, tiny_run, *FLAGS, "--out", tmp_path)
+            call(sample, tiny_run, FLAGS, "--out", tmp_path)
     assert [path.name for path in tmp_path.glob("*.png")] == [name]

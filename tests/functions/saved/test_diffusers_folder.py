@@ -154,14 +154,14 @@ def test_ours_to_diffusers_and_back(tiny_run, tmp_path, monkeypatch):
     """Run, folder and exported file give the same images, and so do the pipelines of diffusers."""
     monkeypatch.chdir(tmp_path)
     exported = tmp_path / "faces"
-    call(sample.main, tiny_run, "--export", exported)
+    call(sample, tiny_run, "--export", exported)
     # The run's betas were rescaled for T = 100.
     pipeline = DDPMPipeline.from_pretrained(exported)
     original = load_weights(find_checkpoints(tiny_run)[0])
     same_images(original, pipeline.unet, pipeline.scheduler)
     assert same(original.weights, load_model(exported).weights)
     file = Path("a/new/folder/faces.safetensors")
-    call(sample.main, tiny_run, "--export", file)
+    call(sample, tiny_run, "--export", file)
     assert load_weights(file).digest == original.digest
 
     card = (exported / "README.md").read_text()
@@ -214,13 +214,13 @@ def test_what_only_a_folder_decides(folder, tmp_path, monkeypatch, capsys):
     before = sorted(folder.rglob("*"))
 
     # The folder's variance is for all timesteps; with fewer steps it is the small one.
-    call(sample.main, "theirs", "--n", 2)
+    call(sample, "theirs --n 2")
     assert "steps all, spacing trailing, variance large, clip_x_0 False" in capsys.readouterr().out
-    call(sample.main, "theirs", "--n", 2, "--steps", 5)
+    call(sample, "theirs --n 2 --steps 5")
     assert "variance small, clip_x_0 False" in capsys.readouterr().out
     with refused("does not say which images it was trained on"):
-        call(evaluate.main, "theirs")
-    call(evaluate.main, "theirs", "--data", "emoji_faces", "--images", 2, "--t-stride", 20)
+        call(evaluate, "theirs")
+    call(evaluate, "theirs --data emoji_faces --images 2 --t-stride 20")
     # The folder does not say on which images its network was trained, so evaluate.py warns.
     assert "MAY NOT BE THE IMAGES" in capsys.readouterr().err
 
@@ -333,14 +333,14 @@ def test_a_name_is_taken_from_the_cache_of_diffusers(folder, tmp_path, monkeypat
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0a1b")
 
-    call(sample.main, "me/faces", "--n", 1, "--steps", 2)
+    call(sample, "me/faces --n 1 --steps 2")
     assert "me/faces: no such path; diffusers takes it from its cache" in capsys.readouterr().out
     assert len([*Path("samples").glob("me--faces-*/*me--faces-*-ddpm-2-*-seed0-n1/grid.png")]) == 1
     with refused("me/others is no path, and diffusers cannot download it"):
-        call(sample.main, "me/others")
+        call(sample, "me/others")
     # A name in a folder that is there is a path.
     with refused("theirs/unet2: there is no such file", CheckpointError):
-        call(sample.main, "theirs/unet2")
+        call(sample, "theirs/unet2")
 
 
 def test_without_the_package_a_sentence_says_what_to_install(folder, monkeypatch):

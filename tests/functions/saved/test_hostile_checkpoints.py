@@ -36,7 +36,7 @@ def sample(path):
 
 def begin(path):
     """Begin a training with the weights of a file."""
-    call(train.main, "--init", path)
+    call(train, "--init", path)
 
 
 def test_a_cut_or_a_flipped_bit_anywhere(path):

@@ -32,6 +32,7 @@ from tests.conftest import (
     posix,
     refused,
     train_tiny,
+    words,
 )
 from tests.forked import Program, train_script
 from tests.kill import assert_same_run, kill_and_resume
@@ -52,14 +53,14 @@ def test_a_step_cut_short_in_its_accumulation_is_done_again(pictures, tmp_path, 
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "denoising_loss", noting_seeds)
-        straight = train_tiny(pictures, tmp_path / "straight", *flags.split())
+        straight = train_tiny(pictures, tmp_path / "straight", flags)
     # The seed of a pass's dropout follows from the place of its first image in the whole run.
     assert seeds == [seed_of(0, "dropout", place) for place in range(0, 80, 4)]
 
     # The 14th pass is the second of step 7; the last checkpoint is that of step 5.
     with pytest.raises(KeyboardInterrupt), during(14, interrupt, "denoising_loss"):
-        train_tiny(pictures, tmp_path / "cut", *flags.split())
-    call(train.main, "faces", "--resume", "--runs", tmp_path / "cut")
+        train_tiny(pictures, tmp_path / "cut", flags)
+    call(train, "faces --resume --runs", tmp_path / "cut")
 
     (cut,) = (tmp_path / "cut").iterdir()
     assert_same_run(straight, cut)
@@ -93,13 +94,13 @@ def train_until_a_write_kills():
 @pytest.mark.slow
 @posix
 def test_killed_in_the_middle_of_a_write(tiny_run, pictures, tmp_path):
-    flags = ["faces", "--runs", tmp_path / "runs", "--diffusion.dataset-name", pictures, *TINY]
+    flags = ["faces --runs", tmp_path / "runs", "--diffusion.dataset-name", pictures, TINY]
     program = Program(tmp_path / "printed", *flags, act=train_until_a_write_kills)
     assert program.wait() == -signal.SIGKILL
 
     (run,) = (tmp_path / "runs").iterdir()
     (leftover,) = run.glob("checkpoints/.*.tmp")
-    call(train.main, "--resume", run)
+    call(train, "--resume", run)
 
     assert not leftover.exists()
     assert_same_run(tiny_run, run)
@@ -110,7 +111,7 @@ def test_killed_in_the_middle_of_a_write(tiny_run, pictures, tmp_path):
 def test_signals_finish_the_step_save_and_exit_with_75(tiny_run, pictures, tmp_path, capsys):
     """Each signal comes in the middle of a step; one of them is due to be recorded."""
     runs = tmp_path / "my runs"
-    arguments = ["faces", "--runs", runs, "--diffusion.dataset-name", pictures, *TINY]
+    arguments = ["faces --runs", runs, "--diffusion.dataset-name", pictures, TINY]
     done = 0
     before = signal.getsignal(signal.SIGTERM)
     for name, step in {"SIGUSR1": 3, "SIGINT": 5, "SIGTERM": 7}.items():
@@ -118,7 +119,7 @@ def test_signals_finish_the_step_save_and_exit_with_75(tiny_run, pictures, tmp_p
         # The bar is on the same terminal.
         bar = redirect_stderr(sys.stdout)
         with bar, pytest.raises(SystemExit) as stop, during(step - done, raise_signal):
-            call(train.main, *arguments)
+            call(train, *arguments)
         assert stop.value.code == 75
         assert signal.getsignal(signal.SIGTERM) == before
 
@@ -131,7 +132,7 @@ def test_signals_finish_the_step_save_and_exit_with_75(tiny_run, pictures, tmp_p
         arguments = ["--resume", run]
         done = step
 
-    call(train.main, *arguments)
+    call(train, *arguments)
     assert_same_run(tiny_run, run)
 
 
@@ -166,8 +167,8 @@ def train_with_output():
 def test_a_run_whose_output_is_closed_saves_and_exits_with_75(pictures, tmp_path, kind):
     """It has 1000 steps, and the reader ends as soon as the first one begins."""
     runs = tmp_path / "runs"
-    flags = ["faces", "--runs", runs, "--diffusion.dataset-name", pictures, *TINY]
-    flags += ["--diffusion.epochs", 200]
+    flags = ["faces", TINY, "--diffusion.epochs 200 --runs", runs]
+    flags += ["--diffusion.dataset-name", pictures]
     path = tmp_path / "pipe"
     if kind == "terminal":
         reader, terminal = os.openpty()
@@ -192,7 +193,7 @@ def test_a_script_runs_without_stderr_and_where_a_name_cannot_be_printed(
     """That is, after `2>&-`, and with PYTHONIOENCODING=cp1252 and a folder called in Japanese."""
     shutil.copytree(pictures, tmp_path / "顔")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--diffusion.dataset-name", "顔", *TINY])
+    monkeypatch.setattr(sys, "argv", words("train.py --diffusion.dataset-name 顔", TINY))
     stdout = TextIOWrapper(BytesIO(), "cp1252")
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", stdout)
@@ -237,16 +238,16 @@ def test_damaged_files_are_passed_over_loudly(unfinished, tiny_run, capsys):
     spoilt[len(spoilt) // 8] ^= 8
     path.write_bytes(spoilt)
     # Samples of the run come from the checkpoint before it.
-    call(sample.main, unfinished, "--n", 1, "--steps", 1)
+    call(sample, unfinished, "--n 1 --steps 1")
     printed = capsys.readouterr()
     assert f"WARNING: UNUSABLE CHECKPOINT: {path}" in printed.err
     assert "after 5 of 10 steps" in printed.out
     # A checkpoint that is named itself is not exchanged for another.
     with refused(path.name, CheckpointError):
-        call(sample.main, path, "--n", 1, "--steps", 1)
+        call(sample, path, "--n 1 --steps 1")
 
     # The run goes on from the checkpoint before it.
-    call(train.main, "faces", "--resume", "auto", "--runs", unfinished.parent)
+    call(train, "faces --resume auto --runs", unfinished.parent)
     assert f"WARNING: UNUSABLE CHECKPOINT: {path}" in capsys.readouterr().err
     assert list(unfinished.parent.iterdir()) == [unfinished]
     assert_same_run(tiny_run, unfinished)
@@ -257,7 +258,7 @@ def test_no_sound_checkpoint_is_an_error_and_no_fresh_start(unfinished):
         path.write_bytes(b"")
 
     with refused("the file is truncated", CheckpointError):
-        call(train.main, "faces", "--resume", "auto", "--runs", unfinished.parent)
+        call(train, "faces --resume auto --runs", unfinished.parent)
     assert list(unfinished.parent.iterdir()) == [unfinished]
 
 
@@ -278,10 +279,10 @@ def test_a_checkpoint_by_time_is_never_ahead_of_the_metrics(trained, monkeypatch
             return original(*arguments)
 
         monkeypatch.setattr(owner, name, noting)
-    flags = "--diffusion.checkpoint-every 9 --diffusion.checkpoint-minutes 3"
-    flags += " --diffusion.keep-checkpoints 1"
-    flags += " --diffusion.log-every 1 --diffusion.epochs 1"
-    run = trained(*flags.split())
+    run = trained(
+        "--diffusion.checkpoint-every 9 --diffusion.checkpoint-minutes 3",
+        "--diffusion.keep-checkpoints 1 --diffusion.log-every 1 --diffusion.epochs 1",
+    )
 
     assert [run_folder.step_of(path) for path in run_folder.checkpoints_of(run)] == [5]
     # Metrics are flushed, then the checkpoint and its folder.

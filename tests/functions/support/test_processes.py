@@ -3,7 +3,6 @@
 import os
 import re
 import secrets
-import shlex
 import signal
 import socket
 from contextlib import suppress
@@ -22,23 +21,21 @@ from tests.kill import sample_grids
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="torchrun with gloo")]
 # The effective batch is 9 images in passes of 3. One process has passes of 3, 3 and 3; of two, the
 # first has 3 and 1, the second 3 and 2.
-FLAGS = [
-    "faces-v",
-    *TINY,
-    *shlex.split("""
-        --model.dropout 0
-        --diffusion.batch-size 3
-        --diffusion.gradient-accumulation 3
-        --diffusion.validation-samples 20
-    """),
-]
+FLAGS = f"""
+    faces-v
+    {TINY}
+    --model.dropout 0
+    --diffusion.batch-size 3
+    --diffusion.gradient-accumulation 3
+    --diffusion.validation-samples 20
+"""
 
 
 @pytest.fixture
 def forever(pictures, tmp_path):
     """Return the flags of a run that does not end by itself."""
     flags = ["--diffusion.dataset-name", pictures, "--runs", tmp_path / "runs"]
-    return [*FLAGS, "--diffusion.epochs", 4000, *flags]
+    return [FLAGS, "--diffusion.epochs 4000", *flags]
 
 
 def free_port():
@@ -82,9 +79,9 @@ def assert_alike(run, other):
 
 def test_two_processes_give_the_losses_of_one(pictures, tmp_path, capsys):
     """In the end one goes on alone."""
-    flags = [*FLAGS, "--diffusion.dataset-name", pictures, "--diffusion.optimizer", "muon"]
-    call(train.main, *flags, "--runs", tmp_path / "1")
-    torchrun = ["--standalone", "--nproc-per-node", 2, ROOT / "train.py"]
+    flags = [FLAGS, "--diffusion.optimizer muon --diffusion.dataset-name", pictures]
+    call(train, *flags, "--runs", tmp_path / "1")
+    torchrun = ["--standalone --nproc-per-node 2", ROOT / "train.py"]
     torchrun += [*flags, "--runs", tmp_path / "2"]
     program = Program(tmp_path / "printed", *torchrun, act=torchrun_program, OMP_NUM_THREADS=1)
     assert program.wait() == 0, program.printed
@@ -97,7 +94,7 @@ def test_two_processes_give_the_losses_of_one(pictures, tmp_path, capsys):
     assert_alike(alone, together)
 
     capsys.readouterr()
-    call(train.main, "--resume", together, "--diffusion.epochs", 3)
+    call(train, "--resume", together, "--diffusion.epochs 3")
     assert "processes was 2, is now 1: no longer bit for bit" in capsys.readouterr().out
 
 
@@ -109,7 +106,7 @@ def train_with_a_bad_loss():
 
 
 def test_a_step_that_fails_in_one_of_two_is_left_out_in_both(pictures, tmp_path, monkeypatch):
-    flags = [*FLAGS, "--diffusion.dataset-name", pictures, "--runs"]
+    flags = [FLAGS, "--diffusion.dataset-name", pictures, "--runs"]
     programs = two(tmp_path, *flags, tmp_path / "two", act=train_with_a_bad_loss)
     assert [program.wait() for program in programs] == [0, 0], programs[1].printed
     together = next((tmp_path / "two").iterdir())
@@ -118,7 +115,7 @@ def test_a_step_that_fails_in_one_of_two_is_left_out_in_both(pictures, tmp_path,
 
     # A single process has three passes a step.
     poison(monkeypatch, {7: not_a_number})
-    call(train.main, *flags, tmp_path / "one")
+    call(train, *flags, tmp_path / "one")
     assert_alike(next((tmp_path / "one").iterdir()), together)
 
 

@@ -1,7 +1,6 @@
 """Gradients that are not finite reach neither weights nor moments, and too many end the run."""
 
 import math
-import shlex
 from functools import partial
 
 import pytest
@@ -14,13 +13,13 @@ from functions.training.metrics import read_metrics
 from tests.conftest import ONE_LEVEL, call, load_checkpoint, newest, refused
 from tests.small_training import same
 
-FLAGS = shlex.split("""
+FLAGS = """
     --diffusion.checkpoint-every 1
     --diffusion.keep-checkpoints 100
     --diffusion.ema-decay 0.9
     --diffusion.validate-every 99
     --diffusion.sample-every 99
-""")
+"""
 FLAGS += ONE_LEVEL
 
 
@@ -54,7 +53,7 @@ def poison(monkeypatch, spoil_of_step):
 def test_a_bad_step_changes_only_the_average(trained, monkeypatch):
     bad = {2: not_a_number, 4: with_infinite_gradient}
     poison(monkeypatch, bad)
-    run = trained(*FLAGS, "--diffusion.log-every", 1)
+    run = trained(FLAGS, "--diffusion.log-every 1")
 
     for step in bad:
         before, after, following = (
@@ -79,10 +78,9 @@ def test_many_bad_steps_end_the_run_and_it_resumes_from_its_last_checkpoint(
 ):
     """Rows have two steps. After the first row the bad steps are still too few."""
     monkeypatch.setattr(recorder, "MOST_SKIPPED", 4)
-    flags = [*FLAGS, "--diffusion.log-every", 2]
     with monkeypatch.context() as patch, refused("the last 5 steps had ") as error:
         poison(patch, dict.fromkeys(range(2, 7), not_a_number))
-        trained(*flags)
+        trained(FLAGS, "--diffusion.log-every 2")
     (run,) = tmp_path.iterdir()
     for part in (
         "the last 5 steps had gradients that are not finite numbers",
@@ -92,7 +90,7 @@ def test_many_bad_steps_end_the_run_and_it_resumes_from_its_last_checkpoint(
         assert part in str(error.value)
 
     # A good step ends the row of skipped ones.
-    call(train.main, "--resume", run, "--diffusion.precision", "bfloat16")
+    call(train, "--resume", run, "--diffusion.precision bfloat16")
     rows = read_metrics(run / "metrics.csv")
     assert [row["skipped_steps"] for row in rows] == [1, 3, 4, 4, 4]
     # The rate of the last step, whose index is 9 of 10: half a cosine that begins with 0.002
@@ -107,7 +105,7 @@ def test_float16_with_a_loss_scale_trains(trained, monkeypatch):
     monkeypatch.setattr("functions.training.run.choose_precision", lambda *a: torch.float16)
     scaler = partial(torch.amp.GradScaler, init_scale=2.0**24)
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)
-    run = trained(*ONE_LEVEL, "--diffusion.epochs", 5)
+    run = trained(ONE_LEVEL, "--diffusion.epochs 5")
 
     # Each skipped step halves the scale.
     last = read_metrics(run / "metrics.csv")[-1]
@@ -118,7 +116,7 @@ def test_float16_with_a_loss_scale_trains(trained, monkeypatch):
 
 def test_gradients_are_clipped_to_the_configured_norm(trained):
     """Adam's first moments are then a tenth of the gradient."""
-    run = trained(*FLAGS, "--diffusion.clip-grad-norm", 0.01, "--diffusion.optimizer", "adam")
+    run = trained(FLAGS, "--diffusion.clip-grad-norm 0.01 --diffusion.optimizer adam")
     optimizer = load_checkpoint(path_of(run, "checkpoints", 1))["optimizer"]
     moments = [tensor for name, tensor in optimizer.items() if name.startswith("exp_avg.")]
     assert torch.stack([m.norm() for m in moments]).norm() == pytest.approx(0.001, rel=1e-3)

@@ -27,7 +27,7 @@ def use_stub(patch):
 def test_a_run_is_compiled_once_and_validates_and_samples_without(trained, monkeypatch):
     """Validations and grids have other sizes, for which the compiler would work again."""
     graphs = use_stub(monkeypatch)
-    run = trained("--diffusion.compile", "true")
+    run = trained("--diffusion.compile true")
     assert len(graphs) == 1
     rows = read_metrics(run / "metrics.csv")
     assert rows[-1]["loss"] < rows[0]["loss"]

@@ -21,10 +21,7 @@ from tests.kill import assert_same_run
 from tests.small_training import same
 
 # These flags of TINY do not belong to the weights, which bring the others with them.
-TRAINING = []
-for flag, value in zip(TINY[::2], TINY[1::2], strict=True):
-    if "--model" not in flag and "timesteps" not in flag:
-        TRAINING += [flag, value]
+TRAINING = [flag for flag in TINY.splitlines() if "--model" not in flag and "timesteps" not in flag]
 
 
 @pytest.mark.slow
@@ -35,7 +32,8 @@ def test_a_run_begins_with_the_averaged_weights_of_another(tiny_run, pictures, t
     """
     before = load_weights(checkpoints_of(tiny_run)[-1])
     flags = ["--diffusion.dataset-name", pictures, "--runs", tmp_path, *TRAINING]
-    args = call(train.parse_flags, "cifar10", "--init", tiny_run, "--model.image-size", 16, *flags)
+    flags += ["--model.image-size 16 --init", tiny_run]
+    args = call(train, "cifar10", *flags, function="parse_flags")
     with open_run(args, CPU, SINGLE_PROCESS) as run:
         pass
     assert same(run.parts()["model"], run.parts()["ema"])
@@ -71,9 +69,9 @@ def test_a_folder_of_another_dialect_schedule_and_objective(pictures, tmp_path):
         50, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False
     )
     DDPMPipeline(UNet2DModel(**SMALL), scheduler).save_pretrained(tmp_path)
-    flags = ["--diffusion.dataset-name", pictures, "--diffusion.seed", 1, "--model.dropout", 0.2]
-    flags += ["--model.image-size", 16, "--diffusion.batch-size", 8]
-    args = call(train.parse_flags, "ffhq-day", "--init", tmp_path, *flags)
+    flags = "--diffusion.seed 1 --model.dropout 0.2 --model.image-size 16 --diffusion.batch-size 8"
+    flags = [flags, "--diffusion.dataset-name", pictures, "--init", tmp_path]
+    args = call(train, "ffhq-day", *flags, function="parse_flags")
     with open_run(args, CPU, SINGLE_PROCESS) as run:
         experiment = run.experiment
 
@@ -94,9 +92,9 @@ def test_a_grown_run_forgets_its_empty_level_and_resumes_bit_for_bit(tiny_run, p
     """The weights made images of 16 x 16, and grow a level for 32 x 32."""
 
     def train_grown(folder):
-        flags = ["--init", tiny_run, "--model.image-size", 32, "--runs", tmp_path / folder]
+        flags = ["--init", tiny_run, "--model.image-size 32 --runs", tmp_path / folder]
         flags += ["--diffusion.dataset-name", pictures, *TRAINING]
-        call(train.main, "faces", *flags)
+        call(train, "faces", *flags)
         (run,) = (tmp_path / folder).iterdir()
         return run
 
@@ -106,7 +104,7 @@ def test_a_grown_run_forgets_its_empty_level_and_resumes_bit_for_bit(tiny_run, p
         train_grown("killed")
     (killed,) = (tmp_path / "killed").iterdir()
     assert newest(killed)["run"]["step"] == 5
-    call(train.main, "--resume", killed)
+    call(train, "--resume", killed)
 
     assert_same_run(whole, killed)
     contents = newest(killed)
@@ -164,9 +162,9 @@ def test_a_preset_of_twice_the_size_and_a_level_more_is_what_grows():
     ],
 )
 def test_what_contradicts_the_weights_is_refused(flags, message, tiny_run, pictures, tmp_path):
-    flags = ["--diffusion.dataset-name", pictures, "--runs", tmp_path, *TRAINING, *flags.split()]
+    flags = ["--diffusion.dataset-name", pictures, "--runs", tmp_path, *TRAINING, flags]
     with refused(message, ConfigError):
-        call(train.main, "faces", "--init", tiny_run, *flags)
+        call(train, "faces --init", tiny_run, *flags)
     assert not [*tmp_path.iterdir()]
 
 
@@ -179,7 +177,7 @@ def test_a_resumed_run_remembers_where_it_began(tiny_run, trained, tmp_path, cap
     # The same command continues the run, even if the other one has a newer checkpoint by now.
     last = checkpoints_of(source)[-1]
     last.rename(last.with_stem("step-00000011"))
-    run = trained("--resume", "auto", "--init", source)
+    run = trained("--resume auto --init", source)
     initial = newest(run)["run"]["initial"]
     assert capsys.readouterr().out.count(f"begins as  {initial}") == 2
     assert len([*run.parent.iterdir()]) == 1

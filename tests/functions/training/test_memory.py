@@ -36,7 +36,7 @@ def test_a_run_that_is_out_of_memory_goes_on_with_half_of_the_images(
     (run,) = tmp_path.iterdir()
     limit(monkeypatch, 4)
     half = "--diffusion.batch-size 4 --diffusion.gradient-accumulation 2"
-    call(train.main, "--resume", run, *half.split())
+    call(train, "--resume", run, half)
     first = newest(run)
     assert first["run"]["step"] == 10
     second = newest(tiny_run)

@@ -57,7 +57,7 @@ def assert_samples_are_the_grid(run, sampler, out):
 
     In memory the two networks are laid out differently.
     """
-    call(sample.main, run, "--n", 4, "--sampler", sampler, "--steps", 4, "--out", out)
+    call(sample, run, "--n 4 --steps 4 --sampler", sampler, "--out", out)
     training = pixels_of(run / "samples" / "step-00000010.png")
     script = pixels_of(out / "grid.png")
     assert abs(training.astype(float) - script).max() <= 2
@@ -66,8 +66,7 @@ def assert_samples_are_the_grid(run, sampler, out):
 @pytest.mark.slow
 def test_a_run_with_v_and_shifted_cosine_betas(pictures, tmp_path, capsys):
     """In the same x_t the squared error of eps is alpha_bar times that of v, which is the loss."""
-    flags = ["--diffusion.log-snr-shift", -1.5]
-    run, t, losses, x_0 = seen_in(pictures, tmp_path / "runs", *flags)
+    run, t, losses, x_0 = seen_in(pictures, tmp_path / "runs", "--diffusion.log-snr-shift -1.5")
     assert "cosine betas, log-SNR shifted by -1.5" in capsys.readouterr().out
     images = load_images(pictures, 16).images[TRAINED][epoch_order(46, 0, 0)[:8]]
     flip = training_draws(0, 0, 8, (3, 16, 16), 100, "cpu").flip
@@ -83,8 +82,8 @@ def test_a_run_with_v_and_shifted_cosine_betas(pictures, tmp_path, capsys):
 @pytest.mark.slow
 def test_a_new_objective_is_a_row_of_the_table_and_nothing_else(pictures, tmp_path, monkeypatch):
     monkeypatch.setitem(OBJECTIVES, "x_0", X_0)
-    flags = ["--diffusion.objective", "x_0", "--diffusion.beta-schedule", "linear"]
-    run, t, losses, x_0 = seen_in(pictures, tmp_path / "runs", *flags)
+    flags = "--diffusion.objective x_0 --diffusion.beta-schedule linear"
+    run, t, losses, x_0 = seen_in(pictures, tmp_path / "runs", flags)
 
     # A fresh network says 0, so its squared errors are the squares of x_0.
     assert losses[0].mean() == pytest.approx(np.square(x_0[0]).mean(), rel=1e-5)

@@ -30,12 +30,12 @@ def test_what_a_resumed_run_may_change(unfinished, capsys):
         "ffhq-full": "a run of 'faces', not of 'ffhq-full'",
     }.items():
         with refused(message, ConfigError):
-            call(train.main, *flags.split(), "--resume", unfinished)
+            call(train, flags, "--resume", unfinished)
     capsys.readouterr()
 
     # The effective batch stays the same, so this is allowed.
     changes = "--diffusion.batch-size 4 --diffusion.gradient-accumulation 2 --diffusion.epochs 3"
-    call(train.main, "--resume", unfinished, *changes.split())
+    call(train, "--resume", unfinished, changes)
     printed = capsys.readouterr().out
     assert "changed: diffusion.epochs was 2, is now 3" in printed
     assert "changed: diffusion.batch_size was 8, is now 4" in printed
@@ -48,7 +48,7 @@ def test_what_a_resumed_run_may_change(unfinished, capsys):
         json.loads((unfinished / "config.json").read_text())["config"]["diffusion"]["epochs"] == 3
     )
     with refused(f"longer: --resume {unfinished} --diffusion.epochs 4$", ConfigError):
-        call(train.main, "--resume", unfinished)
+        call(train, "--resume", unfinished)
 
 
 def test_a_resume_says_what_config_py_has_now_and_that_the_rate_jumps(
@@ -56,10 +56,10 @@ def test_a_resume_says_what_config_py_has_now_and_that_the_rate_jumps(
 ):
     """The rates are those of half a cosine, over 10 and then over 200 steps."""
     own = Experiment.from_dict(newest(tiny_run)["config"])
-    resume = ["--resume", tiny_run, "--dry-run", "--diffusion.epochs", 40]
+    resume = ["--resume", tiny_run, "--dry-run --diffusion.epochs 40"]
     now = own.override({"learning_rate": 3e-5, "epochs": 40}, {"dropout": 0.1})
     monkeypatch.setattr(opening, "EXPERIMENTS", {"faces": now})
-    call(train.main, *resume)
+    call(train, *resume)
     printed = capsys.readouterr().out
     line = "the run keeps its own settings; faces in config.py has another "
     assert f"{line}learning_rate (3e-05, the run 0.002), dropout (0.1, the run 0.0)\n" in printed
@@ -73,15 +73,15 @@ def test_a_resume_says_what_config_py_has_now_and_that_the_rate_jumps(
 def test_resuming_keeps_precision_and_says_what_it_cannot_keep(unfinished, monkeypatch, capsys):
     """The run is in float32, and "auto" would be bfloat16 here."""
     monkeypatch.setattr("functions.support.device.cpu_has_bfloat16", lambda: True)
-    resume = ["--resume", unfinished, "--dry-run", "--diffusion.precision", "auto"]
-    call(train.main, *resume)
+    resume = ["--resume", unfinished, "--dry-run --diffusion.precision auto"]
+    call(train, *resume)
     printed = capsys.readouterr().out
     assert "parameters, float32, cpu" in printed
     assert "no longer bit for bit" not in printed
 
     # Another number of threads adds in another order.
     torch.set_num_threads(2)
-    call(train.main, *resume)
+    call(train, *resume)
     warning = "warning: threads was 1, is now 2: no longer bit for bit like an uninterrupted run"
     assert warning in capsys.readouterr().out
 
@@ -89,7 +89,7 @@ def test_resuming_keeps_precision_and_says_what_it_cannot_keep(unfinished, monke
 @pytest.mark.slow
 def test_deterministic_kernels_are_asked_for_and_only_then(trained):
     for value in ("true", "false"):
-        trained("--dry-run", "--diffusion.deterministic", value)
+        trained("--dry-run --diffusion.deterministic", value)
         wanted = value == "true"
         assert torch.are_deterministic_algorithms_enabled() == wanted
 
@@ -106,14 +106,14 @@ def test_a_run_goes_on_with_the_same_images_wherever_they_are(unfinished, tiny_r
     before = (unfinished / "config.json").read_bytes()
     picture.write_bytes((elsewhere / "00008.png").read_bytes())
     with refused("other images", ConfigError):
-        call(train.main, *resume)
+        call(train, *resume)
     picture.unlink()
     with refused("other images", ConfigError):
-        call(train.main, *resume)
+        call(train, *resume)
     assert (unfinished / "config.json").read_bytes() == before
 
     picture.write_bytes(pixels)
-    call(train.main, *resume)
+    call(train, *resume)
     assert same(newest(unfinished)["ema"], newest(tiny_run)["ema"])
 
 
@@ -125,7 +125,7 @@ def test_a_run_whose_images_were_split_by_another_rule_is_refused(unfinished, pi
         for picture in pictures.glob(pattern):
             shutil.copy(picture, folder / side)
     with refused(rf"then: {by_hash}; now: its val images\)", ConfigError):
-        call(train.main, "--resume", unfinished, "--diffusion.dataset-name", folder)
+        call(train, "--resume", unfinished, "--diffusion.dataset-name", folder)
 
     # Earlier versions held out the last pictures, and did not say so.
     path = checkpoints_of(unfinished)[-1]
@@ -140,7 +140,7 @@ def test_a_run_whose_images_were_split_by_another_rule_is_refused(unfinished, pi
         file.contents["run"] |= rule
         write_tensors(path, {part: file.tensors(part) for part in file.digests}, file.contents)
         with refused(message, ConfigError):
-            call(train.main, "--resume", unfinished)
+            call(train, "--resume", unfinished)
 
 
 def test_a_run_is_locked_before_its_checkpoint_is_read(unfinished, tiny_run, monkeypatch):
@@ -154,12 +154,12 @@ def test_a_run_is_locked_before_its_checkpoint_is_read(unfinished, tiny_run, mon
 
     with locked(unfinished):
         # A dry run writes nothing.
-        call(train.main, "--resume", unfinished, "--dry-run")
+        call(train, "--resume", unfinished, "--dry-run")
         monkeypatch.setattr(opening, "intact_checkpoint", None)
         with refused("already training in this folder"):
-            call(train.main, "--resume", unfinished)
+            call(train, "--resume", unfinished)
     monkeypatch.setattr(opening, "intact_checkpoint", read_while_locked)
-    call(train.main, "--resume", unfinished)
+    call(train, "--resume", unfinished)
     assert_same_run(tiny_run, unfinished)
     with locked(unfinished):
         pass
@@ -180,5 +180,5 @@ def test_a_signal_in_a_grid_is_heeded_after_it(trained, tiny_run, tmp_path, monk
         trained()
     (run,) = tmp_path.iterdir()
     assert newest(run)["run"]["step"] == 5
-    call(train.main, "--resume", run)
+    call(train, "--resume", run)
     assert_same_run(tiny_run, run)
