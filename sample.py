@@ -32,11 +32,11 @@ from functions.sampling.samples_folder import (
     samples_folder,
     save_figures,
 )
+from functions.support import processes
 from functions.support.command_line import Parser, exit_on_user_error, integers, positive
 from functions.support.device import precision_name
 from functions.support.errors import UserError
 from functions.support.pictures import save_grid, save_image
-from functions.support.processes import Processes, distributed
 
 # A grid has at most this many images.
 GRID_LIMIT = 100
@@ -51,20 +51,20 @@ def main(n: int = 36, gif: bool = False, name_prefix: str = "") -> None:
     args = parse_flags(n, gif)
     # Every process that torchrun starts executes all of this, but only rank 0 prints. The processes
     # divide single images among them; a grid alone is sampled by rank 0.
-    with distributed() as processes:
+    with processes.connected():
         # The network and its schedule come only from the checkpoint.
-        saved, image_sampler = open_sampler(args, processes, name_prefix)
+        saved, image_sampler = open_sampler(args, name_prefix)
         if args.export:
-            if processes.is_main:
+            if processes.is_main():
                 export(saved, image_sampler, args.export)
                 print(f"wrote {args.export}")
             return
 
-        image_sampler = guided(image_sampler, saved, processes)
+        image_sampler = guided(image_sampler, saved)
         for path in args.enlarge:
-            image_sampler = enlarged(image_sampler, path, processes)
+            image_sampler = enlarged(image_sampler, path)
         shown = None if args.individual else list(args.indices)
-        folder = samples_folder(args, saved, image_sampler, processes, shown)
+        folder = samples_folder(args, saved, image_sampler, shown)
         # These determine the pixels, and are the same for all samples in a folder.
         settings = {
             "experiment": saved.provenance["experiment"],
@@ -79,8 +79,8 @@ def main(n: int = 36, gif: bool = False, name_prefix: str = "") -> None:
             "steps": image_sampler.step_count,
         }
         if args.individual:
-            sample_files(args.indices, image_sampler, folder, settings, processes)
-        elif processes.is_main:
+            sample_files(args.indices, image_sampler, folder, settings)
+        elif processes.is_main():
             sample_pictures(args, image_sampler, folder, settings)
 
 
@@ -104,11 +104,7 @@ def sample_pictures(
 
 
 def sample_files(
-    indices: Sequence[int],
-    image_sampler: ImageSampler,
-    folder: Path,
-    settings: dict,
-    processes: Processes,
+    indices: Sequence[int], image_sampler: ImageSampler, folder: Path, settings: dict
 ) -> None:
     """Sample those images that are not in the folder, and write a PNG file of each.
 
@@ -125,7 +121,7 @@ def sample_files(
     )
 
     shard = [remaining[i] for i in processes.shard(len(remaining))]
-    with step_bar(image_sampler, sum(map(len, shard)), processes.is_main) as bar:
+    with step_bar(image_sampler, sum(map(len, shard)), processes.is_main()) as bar:
         for batch in shard:
             images = to_uint8(image_sampler.sample(batch, bar))
             # Another command may have opened the folder at the same moment.

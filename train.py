@@ -23,10 +23,10 @@ from data.pixels import to_model_range
 from functions.ema import update_ema
 from functions.losses import denoising_loss
 from functions.sampling.options import add_place_flags
+from functions.support import processes
 from functions.support.command_line import Parser, add_config_flags, exit_on_user_error
 from functions.support.device import choose_device
 from functions.support.errors import EXIT_STOPPED
-from functions.support.processes import distributed
 from functions.support.random_numbers import seed_of
 from functions.training.cost import describe_cost
 from functions.training.opening import open_run
@@ -37,10 +37,10 @@ from functions.training.run import TrainingRun, learning_rate
 def main() -> None:
     """Read the command line and train."""
     args = parse_flags()
-    with distributed() as processes:
-        device = choose_device(args.device, processes.local_rank)
+    with processes.connected():
+        device = choose_device(args.device)
         # The run is new, or it begins with the weights of --init, or it is resumed.
-        with open_run(args, device, processes) as run:
+        with open_run(args, device) as run:
             processes.print_main(run.describe())
             if args.dry_run:
                 processes.print_main(describe_cost(run))
@@ -53,7 +53,6 @@ def main() -> None:
 def train(run: TrainingRun) -> bool:
     """Train a run to its last step. Return False if a signal has stopped it before."""
     config = run.config
-    processes = run.processes
     optimizer = run.optimizer
     scaler = run.scaler
 
@@ -97,7 +96,7 @@ def train(run: TrainingRun) -> bool:
                 with processes.gradient_sync(network, last=places is passes[-1]):
                     loss = denoising_loss(denoiser, x_0_part, t_part, eps_part)
                     # DDP averages over the processes, so the factor makes their mean a sum.
-                    mean = loss.sum() * processes.count / config.effective_batch
+                    mean = loss.sum() * processes.count() / config.effective_batch
                     scaler.scale(mean).backward()
                 losses.append(loss.detach())
 

@@ -11,8 +11,8 @@ import train
 from functions.optimizers import Muon
 from functions.sampling.generation import generate
 from functions.sampling.options import SamplerOptions
+from functions.support import processes
 from functions.support.command_line import exit_on_user_error
-from functions.support.processes import Processes
 from functions.training.metrics import read_metrics
 from tests.conftest import (
     TINY,
@@ -119,10 +119,7 @@ def test_out_of_memory_is_a_sentence(pictures, tmp_path, capsys):
 def train_with_ddp():
     """Let a single process exchange its gradients with itself, by NCCL."""
 
-    def wrap(self, model):
-        return DistributedDataParallel(model)
-
-    pytest.MonkeyPatch().setattr(Processes, "wrap", wrap)
+    pytest.MonkeyPatch().setattr(processes, "wrap", DistributedDataParallel)
     train.main()
 
 

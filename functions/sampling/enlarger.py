@@ -6,19 +6,17 @@ from pathlib import Path
 from functions.enlarging import Enlarger
 from functions.sampling.generation import ImageSampler
 from functions.saved.loading import open_model
+from functions.support import processes
 from functions.support.errors import UserError
-from functions.support.processes import SINGLE_PROCESS, Processes
 
 
-def enlarged(
-    image_sampler: ImageSampler, path: Path, processes: Processes = SINGLE_PROCESS
-) -> ImageSampler:
+def enlarged(image_sampler: ImageSampler, path: Path) -> ImageSampler:
     """Return the sampler with one more model, at `path`, which draws images at twice their size.
 
     That model has its own schedule, and the precision of the sampler's. Raises UserError for a
     model of another size, and CheckpointError when there is none.
     """
-    saved, denoiser = open_model(path, image_sampler.device, "float32", processes)
+    saved, denoiser = open_model(path, image_sampler.device, "float32")
     processes.print_main(f"enlarged by {saved.path}: {saved}")
     enlargers = image_sampler.enlargers
     shape = image_sampler.enlarged_shape(len(enlargers) + 1)

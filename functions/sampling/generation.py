@@ -18,9 +18,9 @@ from functions.sampling.options import SamplerOptions
 from functions.saved.checkpoint import SavedModel
 from functions.saved.loading import open_model
 from functions.saved.run_folder import newest_run
+from functions.support import processes
 from functions.support.device import choose_device, set_deterministic
 from functions.support.errors import UserError
-from functions.support.processes import SINGLE_PROCESS, Processes
 from functions.support.random_numbers import ImageNoise
 from functions.timesteps import sampling_times
 
@@ -138,7 +138,7 @@ class ImageSampler:
 
 
 def open_sampler(
-    args: argparse.Namespace, processes: Processes = SINGLE_PROCESS, name_prefix: str = ""
+    args: argparse.Namespace, name_prefix: str = ""
 ) -> tuple[SavedModel, ImageSampler]:
     """Load the checkpoint that the flags name, and return it with a sampler for it.
 
@@ -147,10 +147,10 @@ def open_sampler(
     sampler has no guide yet. Raises UserError for flags that the machine or the model cannot
     satisfy.
     """
-    device = choose_device(args.device, processes.local_rank)
+    device = choose_device(args.device)
     set_deterministic(False)
     path = args.checkpoint or processes.on_main(newest_run, args.runs, name_prefix)
-    saved, denoiser = open_model(path, device, args.precision, processes)
+    saved, denoiser = open_model(path, device, args.precision)
     processes.print_main(f"{saved.path}: {saved}")
 
     names = SamplerOptions.__annotations__

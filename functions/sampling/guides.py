@@ -11,14 +11,12 @@ from functions.sampling.generation import ImageSampler
 from functions.saved.checkpoint import SavedModel, open_checkpoint
 from functions.saved.loading import open_model
 from functions.saved.run_folder import checkpoints_of, step_of
+from functions.support import processes
 from functions.support.errors import UserError
-from functions.support.processes import SINGLE_PROCESS, Processes
 from functions.support.settings import fields_with
 
 
-def guided(
-    image_sampler: ImageSampler, saved: SavedModel, processes: Processes = SINGLE_PROCESS
-) -> ImageSampler:
+def guided(image_sampler: ImageSampler, saved: SavedModel) -> ImageSampler:
     """Return the sampler with the guide that its options name, if any.
 
     `saved` is the sampler's model. The guide computes in the model's precision. Raises UserError
@@ -31,7 +29,7 @@ def guided(
     # The guide keeps its own objective, and its network may have another size.
     model = image_sampler.denoiser
     path = processes.on_main(find_guide, options.guide, saved)
-    saved_guide, guide = open_model(path, image_sampler.device, "float32", processes)
+    saved_guide, guide = open_model(path, image_sampler.device, "float32")
     guide = replace(guide, precision=image_sampler.precision)
     processes.print_main(f"guide {saved_guide.path}: {saved_guide}")
     # Both networks get the same x_t and t, so t must mean the same amount of noise to both.

@@ -23,11 +23,11 @@ from data.pixels import to_uint8
 from functions.sampling.generation import ImageSampler, generate
 from functions.saved.checkpoint import SavedModel
 from functions.saved.run_folder import results_folder
+from functions.support import processes
 from functions.support.device import precision_name
 from functions.support.errors import UserError
 from functions.support.files import read_json, sha256, short, write_text
 from functions.support.pictures import save_gif, save_strip
-from functions.support.processes import SINGLE_PROCESS, Processes
 
 MANIFEST = "samples.json"
 # These show several images. The manifest's SHOWN has their indices, or None without pictures.
@@ -51,7 +51,6 @@ def samples_folder(
     args: Namespace,
     saved: SavedModel,
     image_sampler: ImageSampler,
-    processes: Processes = SINGLE_PROCESS,
     shown: list[int] | None = None,
 ) -> Path:
     """Return --out, or a folder in the model's run whose name has all settings and `shown`."""

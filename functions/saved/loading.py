@@ -14,10 +14,10 @@ from functions.denoiser import Denoiser
 from functions.saved.checkpoint import SavedModel, copy_tensors, load_weights
 from functions.saved.diffusers_folder import import_diffusers, load_folder
 from functions.saved.run_folder import RUN_NAME, find_checkpoints, first_intact
+from functions.support import processes
 from functions.support.device import choose_precision, fast_layout
 from functions.support.errors import CheckpointError, UserError
 from functions.support.files import READ_ERRORS, short
-from functions.support.processes import SINGLE_PROCESS, Processes
 
 
 def load_denoiser(
@@ -32,10 +32,7 @@ def load_denoiser(
 
 
 def open_model(
-    path: Path,
-    device: torch.device,
-    precision: str = "float32",
-    processes: Processes = SINGLE_PROCESS,
+    path: Path, device: torch.device, precision: str = "float32"
 ) -> tuple[SavedModel, Denoiser]:
     """Load a model in all processes. Return what was saved, with its provenance, and a denoiser.
 

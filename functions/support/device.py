@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from functions.support import processes
 from functions.support.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -31,12 +32,12 @@ OUT_OF_MEMORY = re.compile(
 )
 
 
-def choose_device(name: str = "auto", index: int | None = None) -> torch.device:
+def choose_device(name: str = "auto") -> torch.device:
     """Return the device to compute on, and set up this process for it.
 
     `name` is "auto" (CUDA, then Apple's MPS, then the CPU) or a device such as "cuda:1". With
-    several processes, `index` is that of this process's GPU, whatever index the name has. Raises
-    UserError when there is no such device.
+    several processes each has a GPU of its own, whatever index the name has. Raises UserError when
+    there is no such device.
     """
     if name == "auto":
         name = "cpu"
@@ -46,6 +47,7 @@ def choose_device(name: str = "auto", index: int | None = None) -> torch.device:
             name = "cuda"
     try:
         device = torch.device(name)
+        index = processes.gpu_index()
         if device.type == "cuda" and index is not None:
             device = torch.device("cuda", index)
         # PyTorch raises an AssertionError if it was built without CUDA.

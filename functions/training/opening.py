@@ -11,8 +11,8 @@ from config import DEFAULT_EXPERIMENT, EXPERIMENTS, ConfigError, DiffusionConfig
 from functions.saved.checkpoint import SavedModel, open_checkpoint
 from functions.saved.loading import open_model
 from functions.saved.run_folder import intact_checkpoint, locked, run_to_resume
+from functions.support import processes
 from functions.support.command_line import given_fields
-from functions.support.processes import Processes
 from functions.support.settings import fields_with
 from functions.training.run import TrainingRun
 from functions.training.stopping import explain_failed_writes
@@ -20,7 +20,7 @@ from models.growing import LOG_SNR_SHIFT, grown_arguments
 
 
 @contextmanager
-def open_run(args: Namespace, device: torch.device, processes: Processes) -> Iterator[TrainingRun]:
+def open_run(args: Namespace, device: torch.device) -> Iterator[TrainingRun]:
     """Open the run that the flags of train.py ask for: a new one, or one to resume.
 
     A run to resume is locked within the context, except for a dry run, and its checkpoint is read
@@ -33,22 +33,22 @@ def open_run(args: Namespace, device: torch.device, processes: Processes) -> Ite
             with explain_failed_writes(folder):
                 processes.on_main(stack.enter_context, locked(folder))
         if folder:
-            yield resume_run(folder, args, device, processes)
+            yield resume_run(folder, args, device)
         else:
-            yield new_run(name, args, device, processes)
+            yield new_run(name, args, device)
 
 
-def new_run(name: str, args: Namespace, device: torch.device, processes: Processes) -> TrainingRun:
+def new_run(name: str, args: Namespace, device: torch.device) -> TrainingRun:
     """Return a new run, which begins with random weights or with those of --init."""
     diffusion = given_fields(args, "diffusion")
     model = given_fields(args, "model")
     experiment = EXPERIMENTS[name]
     if args.init:
-        initial, _ = open_model(args.init, torch.device("cpu"), processes=processes)
+        initial, _ = open_model(args.init, torch.device("cpu"))
         experiment = fit_to_weights(experiment, initial, diffusion, model)
     else:
         experiment = experiment.override(diffusion, model)
-    run = TrainingRun(name, experiment, args.runs, device, processes)
+    run = TrainingRun(name, experiment, args.runs, device)
     if args.init:
         run.begin_with(initial)
     return run
@@ -94,9 +94,7 @@ def fit_to_weights(
     return experiment
 
 
-def resume_run(
-    folder: Path, args: Namespace, device: torch.device, processes: Processes
-) -> TrainingRun:
+def resume_run(folder: Path, args: Namespace, device: torch.device) -> TrainingRun:
     """Return a run that continues from the newest intact checkpoint, with the config in that.
 
     Raises ConfigError for changes that a resumed run cannot make, and for another experiment.
@@ -119,4 +117,4 @@ def resume_run(
         processes.print_main(
             f"the run keeps its own settings; {name} in config.py has another {', '.join(others)}"
         )
-    return TrainingRun(name, resumed, folder.parent, device, processes, checkpoint)
+    return TrainingRun(name, resumed, folder.parent, device, checkpoint)

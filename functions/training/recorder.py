@@ -14,6 +14,7 @@ from functions.losses import eps_errors
 from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.options import SamplerOptions
 from functions.saved.run_folder import delete_old, last_checkpoint, locked, new_folder, path_of
+from functions.support import processes
 from functions.support.errors import UserError
 from functions.support.files import quoted, short, write_text
 from functions.support.pictures import save_grid
@@ -39,7 +40,6 @@ class Recorder:
     def __init__(self, run: TrainingRun):
         self.run = run
         self.config = run.config
-        self.processes = run.processes
         self.saved_at = time.monotonic()
         self.checked_step = run.step + CHECKED_STEP
         self.stop_signals = StopSignals()
@@ -57,17 +57,17 @@ class Recorder:
         run = self.run
         is_new = not run.folder
         if is_new:
-            run.folder = self.processes.on_main(new_folder, run.runs_folder, run.name)
+            run.folder = processes.on_main(new_folder, run.runs_folder, run.name)
         with explain_failed_writes(run.folder), ExitStack() as stack:
             # From the first line on, a run that has a folder saves before it ends.
             stack.enter_context(self.stop_signals)
-            self.processes.on_main(self.open_files, stack, is_new)
+            processes.on_main(self.open_files, stack, is_new)
             self.bar = tqdm(
                 initial=run.step,
                 total=run.total_steps,
                 unit="step",
                 dynamic_ncols=True,
-                disable=not self.processes.is_main,
+                disable=not processes.is_main(),
             )
             stack.enter_context(self.bar)
             run.window.start_clock()
@@ -75,7 +75,7 @@ class Recorder:
             if run.step == run.total_steps:
                 # It is said here, where a lost output does not spoil a finished run.
                 self.bar.close()
-                self.processes.print_main(
+                processes.print_main(
                     f"finished: {run.folder}\nsample from it: python sample.py {quoted(run.folder)}"
                 )
 
@@ -105,7 +105,6 @@ class Recorder:
         """
         run = self.run
         config = self.config
-        processes = self.processes
         errors = eps_errors(run.denoiser, losses, t)
         sums = torch.stack([losses, errors, torch.ones_like(losses)]).sum(dim=1)
         run.window.add(processes.sum_(sums), run.optimizer.found_inf)
@@ -116,7 +115,7 @@ class Recorder:
             refresh=False,
         )
         self.bar.update()
-        if run.step == self.checked_step and run.device.type == "cpu" and processes.is_main:
+        if run.step == self.checked_step and run.device.type == "cpu" and processes.is_main():
             warn_if_busy(run.folder)
 
         # The clock stops here, so that images_per_second is the speed of training only.
@@ -124,13 +123,13 @@ class Recorder:
             validating = self.is_due(config.validate_every)
             if validating or self.is_due(config.log_every):
                 self.log(grad_norm, validating)
-            if self.is_due(config.snapshot_every) and processes.is_main:
+            if self.is_due(config.snapshot_every) and processes.is_main():
                 run.save_snapshot(path_of(run.folder, "snapshots", run.step))
-            if self.is_due(config.sample_every) and processes.is_main:
+            if self.is_due(config.sample_every) and processes.is_main():
                 self.sample()
             # All processes get the same answer, so that they stop after the same step. They
             # exchange it on their CPUs, and do not wait for a GPU.
-            signal_received = processes.any(self.stop_signals.received is not None)
+            signal_received = processes.true_in_any(self.stop_signals.received is not None)
             self.stopped = signal_received and run.step < run.total_steps
             minutes = (time.monotonic() - self.saved_at) / 60
             overdue = 0 < config.checkpoint_minutes <= minutes
@@ -138,7 +137,7 @@ class Recorder:
             # checkpoint before, and writes all of this again.
             if self.is_due(config.checkpoint_every) or overdue or self.stopped:
                 self.saved_at = time.monotonic()
-                if processes.is_main:
+                if processes.is_main():
                     run.save(path_of(run.folder, "checkpoints", run.step))
                     delete_old(run.folder, run.step, config.keep_checkpoints)
 
@@ -177,7 +176,7 @@ class Recorder:
         # All processes validate, and rank 0 writes.
         if validating:
             row |= self.validate()
-        if self.processes.is_main:
+        if processes.is_main():
             self.metrics.write(**row)
             if validating:
                 title = short(run.folder.name)
@@ -190,11 +189,7 @@ class Recorder:
         if run.ema_model:
             denoisers["_ema"] = run.sample_denoiser
         losses = validation_losses(
-            [*denoisers.values()],
-            run.feeder.gather,
-            run.split.val_indices,
-            self.config,
-            self.processes,
+            [*denoisers.values()], run.feeder.gather, run.split.val_indices, self.config
         )
         columns = {}
         for suffix, values in zip(denoisers, losses, strict=True):

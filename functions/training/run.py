@@ -24,6 +24,7 @@ from functions.saved.checkpoint import (
     copy_tensors,
     write_tensors,
 )
+from functions.support import processes
 from functions.support.device import (
     COMPILED_DEVICES,
     arithmetic,
@@ -32,7 +33,6 @@ from functions.support.device import (
     set_deterministic,
 )
 from functions.support.files import quoted
-from functions.support.processes import SINGLE_PROCESS, Processes
 from functions.training.draws import StepDraws, training_draws
 from functions.training.metrics import TrainingWindow
 from models.growing import grown_weights
@@ -65,7 +65,6 @@ class TrainingRun:
         experiment: Experiment,
         runs_folder: Path,
         device: torch.device,
-        processes: Processes = SINGLE_PROCESS,
         checkpoint: TensorFile | None = None,
     ):
         self.name = name
@@ -73,7 +72,6 @@ class TrainingRun:
         self.config = config = experiment.diffusion
         self.runs_folder = runs_folder
         self.device = device
-        self.processes = processes
         self.earlier_provenance = checkpoint.contents["run"] if checkpoint else {}
         self.step = self.earlier_provenance.get("step", 0)
         # A checkpoint is at RUN/checkpoints/FILE.
@@ -94,9 +92,9 @@ class TrainingRun:
                 f"than one step's {config.effective_batch} (batch_size x gradient_accumulation); "
                 "lower one of the two"
             )
-        if config.effective_batch < processes.count:
+        if config.effective_batch < processes.count():
             raise ConfigError(
-                f"{processes.count} processes cannot share an effective batch of "
+                f"{processes.count()} processes cannot share an effective batch of "
                 f"{config.effective_batch}"
             )
         if checkpoint:
@@ -139,7 +137,7 @@ class TrainingRun:
             # The bits of the results depend on these values.
             "arithmetic": {
                 **arithmetic(device, precision),
-                "processes": processes.count,
+                "processes": processes.count(),
                 "batch_size": config.batch_size,
                 # Compiled dropout draws other random numbers.
                 "compiled": self.is_to_compile,

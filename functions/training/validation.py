@@ -11,7 +11,7 @@ from data.batches import batches_of
 from data.pixels import to_model_range
 from functions.denoiser import Denoiser
 from functions.losses import denoising_loss, eps_errors
-from functions.support.processes import Processes
+from functions.support import processes
 from functions.support.random_numbers import ImageNoise, generator_of
 
 
@@ -21,7 +21,6 @@ def validation_losses(
     gather: Callable[[np.ndarray], Tensor],
     indices: np.ndarray,
     config: DiffusionConfig,
-    processes: Processes,
 ) -> list[list[float]]:
     """Return each denoiser's mean loss (Eq. 14), mean error of eps, and mean loss by quarter of t.
 
@@ -44,7 +43,7 @@ def validation_losses(
 
     total = torch.zeros(len(denoisers), 6, dtype=torch.float64)
     batches = batches_of(range(count), config.batch_size)
-    for positions in batches[processes.rank :: processes.count]:
+    for positions in batches[processes.rank() :: processes.count()]:
         x_0 = to_model_range(gather(all_indices[positions]))
         t = all_t[positions].to(x_0.device)
         quarters = 4 * t // timesteps

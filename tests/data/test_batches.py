@@ -4,6 +4,7 @@ It leaves no thread behind.
 """
 
 import threading
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from data.batches import (
     epoch_order,
     indices_of_steps,
 )
-from functions.support.processes import Processes
+from functions.support import processes
 from tests.data.packing import random_pixels
 
 IMAGES = random_pixels(50, 4, 4, 3)
@@ -56,7 +57,9 @@ def test_processes_share_each_step_of_an_epoch_and_can_start_anywhere(
     # Two epochs are walked.
     walked = []
     for rank in range(count):
-        share = Processes(rank, count).shard(effective_batch)
+        group = {"rank": mock.Mock(return_value=rank), "count": mock.Mock(return_value=count)}
+        with mock.patch.multiple(processes, **group):
+            share = processes.shard(effective_batch)
         assert effective_batch // count <= len(share) <= -(-effective_batch // count)
         settings = (train_indices, seed, effective_batch, share)
         indices = list(indices_of_steps(*settings, range(2 * steps)))

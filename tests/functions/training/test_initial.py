@@ -11,7 +11,6 @@ import train
 from config import EXPERIMENTS, ConfigError, ModelConfig
 from functions.saved.checkpoint import load_weights
 from functions.saved.run_folder import checkpoints_of
-from functions.support.processes import SINGLE_PROCESS
 from functions.training.opening import open_run
 from models.growing import LOG_SNR_SHIFT, grown_arguments, grown_weights
 from models.unet import UNet
@@ -34,7 +33,7 @@ def test_a_run_begins_with_the_averaged_weights_of_another(tiny_run, pictures, t
     flags = ["--diffusion.dataset-name", pictures, "--runs", tmp_path, *TRAINING]
     flags += ["--model.image-size 16 --init", tiny_run]
     args = call(train, "cifar10", *flags, function="parse_flags")
-    with open_run(args, CPU, SINGLE_PROCESS) as run:
+    with open_run(args, CPU) as run:
         pass
     assert same(run.parts()["model"], run.parts()["ema"])
     assert same(run.parts()["ema"], before.weights)
@@ -72,7 +71,7 @@ def test_a_folder_of_another_dialect_schedule_and_objective(pictures, tmp_path):
     flags = "--diffusion.seed 1 --model.dropout 0.2 --model.image-size 16 --diffusion.batch-size 8"
     flags = [flags, "--diffusion.dataset-name", pictures, "--init", tmp_path]
     args = call(train, "ffhq-day", *flags, function="parse_flags")
-    with open_run(args, CPU, SINGLE_PROCESS) as run:
+    with open_run(args, CPU) as run:
         experiment = run.experiment
 
     config = experiment.diffusion

@@ -20,7 +20,6 @@ from functions.losses import denoising_loss
 from functions.noise_scheduler import NoiseScheduler
 from functions.optimizers import LR_SCHEDULES
 from functions.saved.loading import load_denoiser
-from functions.support.processes import SINGLE_PROCESS
 from functions.support.random_numbers import ImageNoise, seed_of
 from functions.support.settings import ConfigError
 from functions.training.draws import training_draws
@@ -127,7 +126,7 @@ def test_validation_is_the_mean_over_fixed_triples_whatever_the_batch_size():
         denoiser = Denoiser(LittleMemory(zero, 48), NoiseScheduler(960))
         of_v = replace(denoiser, objective="v")
         indices = np.array([3, 5, 9])
-        return validation_losses([denoiser, of_v], images_of, indices, config, SINGLE_PROCESS)
+        return validation_losses([denoiser, of_v], images_of, indices, config)
 
     # The square of 48 * 48 standard normal numbers is 1 on average, with this standard error.
     whole = measure(batch_size=48, seed=0)
@@ -158,9 +157,7 @@ def test_the_loss_of_a_quarter_is_the_mean_of_its_triples(count, expected, monke
     config = replace(EXPERIMENTS["faces"].diffusion, validation_samples=count, batch_size=4)
     denoiser = Denoiser(LittleMemory(None, 0), NoiseScheduler(1000))
     images = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
-    [(*_, q0, q1, q2, q3)] = validation_losses(
-        [denoiser], images.__getitem__, np.arange(2), config, SINGLE_PROCESS
-    )
+    [(*_, q0, q1, q2, q3)] = validation_losses([denoiser], images.__getitem__, np.arange(2), config)
     assert [q0, q1, q2, q3] == pytest.approx(expected, nan_ok=True)
 
     log = MetricsLog(tmp_path)
@@ -174,7 +171,7 @@ def test_a_run_validates_on_the_images_that_are_held_out(tiny_run, pictures):
     config = Experiment.from_dict(newest(tiny_run)["config"]).diffusion
     images = torch.tensor(load_images(pictures, 16).images)
     [(loss, _, *quarters)] = validation_losses(
-        [load_denoiser(tiny_run)], images.__getitem__, np.array(HELD_OUT), config, SINGLE_PROCESS
+        [load_denoiser(tiny_run)], images.__getitem__, np.array(HELD_OUT), config
     )
     row = read_metrics(tiny_run / "metrics.csv")[-1]
     assert row["val_loss_ema"] == pytest.approx(loss, rel=1e-5)
