@@ -34,7 +34,6 @@ from functions.sampling.samples_folder import (
 )
 from functions.support import processes
 from functions.support.command_line import Parser, exit_on_user_error, integers, positive
-from functions.support.device import precision_name
 from functions.support.errors import UserError
 from functions.support.pictures import save_grid, save_image
 
@@ -73,7 +72,7 @@ def main(n: int = 36, gif: bool = False, name_prefix: str = "") -> None:
             # evaluate.py compares the images with the training images of this split.
             "split": saved.config["diffusion"].get("split", "reference"),
             "seed": args.seed,
-            "precision": precision_name(image_sampler.precision),
+            "precision": image_sampler.precision,
             **image_sampler.options.settings,
             # Without --steps, the options say "all".
             "steps": image_sampler.step_count,

@@ -16,7 +16,7 @@ def enlarged(image_sampler: ImageSampler, path: Path) -> ImageSampler:
     That model has its own schedule, and the precision of the sampler's. Raises UserError for a
     model of another size, and CheckpointError when there is none.
     """
-    saved, denoiser = open_model(path, image_sampler.device, "float32")
+    saved, denoiser = open_model(path, image_sampler.device, image_sampler.precision)
     processes.print_main(f"enlarged by {saved.path}: {saved}")
     enlargers = image_sampler.enlargers
     shape = image_sampler.enlarged_shape(len(enlargers) + 1)
@@ -25,7 +25,6 @@ def enlarged(image_sampler: ImageSampler, path: Path) -> ImageSampler:
             f"{saved.path} draws images of {saved.model.image_shape} (channels, height, width); "
             f"to enlarge these samples it must draw {shape}"
         )
-    denoiser = replace(denoiser, precision=image_sampler.precision)
     options = image_sampler.options
     # Manifests and names of folders contain the digests, as that of a guide.
     digests = (*options.enlarger_digests, saved.digest[:16])

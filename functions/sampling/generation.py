@@ -19,7 +19,7 @@ from functions.saved.checkpoint import SavedModel
 from functions.saved.loading import open_model
 from functions.saved.run_folder import newest_run
 from functions.support import processes
-from functions.support.device import choose_device, set_deterministic
+from functions.support.device import choose_device, precision_name, set_deterministic
 from functions.support.errors import UserError
 from functions.support.random_numbers import ImageNoise
 from functions.timesteps import sampling_times
@@ -47,8 +47,8 @@ class ImageSampler:
     device: torch.device
     # At most this many images are sampled at a time. This affects pixels only through rounding.
     batch_size: int = GPU_BATCH
-    # The precision of the denoiser's network.
-    precision: torch.dtype = torch.float32
+    # The precision of the denoiser's network, by its name.
+    precision: str = "float32"
     # The sampler calls this after every step.
     on_step: OnStep | None = None
     # Each of them then draws the images at twice their size. They do not call `on_step`.
@@ -170,7 +170,7 @@ def open_sampler(
         args.seed,
         device,
         batch_size,
-        denoiser.precision,
+        precision_name(denoiser.precision),
     )
 
 

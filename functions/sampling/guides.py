@@ -29,8 +29,7 @@ def guided(image_sampler: ImageSampler, saved: SavedModel) -> ImageSampler:
     # The guide keeps its own objective, and its network may have another size.
     model = image_sampler.denoiser
     path = processes.on_main(find_guide, options.guide, saved)
-    saved_guide, guide = open_model(path, image_sampler.device, "float32")
-    guide = replace(guide, precision=image_sampler.precision)
+    saved_guide, guide = open_model(path, image_sampler.device, image_sampler.precision)
     processes.print_main(f"guide {saved_guide.path}: {saved_guide}")
     # Both networks get the same x_t and t, so t must mean the same amount of noise to both.
     same_shape = saved_guide.model.image_shape == image_sampler.shape

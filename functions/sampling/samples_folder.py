@@ -24,7 +24,6 @@ from functions.sampling.generation import ImageSampler, generate
 from functions.saved.checkpoint import SavedModel
 from functions.saved.run_folder import results_folder
 from functions.support import processes
-from functions.support.device import precision_name
 from functions.support.errors import UserError
 from functions.support.files import read_json, sha256, short, write_text
 from functions.support.pictures import save_gif, save_strip
@@ -57,8 +56,7 @@ def samples_folder(
     if args.out:
         return args.out
     options = image_sampler.options.settings.values()
-    precision = precision_name(image_sampler.precision)
-    words = [saved.name, saved.digest[:8], *options, precision, f"seed{args.seed}"]
+    words = [saved.name, saved.digest[:8], *options, image_sampler.precision, f"seed{args.seed}"]
     if shown:
         first = shown == [*range(len(shown))]
         words.append(f"n{len(shown)}" if first else f"images{sha256(str(shown))[:8]}")

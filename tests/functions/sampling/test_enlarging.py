@@ -134,7 +134,7 @@ def test_samples_shrink_to_the_small_ones_and_the_manifest_says_what_enlarged_th
     assert SamplerOptions(enlarger_digests=("a", "b")).settings["enlargers"] == "a+b"
     with refused("enlargers was None, is now"):
         call(sample, tiny_run, FEW, *enlarge, "--individual --out", plain)
-    sampler = replace(image_sampler_of(network), precision=torch.bfloat16)
+    sampler = replace(image_sampler_of(network), precision="bfloat16")
     assert enlarged(sampler, large).enlargers[0].model.precision == torch.bfloat16
     # The bar counts all steps, and the folder's name has the model.
     capsys.readouterr()
