@@ -49,14 +49,12 @@ EXACT_FLAGS = {
 def main() -> None:
     """Read the command line, edit the images, and print which file was written."""
     args = parse_flags()
-    saved, image_sampler = open_sampler(args)
+    image_sampler = guided(open_sampler(args))
     if args.exact and not args.steps:
         steps = min(EXACT_STEPS, image_sampler.scheduler.timesteps)
         options = replace(image_sampler.options, steps=steps)
         image_sampler = replace(image_sampler, options=options)
-    image_sampler = guided(image_sampler, saved)
-    folder = samples_folder(args, saved, image_sampler)
-    VERBS[args.verb](args, image_sampler, folder)
+    VERBS[args.verb](args, image_sampler, samples_folder(args, image_sampler))
 
 
 def parse_flags() -> argparse.Namespace:

@@ -119,7 +119,8 @@ def parse_flags() -> Namespace:
 
 def evaluate_bits(args: Namespace) -> None:
     """Measure bits/dim of held-out images; print and write it."""
-    saved, image_sampler = open_sampler(args)
+    image_sampler = open_sampler(args)
+    saved = image_sampler.saved
     device = image_sampler.device
     if device.type == "mps":
         raise UserError("bits/dim needs float64, which mps does not have; use --device cpu")

@@ -52,18 +52,19 @@ def main(n: int = 36, gif: bool = False, name_prefix: str = "") -> None:
     # divide single images among them; a grid alone is sampled by rank 0.
     with processes.connected():
         # The network and its schedule come only from the checkpoint.
-        saved, image_sampler = open_sampler(args, name_prefix)
+        image_sampler = open_sampler(args, name_prefix)
         if args.export:
             if processes.is_main():
-                export(saved, image_sampler, args.export)
+                export(image_sampler, args.export)
                 print(f"wrote {args.export}")
             return
 
-        image_sampler = guided(image_sampler, saved)
+        image_sampler = guided(image_sampler)
         for path in args.enlarge:
             image_sampler = enlarged(image_sampler, path)
         shown = None if args.individual else list(args.indices)
-        folder = samples_folder(args, saved, image_sampler, shown)
+        folder = samples_folder(args, image_sampler, shown)
+        saved = image_sampler.saved
         # These determine the pixels, and are the same for all samples in a folder.
         settings = {
             "experiment": saved.provenance["experiment"],

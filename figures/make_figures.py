@@ -267,12 +267,12 @@ def draw_strip(name: str, columns: dict[str, np.ndarray], rows: Sequence[str] = 
 
 def draw_faces(run: Path) -> None:
     """Draw the samples of `python sample.py` with seed 0, and their nearest training images."""
-    saved, image_sampler = open_saved(run)
+    image_sampler = open_saved(run)
     faces = draw_pixels(image_sampler, 36)
     save_grid(faces, FIGURES / "faces.png", columns=9)
 
     # Each nearest training image is right below its sample, to show which samples are copies.
-    image_set, split = load_and_split(saved)
+    image_set, split = load_and_split(image_sampler.saved)
     neighbours, _ = nearest(faces[:12], image_set.images[split.train_indices])
     save_grid(np.concatenate([faces[:12], neighbours]), FIGURES / "neighbours.png", columns=12)
 
@@ -288,10 +288,10 @@ def draw_people(run: Path) -> None:
         min(snapshots, key=lambda path: abs(step_of(path) - step))
         for step in (total / 4, total / 2, total)
     ]
-    rows = [draw_pixels(open_saved(path, GUIDED)[1], 9) for path in chosen]
+    rows = [draw_pixels(open_saved(path, GUIDED), 9) for path in chosen]
     save_grid(np.concatenate(rows), FIGURES / "people_by_step.png", columns=9)
 
-    _, image_sampler = open_saved(run, GUIDED)
+    image_sampler = open_saved(run, GUIDED)
     columns = {}
     for weight in WEIGHTS:
         denoiser = replace(image_sampler.denoiser, weight=weight)
@@ -299,7 +299,7 @@ def draw_people(run: Path) -> None:
     draw_strip("guidance.png", columns)
 
     # The animation has a row of six samples, and the strips have a row for each of the first four.
-    _, image_sampler = open_saved(run, f"--steps 250 {GUIDE}")
+    image_sampler = open_saved(run, f"--steps 250 {GUIDE}")
     _, states, estimates = generate_frames(image_sampler, range(6))
     save_gif(list(states.values()), FIGURES / "denoising.gif", columns=6)
     save_columns(states, FIGURES / "strip.png")
@@ -317,7 +317,7 @@ def draw_enlarged() -> None:
 def draw_cure(faces: Path, faces_v: Path) -> None:
     """Draw samples of both runs side by side, from the same noise by 20 steps of DDIM."""
     left, right = (
-        np.array(grid_of(draw_pixels(open_saved(run, "--sampler ddim --steps 20")[1], 36), 6))
+        np.array(grid_of(draw_pixels(open_saved(run, "--sampler ddim --steps 20"), 36), 6))
         for run in (faces, faces_v)
     )
     # A white margin separates the two.
@@ -336,7 +336,7 @@ def draw_commands(run: Path, temporary: Path) -> None:
     """Run each of COMMANDS in a temporary folder, and copy its picture into this folder."""
     # Inpainting reads its image and the mask from files. White marks what is replaced: the lower
     # half.
-    _, image_sampler = open_saved(run, GUIDED)
+    image_sampler = open_saved(run, GUIDED)
     [image] = to_uint8(generate(image_sampler, [26]))
     save_image(image, temporary / "26.png")
     mask = np.zeros(image.shape[:2], np.uint8)

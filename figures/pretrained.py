@@ -45,7 +45,7 @@ def main() -> None:
     args = parser.parse_args()
     run = args.run
 
-    source, _ = open_saved(run, "--device cpu")
+    source = open_saved(run, "--device cpu").saved
     facts = source.provenance
     if facts["step"] != facts["total_steps"]:
         raise UserError(f"{run} is not finished; train.py --resume continues it")
@@ -72,7 +72,7 @@ def main() -> None:
         files["guide"] = path, guide_beside(boxed)
         rows["command of the guide"] = f"`{command_of(guide)}`, after {step:,} steps"
         command = f"{boxed.name} {FLAGS[boxed.stem]}"
-        _, image_sampler = open_saved(
+        image_sampler = open_saved(
             snapshot, f"{FLAGS[boxed.stem]} --guide {shlex.quote(str(path))} --device cpu"
         )
     elif args.guide:

@@ -8,7 +8,6 @@ from functions.sampling.enlarger import enlarged
 from functions.sampling.generation import ImageSampler, open_sampler
 from functions.sampling.guides import guided
 from functions.sampling.options import add_sampling_flags
-from functions.saved.checkpoint import SavedModel
 from functions.saved.run_folder import PRETRAINED
 
 # The models in the box that draw: the steps of their guides, and flags of sample.py.
@@ -21,18 +20,17 @@ FLAGS = {
 BASE, *ENLARGERS = (PRETRAINED.with_name(f"ffhq-{size}.safetensors") for size in (32, 64, 128))
 
 
-def open_saved(path: Path, flags: str = "") -> tuple[SavedModel, ImageSampler]:
-    """Return the model of a run or a file, and the sampler of these flags, in float32."""
+def open_saved(path: Path, flags: str = "") -> ImageSampler:
+    """Return the sampler of the model of a run or a file, with these flags, in float32."""
     parser = argparse.ArgumentParser()
     add_sampling_flags(parser)
     args = parser.parse_args([str(path), "--precision", "float32", *shlex.split(flags)])
-    saved, image_sampler = open_sampler(args)
-    return saved, guided(image_sampler, saved)
+    return guided(open_sampler(args))
 
 
 def open_cascade(*enlargers: Path) -> ImageSampler:
     """Return the sampler of BASE, by its FLAGS, and of these models that enlarge its samples."""
-    _, image_sampler = open_saved(BASE, f"{FLAGS[BASE.stem]} --device cpu")
+    image_sampler = open_saved(BASE, f"{FLAGS[BASE.stem]} --device cpu")
     for path in enlargers:
         image_sampler = enlarged(image_sampler, path)
     return image_sampler

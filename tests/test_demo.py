@@ -147,7 +147,7 @@ def sampler_of(run, *flags):
     parser = Parser()
     add_sampling_flags(parser)
     args = parser.parse_args(words(run, "--device cpu", *flags))
-    return open_sampler(args)[1]
+    return open_sampler(args)
 
 
 def test_mix(page, run, pictures):

@@ -18,12 +18,13 @@ from functions.support.pictures import save_grid
 SAMPLE_COUNT = 16
 
 
-def export(saved: SavedModel, image_sampler: ImageSampler, path: Path) -> None:
+def export(image_sampler: ImageSampler, path: Path) -> None:
     """Write a .safetensors file, which sample.py reads, or a folder, which diffusers loads.
 
     Raises UserError for a path that exists or has another extension, and CheckpointError as
     `write_folder` does.
     """
+    saved = image_sampler.saved
     if path.exists():
         raise UserError(f"{path} exists, and --export does not overwrite")
     if path.suffix == ".safetensors":

@@ -53,6 +53,8 @@ class ImageSampler:
     on_step: OnStep | None = None
     # Each of them then draws the images at twice their size. They do not call `on_step`.
     enlargers: tuple[Enlarger, ...] = ()
+    # Where the denoiser comes from; a training, which draws grids, has not saved it.
+    saved: SavedModel | None = None
 
     def __post_init__(self) -> None:
         # This raises the error.
@@ -137,10 +139,8 @@ class ImageSampler:
         return images.cpu()
 
 
-def open_sampler(
-    args: argparse.Namespace, name_prefix: str = ""
-) -> tuple[SavedModel, ImageSampler]:
-    """Load the checkpoint that the flags name, and return it with a sampler for it.
+def open_sampler(args: argparse.Namespace, name_prefix: str = "") -> ImageSampler:
+    """Load the checkpoint that the flags name, and return a sampler for it.
 
     The flags are those of `add_sampling_flags`. The newest intact checkpoint of the run is loaded.
     Without a run in the flags, the newest run whose name begins with `name_prefix` is used. The
@@ -163,7 +163,7 @@ def open_sampler(
     options = SamplerOptions(**chosen, clip_x_0=diffusion.get("clip_x_0", True))
 
     batch_size = args.batch_size or (CPU_BATCH if device.type == "cpu" else GPU_BATCH)
-    return saved, ImageSampler(
+    return ImageSampler(
         denoiser,
         options,
         saved.model.image_shape,
@@ -171,6 +171,7 @@ def open_sampler(
         device,
         batch_size,
         precision_name(denoiser.precision),
+        saved=saved,
     )
 
 

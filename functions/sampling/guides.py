@@ -16,18 +16,18 @@ from functions.support.errors import UserError
 from functions.support.settings import fields_with
 
 
-def guided(image_sampler: ImageSampler, saved: SavedModel) -> ImageSampler:
+def guided(image_sampler: ImageSampler) -> ImageSampler:
     """Return the sampler with the guide that its options name, if any.
 
-    `saved` is the sampler's model. The guide computes in the model's precision. Raises UserError
-    for a guide with another noise schedule or another shape of images, and when `find_guide` finds
-    none.
+    The guide computes in the model's precision. Raises UserError for a guide with another noise
+    schedule or another shape of images, and when `find_guide` finds none.
     """
     options = image_sampler.options
     if options.guide is None:
         return image_sampler
     # The guide keeps its own objective, and its network may have another size.
     model = image_sampler.denoiser
+    saved = image_sampler.saved
     path = processes.on_main(find_guide, options.guide, saved)
     saved_guide, guide = open_model(path, image_sampler.device, image_sampler.precision)
     processes.print_main(f"guide {saved_guide.path}: {saved_guide}")

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from data.pixels import to_uint8
 from functions.sampling.generation import ImageSampler, generate
-from functions.saved.checkpoint import SavedModel
 from functions.saved.run_folder import results_folder
 from functions.support import processes
 from functions.support.errors import UserError
@@ -47,14 +46,12 @@ def image_path(folder: Path, i: int) -> Path:
 
 
 def samples_folder(
-    args: Namespace,
-    saved: SavedModel,
-    image_sampler: ImageSampler,
-    shown: list[int] | None = None,
+    args: Namespace, image_sampler: ImageSampler, shown: list[int] | None = None
 ) -> Path:
     """Return --out, or a folder in the model's run whose name has all settings and `shown`."""
     if args.out:
         return args.out
+    saved = image_sampler.saved
     options = image_sampler.options.settings.values()
     words = [saved.name, saved.digest[:8], *options, image_sampler.precision, f"seed{args.seed}"]
     if shown:

@@ -201,7 +201,7 @@ def test_what_cannot_be_exported_leaves_nothing_behind(folder, tmp_path):
         ("out", CheckpointError, "no such betas, objective or dim_multiply"),
     ):
         with refused(message, error):
-            export(saved, Mock(), tmp_path / name)
+            export(Mock(saved=saved), tmp_path / name)
     assert [*tmp_path.iterdir()] == [folder]
 
 
