@@ -66,39 +66,36 @@ def experiments() -> dict[str, "Experiment"]:
     # `faces` with v and cosine betas, and with Adam for more epochs. docs/whole-before-detail.md
     # says why, and what improves.
     faces_v = faces.override(
-        {
-            "objective": "v",
-            "beta_schedule": "cosine",
-            "optimizer": "adam",
-            "learning_rate": 1e-3,
-            "epochs": 70,
-            "snapshot_every": 175,
-        },
-        {},
+        objective="v",
+        beta_schedule="cosine",
+        optimizer="adam",
+        learning_rate=1e-3,
+        epochs=70,
+        snapshot_every=175,
     )
 
     # FFHQ at 64 x 64, for whoever has no GPU for a day: hours on a CPU (docs/ffhq.md). The
     # optimiser is that of `faces`, and objective and betas are those of `faces-v`; both did best at
     # 32 px. pretrained/ffhq-64 is of this preset, with 111 epochs of 3,600 photos.
     ffhq_64 = faces.override(
-        {
-            "dataset_name": "FFHQ",
-            "objective": "v",
-            "beta_schedule": "cosine",
-            # 378,000 images of the whole set. For fewer photos, more epochs make as many steps.
-            "epochs": 6,
-            # Its length is 4% of the run.
-            "ema_decay": 0.999,
-            "log_every": 50,
-            "validate_every": 1000,
-            "sample_every": 2000,
-            "checkpoint_every": 1000,
-            "checkpoint_minutes": 10.0,
-            # 8 snapshots of 15 MB
-            "snapshot_every": 3000,
-            "validation_samples": 1000,
-        },
-        {"dim_multiply": (1, 2, 3, 4, 4), "transformer_layers": (3,), "image_size": 64},
+        dataset_name="FFHQ",
+        objective="v",
+        beta_schedule="cosine",
+        # 378,000 images of the whole set. For fewer photos, more epochs make as many steps.
+        epochs=6,
+        # Its length is 4% of the run.
+        ema_decay=0.999,
+        log_every=50,
+        validate_every=1000,
+        sample_every=2000,
+        checkpoint_every=1000,
+        checkpoint_minutes=10.0,
+        # 8 snapshots of 15 MB
+        snapshot_every=3000,
+        validation_samples=1000,
+        dim_multiply=(1, 2, 3, 4, 4),
+        transformer_layers=(3,),
+        image_size=64,
     )
 
     # FFHQ at 32 x 32, where a CPU can train a wide network, and where it is decided how a face is
@@ -106,34 +103,39 @@ def experiments() -> dict[str, "Experiment"]:
     ffhq_32 = ffhq_64.override(
         # 504,000 images of the whole set, and 16 snapshots of 32 MB. pretrained/ffhq-32 is of this
         # preset, with 140 epochs of 3,600 photos.
-        {"batch_size": 32, "epochs": 8, "snapshot_every": 1000},
-        {
-            "dim_multiply": (1, 2, 3, 3),
-            "transformer_layers": (2,),
-            "base_dim": 64,
-            "image_size": 32,
-        },
+        batch_size=32,
+        epochs=8,
+        snapshot_every=1000,
+        dim_multiply=(1, 2, 3, 3),
+        transformer_layers=(2,),
+        base_dim=64,
+        image_size=32,
     )
 
     # FFHQ at 128 x 128 without a GPU: the network of `ffhq_64` with one level more in front, which
     # `--init` grows out of a model of `ffhq_64` (models/growing.py, docs/ffhq.md).
     ffhq_128 = ffhq_64.override(
-        {
-            # A grown network needs this: 2 log(64 / 128).
-            "log_snr_shift": -1.386,
-            # 189,000 images of the whole set
-            "epochs": 3,
-            "warmup_steps": 100,
-            # 8 snapshots of 16 MB
-            "snapshot_every": 1500,
-        },
-        {"dim_multiply": (1, 1, 2, 3, 4, 4), "transformer_layers": (4,), "image_size": 128},
+        # A grown network needs this: 2 log(64 / 128).
+        log_snr_shift=-1.386,
+        # 189,000 images of the whole set
+        epochs=3,
+        warmup_steps=100,
+        # 8 snapshots of 16 MB
+        snapshot_every=1500,
+        dim_multiply=(1, 1, 2, 3, 4, 4),
+        transformer_layers=(4,),
+        image_size=128,
     )
 
     # MNIST's digits, in grey. They are not mirrored, because most mirrored digits are no digits.
     mnist = faces_v.override(
-        {"dataset_name": "MNIST", "use_augmentation": False, "epochs": 1},
-        {"lowest_resolution_size": 7, "dim_multiply": (1, 2, 4), "image_size": 28, "channels": 1},
+        dataset_name="MNIST",
+        use_augmentation=False,
+        epochs=1,
+        lowest_resolution_size=7,
+        dim_multiply=(1, 2, 4),
+        image_size=28,
+        channels=1,
     )
 
     # The reference's first run (docs/ffhq.md) with its faults: 200 timesteps with the betas for
@@ -176,38 +178,32 @@ def experiments() -> dict[str, "Experiment"]:
     )
 
     # The reference's second run: 1000 timesteps and EMA.
-    ffhq_run2 = ffhq_run1.override(
-        {"timesteps_diff": 1000, "rescale_betas": True, "ema_decay": 0.9999}, {}
-    )
+    ffhq_run2 = ffhq_run1.override(timesteps_diff=1000, rescale_betas=True, ema_decay=0.9999)
 
     # The reference's full run: twice the width, augmentation, 500 epochs. --resume RUN with a
     # larger --diffusion.epochs trains longer.
     ffhq_full = ffhq_run2.override(
-        {
-            "use_augmentation": True,
-            "max_rotation": 3.0,
-            "rotation_free_end": 0.1,
-            "epochs": 500,
-            "clip_grad_norm": 1.0,
-            "warmup_steps": 5000,
-            # All GPUs wait while 3.9 GB are saved: about 12 s, as a CPU took 3 s per GB. On 8
-            # H100s, 20,000 steps take about 700 s (estimate in benchmarks/NOTES.md), so saving
-            # takes about 2% of the time. If steps are slow, checkpoint_minutes saves more often.
-            "checkpoint_every": 20_000,
-            "snapshot_every": 20_000,
-        },
-        {"base_dim": 128},
+        use_augmentation=True,
+        max_rotation=3.0,
+        rotation_free_end=0.1,
+        epochs=500,
+        clip_grad_norm=1.0,
+        warmup_steps=5000,
+        # All GPUs wait while 3.9 GB are saved: about 12 s, as a CPU took 3 s per GB. On 8
+        # H100s, 20,000 steps take about 700 s (estimate in benchmarks/NOTES.md), so saving
+        # takes about 2% of the time. If steps are slow, checkpoint_minutes saves more often.
+        checkpoint_every=20_000,
+        snapshot_every=20_000,
+        base_dim=128,
     )
 
     # The full run with v and cosine betas, and the learning rate and dropout of `ffhq_day`.
     ffhq_v = ffhq_full.override(
-        {
-            "objective": "v",
-            "beta_schedule": "cosine",
-            "learning_rate": 1e-4,
-            "lr_schedule": "cosine",
-        },
-        {"dropout": 0.1},
+        objective="v",
+        beta_schedule="cosine",
+        learning_rate=1e-4,
+        lr_schedule="cosine",
+        dropout=0.1,
     )
 
     # FFHQ in a day on an H100, by an estimate (docs/ffhq.md): 590,400 steps. The network is that of
@@ -216,38 +212,37 @@ def experiments() -> dict[str, "Experiment"]:
     # or follows from our measurements. DiffAE (Preechakul et al. 2022) and DDPM-IP (Ning et al.
     # 2023) trained on the same images at the same size.
     ffhq_day = ffhq_run2.override(
-        {
-            # v and cosine betas prevent wrong colours (docs/whole-before-detail.md).
-            "objective": "v",
-            "beta_schedule": "cosine",
-            # This is 2 log(64 / 128), for 128 px (Hoogeboom et al. 2023). A trial of ours at 64 px
-            # did not forbid it (docs/ffhq.md).
-            "log_snr_shift": -1.386,
-            # DiffAE has batches of 32 x 4, and DDPM-IP of 8 x 16.
-            "batch_size": 64,
-            "gradient_accumulation": 2,
-            # Both have this rate. EDM (Karras et al. 2022) has 2e-4 for batches of 256, which makes
-            # 1.4e-4 for batches of 128 by the square root.
-            "learning_rate": 1e-4,
-            # Six runs of ours on photos at 32 px have a warm-up and a cosine to 0. With these, the
-            # length of the EMA hardly matters (docs/tried.md).
-            "warmup_steps": 5000,
-            "lr_schedule": "cosine",
-            "clip_grad_norm": 1.0,
-            # DiffAE's. Its length is 2% of the run.
-            "ema_decay": 0.9999,
-            # EDM augments, too. Without rotation, nothing has to be unlearned at the end.
-            "use_augmentation": True,
-            # A 4090 sees 24 to 30 million images a day, by an estimate: 400 epochs.
-            "epochs": 1200,
-            # About 12 minutes on an H100
-            "validate_every": 5000,
-            "checkpoint_every": 5000,
-            # 40 snapshots of 0.12 GB
-            "snapshot_every": 15_000,
-        },
+        # v and cosine betas prevent wrong colours (docs/whole-before-detail.md).
+        objective="v",
+        beta_schedule="cosine",
+        # This is 2 log(64 / 128), for 128 px (Hoogeboom et al. 2023). A trial of ours at 64 px
+        # did not forbid it (docs/ffhq.md).
+        log_snr_shift=-1.386,
+        # DiffAE has batches of 32 x 4, and DDPM-IP of 8 x 16.
+        batch_size=64,
+        gradient_accumulation=2,
+        # Both have this rate. EDM (Karras et al. 2022) has 2e-4 for batches of 256, which makes
+        # 1.4e-4 for batches of 128 by the square root.
+        learning_rate=1e-4,
+        # Six runs of ours on photos at 32 px have a warm-up and a cosine to 0. With these, the
+        # length of the EMA hardly matters (docs/tried.md).
+        warmup_steps=5000,
+        lr_schedule="cosine",
+        clip_grad_norm=1.0,
+        # DiffAE's. Its length is 2% of the run.
+        ema_decay=0.9999,
+        # EDM augments, too. Without rotation, nothing has to be unlearned at the end.
+        use_augmentation=True,
+        # A 4090 sees 24 to 30 million images a day, by an estimate: 400 epochs.
+        epochs=1200,
+        # About 12 minutes on an H100
+        validate_every=5000,
+        checkpoint_every=5000,
+        # 40 snapshots of 0.12 GB
+        snapshot_every=15_000,
         # DiffAE and DDPM-IP have 0.1, and EDM 0.05. Each photo is seen 1,200 times.
-        {"dropout": 0.1, "norm_groups": 16},
+        dropout=0.1,
+        norm_groups=16,
     )
 
     # The paper's CIFAR-10: 390 steps per epoch, 800,280 in total. Betas and objective are the
@@ -522,16 +517,20 @@ class Experiment:
     diffusion: DiffusionConfig
     model: ModelConfig
 
-    def override(self, diffusion: dict, model: dict) -> "Experiment":
-        """Return a copy with some fields replaced. Raises ConfigError if these do not fit."""
-        return Experiment(replace(self.diffusion, **diffusion), replace(self.model, **model))
+    def override(self, **changes) -> "Experiment":
+        """Return a copy with some fields of either part replaced, which have no name in common.
 
-    def resumed(self, diffusion: dict, model: dict) -> "Experiment":
+        Raises ConfigError if they do not fit.
+        """
+        model = {name: changes.pop(name) for name in vars(self.model) if name in changes}
+        return Experiment(replace(self.diffusion, **changes), replace(self.model, **model))
+
+    def resumed(self, **changes) -> "Experiment":
         """Return a copy with some fields replaced, for a run that is resumed.
 
         Raises ConfigError, with the names of the fields, for changes that such a run cannot make.
         """
-        changed = self.override(diffusion, model)
+        changed = self.override(**changes)
         # The data may have moved, and another GPU may lack bfloat16.
         may_change = fields_with(DiffusionConfig, "changeable")
         # Another GPU may have less memory. With the same effective batch, a step differs only in

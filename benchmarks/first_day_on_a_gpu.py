@@ -44,9 +44,9 @@ Fact = tuple[str, str | float]
 
 def run_of(name: str, folder: str = "", **changes: str | int) -> TrainingRun:
     """Return a new run of an experiment, with the embedded images and some changed fields."""
-    experiment = EXPERIMENTS[name].override({"dataset_name": "emoji_people"} | changes, {})
+    experiment = EXPERIMENTS[name].override(dataset_name="emoji_people", **changes)
     if not GPU:
-        experiment = experiment.override({}, TINY)
+        experiment = experiment.override(**TINY)
     return TrainingRun(name, experiment, Path(folder), DEVICE)
 
 

@@ -50,7 +50,7 @@ def training_run(seed: int = 0, optimizer: str = "adam") -> TrainingRun:
         "base_dim": 4,
         "norm_groups": 1,
     }
-    experiment = EXPERIMENTS["faces"].override(changes, model)
+    experiment = EXPERIMENTS["faces"].override(**changes, **model)
     run = TrainingRun("faces", experiment, Path("runs"), CPU)
     run.scaler = torch.amp.GradScaler("cpu", enabled=True)
     return run

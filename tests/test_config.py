@@ -87,13 +87,13 @@ def test_an_experiment_survives_json_and_builds_a_network_without_a_warning(name
 
 def test_what_differs_is_named_and_only_what_leaves_the_meaning_may_change():
     faces = EXPERIMENTS["faces"]
-    changed = faces.override({"epochs": 3}, {"dropout": 0.1})
+    changed = faces.override(epochs=3, dropout=0.1)
     assert faces.differences(changed) == {"diffusion.epochs": (25, 3), "model.dropout": (0.0, 0.1)}
 
     # A smaller batch size with more accumulation leaves the images of a step as they were.
     harmless = {"batch_size": 4, "gradient_accumulation": 4, "dataset_name": "moved", "epochs": 99}
     harmless |= {"compile": True, "precision": "float16", "grid_sampler": "ddim"}
-    resumed = faces.resumed(harmless, {})
+    resumed = faces.resumed(**harmless)
     assert vars(resumed.diffusion).items() >= harmless.items()
 
 
@@ -180,10 +180,10 @@ def test_a_field_that_does_not_fit_says_what_would(row):
 
 
 def test_what_is_probably_not_meant_is_warned_of():
-    narrow = EXPERIMENTS["faces"].override({}, {"norm_groups": 32})
+    narrow = EXPERIMENTS["faces"].override(norm_groups=32)
     assert "norm_groups = 32 leaves 1 of the 4 channels" in next(narrow.warnings())
 
-    still = EXPERIMENTS["ffhq-full"].override({"use_augmentation": False}, {})
+    still = EXPERIMENTS["ffhq-full"].override(use_augmentation=False)
     assert [*still.warnings()] == ["max_rotation has no effect without use_augmentation = True"]
 
 

@@ -123,8 +123,7 @@ def test_a_run_is_boxed_with_a_guide_and_a_card(trained, pictures, tmp_path, mon
     monkeypatch.setattr(pretrained, "SAMPLE_COUNT", 3)
     run = trained("--diffusion.snapshot-every 3")
     source = load_weights(checkpoints_of(run)[-1])
-    changes = {"epochs": 7}, {"dim_multiply": (2, 2)}
-    longer = Experiment.from_dict(source.config).override(*changes)
+    longer = Experiment.from_dict(source.config).override(epochs=7, dim_multiply=(2, 2))
     monkeypatch.setattr(pretrained, "EXPERIMENTS", {"faces": longer})
     call(pretrained, run)
 

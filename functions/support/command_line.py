@@ -91,11 +91,9 @@ def field_comments(config_class: type) -> dict[str, str]:
     return {name: " ".join(comment.replace("#", "").split()) for comment, name in matches}
 
 
-def given_fields(args: Namespace, prefix: str) -> dict:
+def given_fields(args: Namespace) -> dict:
     """Return the values of the fields whose flags were given, by field name."""
-    start = f"{prefix}."
-    flags = vars(args)
-    return {flag.removeprefix(start): flags[flag] for flag in flags if flag.startswith(start)}
+    return {flag.partition(".")[2]: value for flag, value in vars(args).items() if "." in flag}
 
 
 def boolean(text: str) -> bool:

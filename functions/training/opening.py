@@ -40,23 +40,20 @@ def open_run(args: Namespace, device: torch.device) -> Iterator[TrainingRun]:
 
 def new_run(name: str, args: Namespace, device: torch.device) -> TrainingRun:
     """Return a new run, which begins with random weights or with those of --init."""
-    diffusion = given_fields(args, "diffusion")
-    model = given_fields(args, "model")
+    given = given_fields(args)
     experiment = EXPERIMENTS[name]
     if args.init:
         initial, _ = open_model(args.init, torch.device("cpu"))
-        experiment = fit_to_weights(experiment, initial, diffusion, model)
+        experiment = fit_to_weights(experiment, initial, given)
     else:
-        experiment = experiment.override(diffusion, model)
+        experiment = experiment.override(**given)
     run = TrainingRun(name, experiment, args.runs, device)
     if args.init:
         run.begin_with(initial)
     return run
 
 
-def fit_to_weights(
-    preset: Experiment, initial: SavedModel, diffusion: dict, model: dict
-) -> Experiment:
+def fit_to_weights(preset: Experiment, initial: SavedModel, given: dict) -> Experiment:
     """Return the preset with the values that the weights need, and with the given fields changed.
 
     Weights need the network with which they were trained, but for its dropout, and the fields of
@@ -69,7 +66,7 @@ def fit_to_weights(
     needed = {name: saved[name] for name in fields_with(DiffusionConfig, "fixed_by_weights")}
     network = vars(initial.model)
     own_size = initial.model.image_size
-    size = model.get("image_size", preset.model.image_size)
+    size = given.get("image_size", preset.model.image_size)
     reason = f"for the weights of {initial.path}"
     if size == 2 * own_size:
         reason += f", which are of {own_size} px and grow to {size}"
@@ -83,14 +80,14 @@ def fit_to_weights(
             f"image_size is {size}; it must be {own_size} or {2 * own_size} {reason}: their own "
             "size, or twice that, to which they grow. Give the size as --model.image-size"
         )
-    dropout = model.get("dropout", preset.model.dropout)
-    experiment = preset.override(diffusion | needed, network | {"dropout": dropout})
+    network = network | {"dropout": given.get("dropout", preset.model.dropout)}
+    experiment = preset.override(**given | needed | network)
     try:
-        asked = experiment.override(diffusion, model)
+        asked = experiment.override(**given)
     except ConfigError as error:
         raise ConfigError(f"{error}; leave it as it is {reason}") from error
-    for field, (value, given) in experiment.differences(asked).items():
-        raise ConfigError(f"{field} is {value} {reason}; it cannot be changed to {given}")
+    for field, (value, other) in experiment.differences(asked).items():
+        raise ConfigError(f"{field} is {value} {reason}; it cannot be changed to {other}")
     return experiment
 
 
@@ -104,7 +101,7 @@ def resume_run(folder: Path, args: Namespace, device: torch.device) -> TrainingR
     if args.experiment not in (None, name):
         raise ConfigError(f"{folder} is a run of {name!r}, not of {args.experiment!r}")
     saved = Experiment.from_dict(checkpoint.contents["config"])
-    resumed = saved.resumed(given_fields(args, "diffusion"), given_fields(args, "model"))
+    resumed = saved.resumed(**given_fields(args))
     for field, (earlier, now) in saved.differences(resumed).items():
         processes.print_main(f"changed: {field} was {earlier}, is now {now}")
     # There may be no preset of that name any more.

@@ -57,7 +57,7 @@ def test_a_resume_says_what_config_py_has_now_and_that_the_rate_jumps(
     """The rates are those of half a cosine, over 10 and then over 200 steps."""
     own = Experiment.from_dict(newest(tiny_run)["config"])
     resume = ["--resume", tiny_run, "--dry-run --diffusion.epochs 40"]
-    now = own.override({"learning_rate": 3e-5, "epochs": 40}, {"dropout": 0.1})
+    now = own.override(learning_rate=3e-5, epochs=40, dropout=0.1)
     monkeypatch.setattr(opening, "EXPERIMENTS", {"faces": now})
     call(train, *resume)
     printed = capsys.readouterr().out
