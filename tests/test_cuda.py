@@ -87,10 +87,10 @@ def test_the_host_never_waits_for_the_gpu(waiting_is_an_error):
     image_sampler = image_sampler_of(small_unet().cuda(), options=options, device="cuda")
     noise = image_sampler.noise(range(4))
     # The first call loads kernels, for which the host waits.
-    image_sampler.denoise(noise.draw(), 99, noise.draw)
+    image_sampler.denoise(noise(), 99, noise)
     # In the second one tables are made before the end of the first step.
     waiting = replace(image_sampler, on_step=lambda k, t, x, x_0: waiting_is_an_error())
-    waiting.denoise(noise.draw(), 99, noise.draw)
+    waiting.denoise(noise(), 99, noise)
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])

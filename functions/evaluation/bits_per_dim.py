@@ -23,7 +23,7 @@ from tqdm import tqdm
 from functions.denoiser import Predictor
 from functions.likelihood import bound_terms
 from functions.support.errors import UserError
-from functions.support.random_numbers import ImageNoise, generator_of
+from functions.support.random_numbers import generator_of, image_noise
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def image_terms(
     for t in draw_t(lengths, index).split(options.batch_size):
         # Results of earlier versions had this text as their seed, too.
         purpose = f"bits per dim/{index}"
-        noise = ImageNoise(0, t.tolist(), x_0.shape[1:], x_0.device, purpose).draw()
+        noise = image_noise(0, t.tolist(), x_0.shape[1:], x_0.device, purpose)()
         t = t.to(x_0.device)
         terms = bound_terms(
             denoiser, x_0.expand_as(noise), t, noise, options.variance, options.clip_x_0

@@ -21,7 +21,7 @@ from functions.saved.run_folder import newest_run
 from functions.support import processes
 from functions.support.device import choose_device, precision_name, set_deterministic
 from functions.support.errors import UserError
-from functions.support.random_numbers import ImageNoise
+from functions.support.random_numbers import image_noise
 from functions.timesteps import sampling_times
 
 # So many images are sampled at a time unless --batch-size says otherwise. On a CPU larger batches
@@ -87,9 +87,9 @@ class ImageSampler:
         """Return the number of steps. Each makes one network call, or two with a guide."""
         return len(self.times) - 1
 
-    def noise(self, indices: Sequence[int], purpose: str = "image") -> ImageNoise:
-        """Return the noise of these images and this purpose: first x_T, then that of the steps."""
-        return ImageNoise(self.seed, indices, self.shape, self.device, purpose)
+    def noise(self, indices: Sequence[int], purpose: str = "image") -> Callable[[], Tensor]:
+        """Return what draws the noise of these images: first x_T, then that of the steps."""
+        return image_noise(self.seed, indices, self.shape, self.device, purpose)
 
     def denoise(self, x_t: Tensor, t: int, noise: Callable[[], Tensor]) -> Tensor:
         """Denoise states (B, C, H, W) at t, one of the sampler's timesteps, to images."""
@@ -131,11 +131,11 @@ class ImageSampler:
 
         noise = self.noise(indices)
         sampler = replace(self, on_step=on_step)
-        images = sampler.take_steps(noise.draw(), self.times, noise.draw)
+        images = sampler.take_steps(noise(), self.times, noise)
         for k, enlarger in enumerate(self.enlargers, start=1):
             shape = self.enlarged_shape(k)
-            details = ImageNoise(self.seed, indices, shape, self.device, f"details {k}")
-            images = enlarger.enlarge(images, details.draw, lambda *step: bar.update(len(indices)))
+            details = image_noise(self.seed, indices, shape, self.device, f"details {k}")
+            images = enlarger.enlarge(images, details, lambda *step: bar.update(len(indices)))
         return images.cpu()
 
 

@@ -40,7 +40,7 @@ def inpaint(
     # A step leads from timestep t to s.
     steps = list(pairwise(image_sampler.times))
     noise = image_sampler.noise(indices, "inpainting")
-    x = noise.draw()
+    x = noise()
     for t, s in tqdm(steps, "inpainting", unit="step"):
         # The last step leads to x_0, and is not repeated.
         repeats = resample if s >= 0 else 1
@@ -48,10 +48,10 @@ def inpaint(
             # In all repeats but the first, q(x_t | x_s) takes the state back from s to t.
             if repeat > 0:
                 beta = scheduler.step_beta(t, s)
-                x = (1 - beta) ** 0.5 * x + beta**0.5 * noise.draw()
-            unknown = image_sampler.take_steps(x, [t, s], noise.draw)
+                x = (1 - beta) ** 0.5 * x + beta**0.5 * noise()
+            unknown = image_sampler.take_steps(x, [t, s], noise)
             # At s = -1, the clean image, this is x_0 itself.
-            known = scheduler.q_sample(x_0, s, noise.draw())
+            known = scheduler.q_sample(x_0, s, noise())
             x = torch.where(mask, unknown, known)
     return x
 

@@ -24,11 +24,11 @@ def interpolate_images(
     # from that of image 0.
     noise = image_sampler.noise([0], "interpolation")
     # Both ends get the same noise, so the mixture is as noisy as the ends are.
-    first, second = image_sampler.scheduler.q_sample(ends, t, noise.draw())
+    first, second = image_sampler.scheduler.q_sample(ends, t, noise())
     w = weights.view(-1, 1, 1, 1)
     x_t = (1 - w) * first + w * second
     # The noise of a step is the same for all mixtures, too.
-    return image_sampler.denoise(x_t, t, lambda: noise.draw().expand_as(x_t))
+    return image_sampler.denoise(x_t, t, lambda: noise().expand_as(x_t))
 
 
 def variations(image_sampler: ImageSampler, x_0: Tensor, t: int, indices: Sequence[int]) -> Tensor:
@@ -37,8 +37,8 @@ def variations(image_sampler: ImageSampler, x_0: Tensor, t: int, indices: Sequen
     For the same x_0 and t, each variation depends only on the seed and its index.
     """
     noise = image_sampler.noise(indices, "variation")
-    x_t = image_sampler.scheduler.q_sample(x_0, t, noise.draw())
-    return image_sampler.denoise(x_t, t, noise.draw)
+    x_t = image_sampler.scheduler.q_sample(x_0, t, noise())
+    return image_sampler.denoise(x_t, t, noise)
 
 
 def interpolate_exactly(

@@ -112,7 +112,7 @@ def generate_frames(
     states = defaultdict(list)
     estimates = defaultdict(list)
     # Each image begins as noise, which depends only on the seed and the image's index.
-    x_T = image_sampler.noise(indices).draw()
+    x_T = image_sampler.noise(indices)()
     states[image_sampler.scheduler.timesteps].append(to_uint8(x_T))
 
     def on_step(k, t, x, x_0):

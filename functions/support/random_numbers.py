@@ -6,7 +6,7 @@ generator's state has to be saved.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,32 +30,23 @@ def generator_of(
     return torch.Generator(device).manual_seed(seed_of(seed, purpose, index))
 
 
-class ImageNoise:
-    """The noise for the images of a batch.
+def image_noise(
+    seed: int, indices: Sequence[int], shape: Sequence[int], device: torch.device, purpose: str
+) -> Callable[[], Tensor]:
+    """Return a function that draws the next standard normal noise of a batch, (B, C, H, W).
 
     `indices` are the indices of the batch's images, and `shape` is (C, H, W). The k-th noise of
     image i depends only on (seed, purpose, i, k), and not on the other images in the batch.
     """
+    # The CPU draws for every device, so that sampling starts from the same x_T on all devices.
+    generators = [generator_of("cpu", seed, purpose, i) for i in indices]
 
-    def __init__(
-        self,
-        seed: int,
-        indices: Sequence[int],
-        shape: tuple,
-        device: torch.device | str = "cpu",
-        purpose: str = "image",
-    ):
-        # The CPU draws for every device, so that sampling starts from the same x_T on all devices.
-        self.generators = [generator_of("cpu", seed, purpose, i) for i in indices]
-        self.shape = shape
-        self.device = torch.device(device)
-
-    def draw(self) -> Tensor:
-        """Return the next standard normal noise, (B, C, H, W)."""
-        draws = [torch.randn(self.shape, generator=generator) for generator in self.generators]
-        noise = torch.stack(draws)
-        if self.device.type != "cuda":
-            return noise.to(self.device)
+    def noise():
+        draws = torch.stack([torch.randn(shape, generator=each) for each in generators])
+        if device.type != "cuda":
+            return draws.to(device)
         # The copy from pinned memory does not block the CPU, so the CPU draws the next step's noise
         # while the GPU computes this step.
-        return noise.pin_memory().to(self.device, non_blocking=True)
+        return draws.pin_memory().to(device, non_blocking=True)
+
+    return noise

@@ -12,7 +12,7 @@ from data.pixels import to_model_range
 from functions.denoiser import Denoiser
 from functions.losses import denoising_loss, eps_errors
 from functions.support import processes
-from functions.support.random_numbers import ImageNoise, generator_of
+from functions.support.random_numbers import generator_of, image_noise
 
 
 @torch.no_grad()
@@ -48,8 +48,8 @@ def validation_losses(
         t = all_t[positions].to(x_0.device)
         quarters = 4 * t // timesteps
         # The noise of a triple depends on its position among all triples, not on its batch.
-        noise = ImageNoise(config.seed, positions, x_0.shape[1:], x_0.device, "validation noise")
-        eps = noise.draw()
+        noise = image_noise(config.seed, positions, x_0.shape[1:], x_0.device, "validation noise")
+        eps = noise()
 
         for i, denoiser in enumerate(denoisers):
             with denoiser.evaluating():

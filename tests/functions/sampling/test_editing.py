@@ -199,13 +199,13 @@ def test_between_two_images_the_ends_are_what_comes_back_of_each(network):
     """
     image_sampler = image_sampler_of(network, options=SamplerOptions(steps=10), seed=5)
     scheduler = image_sampler.scheduler
-    ends = image_sampler.noise([0, 1]).draw().clamp(-1, 1)
+    ends = image_sampler.noise([0, 1])().clamp(-1, 1)
     row = interpolate_images(image_sampler, ends, 49, WEIGHTS)
     for end, interpolated in zip(ends, row[[0, 2]], strict=True):
         noise = image_sampler.noise([0], "interpolation")
-        x_t = scheduler.q_sample(end[None], torch.tensor([49]), noise.draw())
+        x_t = scheduler.q_sample(end[None], torch.tensor([49]), noise())
         times = [49, 39, 29, 19, 9, -1]
-        draws = [noise.draw() for _ in times]
+        draws = [noise() for _ in times]
         by_hand = ddpm_sample(image_sampler.denoiser, x_t, times, step_noise=draws.__getitem__)
         torch.testing.assert_close(interpolated, by_hand[0], rtol=1e-3, atol=1e-3)
 
@@ -219,7 +219,7 @@ def test_mixtures_of_the_noise_of_two_images_are_mixtures_of_the_images():
     """
     network = white(0.5, NoiseScheduler(1000)).network
     image_sampler = image_sampler_of(network, 1000)
-    x = image_sampler.noise([0]).draw() / 2
+    x = image_sampler.noise([0])() / 2
     ends = torch.cat([x, x.flip(3) * torch.tensor([1.0, -1.0]).repeat(8)])
     angles = WEIGHTS * torch.pi / 2
     expected = torch.einsum("ke,echw->kchw", torch.stack([angles.cos(), angles.sin()], 1), ends)

@@ -22,8 +22,8 @@ from functions.sampling.generation import step_bar
 from functions.sampling.options import SamplerOptions
 from functions.saved.checkpoint import load_weights
 from functions.saved.run_folder import checkpoints_of
-from functions.support.random_numbers import ImageNoise
-from tests.conftest import call, image_sampler_of, normal, refused, train_tiny
+from functions.support.random_numbers import image_noise
+from tests.conftest import CPU, call, image_sampler_of, normal, refused, train_tiny
 from tests.functions.known_denoisers import mean_and_variance, white
 
 FEW = "--sampler dpm++ --steps 3 --n 3 --device cpu"
@@ -48,8 +48,8 @@ def test_images_shrink_to_the_small_ones_and_details_are_those_of_the_data():
     """
     states = []
     enlarger = Enlarger(WHITE)
-    noise = ImageNoise(3, range(64), (3, 16, 16))
-    large = enlarger.enlarge(SMALL, noise.draw, lambda k, t, x, x_0: states.append(x))
+    noise = image_noise(3, range(64), (3, 16, 16), CPU, "image")
+    large = enlarger.enlarge(SMALL, noise, lambda k, t, x, x_0: states.append(x))
     assert_close(shrunk(large), SMALL, atol=1e-3, rtol=0)
 
     # Each of 256 pixels alone, shrunk to 64: (256, 64).

@@ -63,7 +63,7 @@ def test_frames_are_evenly_spaced_and_end_with_the_image(network):
     assert torch.equal(samples, generate(replace(image_sampler, batch_size=2), range(3)))
     assert list(states) == list(range(60, -1, -2))
     assert list(estimates) == [*range(60, 1, -2), 1]
-    noise = image_sampler.noise(range(3)).draw()
+    noise = image_sampler.noise(range(3))()
     assert np.array_equal(states[60], to_uint8(noise))
     # The last x_0 is the image; the first is another.
     images = to_uint8(samples)

@@ -20,7 +20,7 @@ from functions.losses import denoising_loss
 from functions.noise_scheduler import NoiseScheduler
 from functions.optimizers import LR_SCHEDULES
 from functions.saved.loading import load_denoiser
-from functions.support.random_numbers import ImageNoise, seed_of
+from functions.support.random_numbers import image_noise, seed_of
 from functions.support.settings import ConfigError
 from functions.training.draws import training_draws
 from functions.training.metrics import (
@@ -81,7 +81,7 @@ def test_no_two_images_of_a_seed_have_the_same_noise():
     # This is the definition: the hash of seed and purpose, plus the index.
     start = int.from_bytes(hashlib.blake2b(b"3/image", digest_size=4).digest(), "little")
     expected = normal((start + 5) % 2**32, 3, 4, 4)
-    assert torch.equal(ImageNoise(3, [5], (3, 4, 4)).draw()[0], expected)
+    assert torch.equal(image_noise(3, [5], (3, 4, 4), CPU, "image")()[0], expected)
 
 
 def test_draws_have_their_distributions():
