@@ -25,40 +25,33 @@ FIRST_LOG_SNR = -1.41
 ENLARGING_STEPS = 7
 
 
-@dataclass(frozen=True)
-class Enlarger:
-    """A model that draws the details of images of half its size."""
+def enlarge(
+    model: Predictor, small: Tensor, noise: Callable[[], Tensor], on_step: OnStep | None = None
+) -> Tensor:
+    """Return images (B, C, 2S, 2S) that shrink to `small` (B, C, S, S), but for clipping.
 
-    model: Predictor
+    `model` draws images of that size, and `noise()` their next standard normal noise.
+    """
+    times = enlarging_times(model.scheduler)
+    shrink = shrinking(small.shape[-1])
+    # The pseudo-inverse: of all images that shrink to `small`, it makes the one of least norm.
+    stretch = torch.linalg.pinv(shrink)
+    enlarging = Enlarging(model, small, shrink.to(small), stretch.to(small))
+    return dpm_solver_sample(
+        enlarging,
+        model.scheduler.q_sample(enlarging.stretched(small), times[0], noise()),
+        times,
+        eta=1,
+        step_noise=lambda k: noise(),
+        on_step=on_step,
+    )
 
-    @property
-    def times(self) -> list[int]:
-        """Return the timesteps of an enlargement, and -1."""
-        log_snr = torch.tensor([FIRST_LOG_SNR], dtype=torch.float64)
-        [first] = nearest_timesteps(self.model.scheduler, log_snr)
-        steps = min(ENLARGING_STEPS, first + 1)
-        return [round((first + 1) * k / steps) - 1 for k in range(steps, -1, -1)]
 
-    def enlarge(
-        self, small: Tensor, noise: Callable[[], Tensor], on_step: OnStep | None = None
-    ) -> Tensor:
-        """Return images (B, C, 2S, 2S) that shrink to `small` (B, C, S, S), but for clipping.
-
-        `noise()` draws the next standard normal noise (B, C, 2S, 2S).
-        """
-        times = self.times
-        shrink = shrinking(small.shape[-1])
-        # The pseudo-inverse: of all images that shrink to `small`, it makes the one of least norm.
-        stretch = torch.linalg.pinv(shrink)
-        enlarging = Enlarging(self.model, small, shrink.to(small), stretch.to(small))
-        return dpm_solver_sample(
-            enlarging,
-            self.model.scheduler.q_sample(enlarging.stretched(small), times[0], noise()),
-            times,
-            eta=1,
-            step_noise=lambda k: noise(),
-            on_step=on_step,
-        )
+def enlarging_times(scheduler: NoiseScheduler) -> list[int]:
+    """Return the timesteps of an enlargement, and -1."""
+    [first] = nearest_timesteps(scheduler, torch.tensor([FIRST_LOG_SNR], dtype=torch.float64))
+    steps = min(ENLARGING_STEPS, first + 1)
+    return [round((first + 1) * k / steps) - 1 for k in range(steps, -1, -1)]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-from functions.enlarging import Enlarger
 from functions.sampling.generation import ImageSampler
 from functions.saved.loading import open_model
 from functions.support import processes
@@ -30,6 +29,6 @@ def enlarged(image_sampler: ImageSampler, path: Path) -> ImageSampler:
     digests = (*options.enlarger_digests, saved.digest[:16])
     return replace(
         image_sampler,
-        enlargers=(*enlargers, Enlarger(denoiser)),
+        enlargers=(*enlargers, denoiser),
         options=replace(options, enlarger_digests=digests),
     )

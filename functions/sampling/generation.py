@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from data.batches import batches_of
 from functions.denoiser import Predictor
-from functions.enlarging import Enlarger
+from functions.enlarging import enlarge, enlarging_times
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import SAMPLERS, OnStep
 from functions.sampling.options import SamplerOptions
@@ -52,7 +52,7 @@ class ImageSampler:
     # The sampler calls this after every step.
     on_step: OnStep | None = None
     # Each of them then draws the images at twice their size. They do not call `on_step`.
-    enlargers: tuple[Enlarger, ...] = ()
+    enlargers: tuple[Predictor, ...] = ()
     # Where the denoiser comes from; a training, which draws grids, has not saved it.
     saved: SavedModel | None = None
 
@@ -132,10 +132,10 @@ class ImageSampler:
         noise = self.noise(indices)
         sampler = replace(self, on_step=on_step)
         images = sampler.take_steps(noise(), self.times, noise)
-        for k, enlarger in enumerate(self.enlargers, start=1):
+        for k, model in enumerate(self.enlargers, start=1):
             shape = self.enlarged_shape(k)
             details = image_noise(self.seed, indices, shape, self.device, f"details {k}")
-            images = enlarger.enlarge(images, details, lambda *step: bar.update(len(indices)))
+            images = enlarge(model, images, details, lambda *step: bar.update(len(indices)))
         return images.cpu()
 
 
@@ -187,6 +187,6 @@ def generate(image_sampler: ImageSampler, indices: Sequence[int], progress: bool
 
 def step_bar(image_sampler: ImageSampler, count: int, shown: bool) -> tqdm:
     """Return a progress bar for the steps of `count` images."""
-    details = sum(len(enlarger.times) - 1 for enlarger in image_sampler.enlargers)
+    details = sum(len(enlarging_times(model.scheduler)) - 1 for model in image_sampler.enlargers)
     total = count * (image_sampler.step_count + details)
     return tqdm(desc="sampling", total=total, unit="step", unit_scale=True, disable=not shown)

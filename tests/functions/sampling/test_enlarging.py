@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import sample
 from data.datasets import load_images
-from functions.enlarging import Enlarger
+from functions.enlarging import enlarge, enlarging_times
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import dpm_solver_sample
 from functions.sampling.enlarger import enlarged
@@ -47,16 +47,15 @@ def test_images_shrink_to_the_small_ones_and_details_are_those_of_the_data():
     So their variance after these steps is known exactly.
     """
     states = []
-    enlarger = Enlarger(WHITE)
     noise = image_noise(3, range(64), (3, 16, 16), CPU, "image")
-    large = enlarger.enlarge(SMALL, noise, lambda k, t, x, x_0: states.append(x))
+    large = enlarge(WHITE, SMALL, noise, lambda k, t, x, x_0: states.append(x))
     assert_close(shrunk(large), SMALL, atol=1e-3, rtol=0)
 
     # Each of 256 pixels alone, shrunk to 64: (256, 64).
     shrink = shrunk(torch.eye(256).view(256, 1, 16, 16)).flatten(1)
     free = torch.eye(256) - shrink @ torch.linalg.pinv(shrink)
     details = large.flatten(2) @ free
-    times = enlarger.times
+    times = enlarging_times(COSINE)
     start = 0.0, 1 - COSINE.alpha_bar(times[0])
     _, variance = mean_and_variance(WHITE, dpm_solver_sample, times, start, eta=1)
     assert 0.7 * STD < variance**0.5 < 1.1 * STD
@@ -75,21 +74,18 @@ def test_images_shrink_to_the_small_ones_and_details_are_those_of_the_data():
 
 
 def test_steps_begin_at_one_log_snr_whatever_the_schedule():
-    def times(scheduler):
-        return Enlarger(replace(WHITE, scheduler=scheduler)).times
-
     for scheduler in (COSINE, NoiseScheduler(1000), NoiseScheduler(100)):
         distances = (torch.logit(scheduler.alphas_cumprod) + 1.41).abs()
-        assert distances[times(scheduler)[0]] == distances.min()
+        assert distances[enlarging_times(scheduler)[0]] == distances.min()
     shifted = NoiseScheduler(1000, beta_schedule="cosine", log_snr_shift=-2 * math.log(2))
-    assert times(shifted) == [499, 428, 356, 285, 213, 142, 70, -1]
-    assert times(NoiseScheduler(4, beta_schedule="cosine")) == [2, 1, 0, -1]
+    assert enlarging_times(shifted) == [499, 428, 356, 285, 213, 142, 70, -1]
+    assert enlarging_times(NoiseScheduler(4, beta_schedule="cosine")) == [2, 1, 0, -1]
 
 
 def test_enlargements_depend_on_the_seed_and_the_index_alone(network):
     small = image_sampler_of(network, options=SamplerOptions("dpm++", 2), seed=7)
     # All small images are nearly grey, so only the details' noise makes a difference.
-    small = replace(small, denoiser=white(1e-3, COSINE), enlargers=(Enlarger(WHITE),) * 2)
+    small = replace(small, denoiser=white(1e-3, COSINE), enlargers=(WHITE,) * 2)
     assert step_bar(small, 3, shown=False).total == 3 * (2 + 7 + 7)
     together, alone, other = (
         sampler.sample(indices, tqdm(disable=True))
@@ -135,7 +131,7 @@ def test_samples_shrink_to_the_small_ones_and_the_manifest_says_what_enlarged_th
     with refused("enlargers was None, is now"):
         call(sample, tiny_run, FEW, *enlarge, "--individual --out", plain)
     sampler = replace(image_sampler_of(network), precision="bfloat16")
-    assert enlarged(sampler, large).enlargers[0].model.precision == torch.bfloat16
+    assert enlarged(sampler, large).enlargers[0].precision == torch.bfloat16
     # The bar counts all steps, and the folder's name has the model.
     capsys.readouterr()
     call(sample, tiny_run, FEW, *enlarge)
