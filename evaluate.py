@@ -31,8 +31,8 @@ from functions.saved.loading import load_and_split
 from functions.saved.run_folder import results_folder
 from functions.support.command_line import Parser, exit_on_user_error, positive
 from functions.support.device import choose_device
-from functions.support.errors import UserError
-from functions.support.files import read_json, sha256, warn, write_text
+from functions.support.errors import UserError, warn
+from functions.support.files import read_json, sha256, write_text
 
 # With fewer images, FID is far above that of many images.
 FEW_IMAGES = 10_000

@@ -9,8 +9,8 @@ import numpy as np
 from data.packed import ImageSet, open_packed
 from data.sources import ARCHIVES, Source, find_source
 from data.torchvision_sets import FILES, read_torchvision_set
-from functions.support.errors import UserError
-from functions.support.files import sha256, short
+from functions.support.errors import UserError, short
+from functions.support.files import sha256
 
 DATA_FOLDER = Path(__file__).resolve().parent
 EMBEDDED_SET = DATA_FOLDER / "emoji_faces.zip"

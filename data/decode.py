@@ -7,8 +7,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data.pixels import picture_of
-from functions.support.errors import UserError
-from functions.support.files import READ_ERRORS, short
+from functions.support.errors import READ_ERRORS, UserError, short
 
 # By default Pillow tries dozens of other formats too. No data set uses these, and Pillow runs other
 # programs to read some of them.

@@ -21,8 +21,8 @@ from tqdm import tqdm
 from data.decode import BadImage, fit_square, open_image, to_pixels
 from data.pixels import picture_of
 from data.sources import Source
-from functions.support.errors import UserError
-from functions.support.files import READ_ERRORS, sha256, short, write_text
+from functions.support.errors import READ_ERRORS, UserError, short
+from functions.support.files import sha256, write_text
 
 # Increase this whenever the same files would give different pixels. Then all packs are made again.
 FORMAT_VERSION = 2

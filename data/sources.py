@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.decode import BadImage
-from functions.support.errors import UserError
-from functions.support.files import READ_ERRORS, short
+from functions.support.errors import READ_ERRORS, UserError, short
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 

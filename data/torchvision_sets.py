@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from data.sources import Member, Source
-from functions.support.errors import UserError
-from functions.support.files import READ_ERRORS, short
+from functions.support.errors import READ_ERRORS, UserError, short
 
 # What must be in the data folder for each set.
 FILES = {

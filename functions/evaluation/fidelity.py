@@ -23,8 +23,8 @@ from torch.utils.data import Dataset
 from data.datasets import ImageSet, Split, load_images, split_images
 from data.decode import open_image_file, to_pixels
 from functions.sampling.samples_folder import MANIFEST, image_indices, image_path
-from functions.support.errors import UserError
-from functions.support.files import read_json, short
+from functions.support.errors import UserError, short
+from functions.support.files import read_json
 
 # torch-fidelity would otherwise take another network for precision and recall.
 EXTRACTOR = "inception-v3-compat"

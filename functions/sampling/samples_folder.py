@@ -23,8 +23,8 @@ from data.pixels import to_uint8
 from functions.sampling.generation import ImageSampler, generate
 from functions.saved.run_folder import results_folder
 from functions.support import processes
-from functions.support.errors import UserError
-from functions.support.files import read_json, sha256, short, write_text
+from functions.support.errors import UserError, short
+from functions.support.files import read_json, sha256, write_text
 from functions.support.pictures import save_gif, save_strip
 
 MANIFEST = "samples.json"

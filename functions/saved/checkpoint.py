@@ -27,8 +27,8 @@ from torch import Tensor
 
 from config import ModelConfig, build_scheduler
 from functions.noise_scheduler import NoiseScheduler
-from functions.support.errors import CheckpointError
-from functions.support.files import READ_ERRORS, check_file, replacing, sha256, short
+from functions.support.errors import READ_ERRORS, CheckpointError, short
+from functions.support.files import check_file, replacing, sha256
 
 FORMAT = "ddpm-faces checkpoint 3"
 # Tensors by their names.

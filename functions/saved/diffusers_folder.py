@@ -26,8 +26,8 @@ from functions.saved.checkpoint import (
     digest_of,
     model_digest,
 )
-from functions.support.errors import CheckpointError, UserError
-from functions.support.files import READ_ERRORS, read_json, short
+from functions.support.errors import READ_ERRORS, CheckpointError, UserError, short
+from functions.support.files import read_json
 from models.blocks import DIALECTS
 from models.unet import BLOCKS_DOWN
 

@@ -16,8 +16,7 @@ from functions.saved.diffusers_folder import import_diffusers, load_folder
 from functions.saved.run_folder import RUN_NAME, find_checkpoints, first_intact
 from functions.support import processes
 from functions.support.device import choose_precision, fast_layout
-from functions.support.errors import CheckpointError, UserError
-from functions.support.files import READ_ERRORS, short
+from functions.support.errors import READ_ERRORS, CheckpointError, UserError, short
 
 
 def load_denoiser(

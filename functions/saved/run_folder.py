@@ -23,8 +23,7 @@ from typing import TypeVar
 from filelock import FileLock, Timeout
 
 from functions.saved.checkpoint import SavedModel, TensorFile, verify_checkpoint
-from functions.support.errors import CheckpointError, UserError
-from functions.support.files import WRITE_ERRORS, quoted, warn
+from functions.support.errors import WRITE_ERRORS, CheckpointError, UserError, quoted, warn
 
 Result = TypeVar("Result")
 # The two groups are the experiment's name and the start time.

@@ -17,8 +17,7 @@ from dataclasses import MISSING, fields
 from typing import NoReturn
 
 from functions.support.device import is_out_of_memory
-from functions.support.errors import UserError
-from functions.support.files import let_all_be_printed, short
+from functions.support.errors import UserError, let_all_be_printed, short
 from functions.support.settings import ConfigError
 
 # argparse ends with this exit status, too.

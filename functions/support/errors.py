@@ -1,8 +1,53 @@
-"""Define the errors that users can fix. Scripts print them in one line and exit with status 2."""
+"""Define the errors that users can fix, and what their messages need; print all messages.
+
+Scripts print such an error in one line, and exit with status 2.
+"""
+
+import errno
+import lzma
+import os
+import shlex
+import struct
+import sys
+import zipfile
+import zlib
+from pathlib import Path
+
+from safetensors import SafetensorError
 
 # This is EX_TEMPFAIL of sysexits.h, which means "try again later". train.py exits with it when a
 # run was stopped by a signal and saved, and can be resumed.
 EXIT_STOPPED = 75
+
+# The errors of a disk that is full or broken, and of a place that may not be written to.
+WRITE_ERRORS = {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.ENOSPC,
+    errno.EPERM,
+    errno.EROFS,
+}
+# Damaged or hostile files have raised these errors in the readers of safetensors, JSON, archives,
+# arrays and images.
+READ_ERRORS = (
+    SafetensorError,
+    OSError,
+    ArithmeticError,
+    EOFError,
+    AssertionError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    SyntaxError,
+    struct.error,
+    lzma.LZMAError,
+    zlib.error,
+    zipfile.BadZipFile,
+)
 
 
 class UserError(Exception):
@@ -11,3 +56,31 @@ class UserError(Exception):
 
 class CheckpointError(UserError):
     """The file that the message names cannot be used. Callers may use the checkpoint before it."""
+
+
+def warn(text: str) -> None:
+    """Print a warning to stderr."""
+    print(text, file=sys.stderr)
+
+
+def let_all_be_printed() -> None:
+    """Let no output end the script: neither a closed one nor one without the characters."""
+    for name in ("stdout", "stderr"):
+        # After `2>&-` the stream is None. The null device takes the free descriptor, which a file
+        # of ours would otherwise get, and with it what libraries print.
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
+        stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, stream)
+
+
+def quoted(path: Path) -> str:
+    """Return a path as a command in a message needs it: with quotes if it has spaces."""
+    # Slashes need no quotes, on Windows either.
+    return shlex.quote(path.as_posix())
+
+
+def short(value) -> str:
+    """Return 200 characters of a text from a file, for a message, without a terminal's controls."""
+    text = str(value)
+    start = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:200])
+    return start if len(text) <= 200 else f"{start}..."

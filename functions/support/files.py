@@ -1,52 +1,13 @@
-"""Write files atomically, read those of others with errors that name them, and print all."""
+"""Write files atomically, and read those of others with errors that name them."""
 
-import errno
 import hashlib
 import json
-import lzma
 import os
-import shlex
-import struct
-import sys
-import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from functions.support.errors import CheckpointError
-
-# The errors of a disk that is full or broken, and of a place that may not be written to.
-WRITE_ERRORS = {
-    errno.EACCES,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EIO,
-    errno.ENOSPC,
-    errno.EPERM,
-    errno.EROFS,
-}
-# Damaged or hostile files have raised these errors in the readers of safetensors, JSON, archives,
-# arrays and images.
-READ_ERRORS = (
-    SafetensorError,
-    OSError,
-    ArithmeticError,
-    EOFError,
-    AssertionError,
-    RuntimeError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    SyntaxError,
-    struct.error,
-    lzma.LZMAError,
-    zlib.error,
-    zipfile.BadZipFile,
-)
+from functions.support.errors import READ_ERRORS, CheckpointError, short
 
 
 @contextmanager
@@ -106,31 +67,3 @@ def sha256(text: str) -> str:
     """Return the SHA-256 of a text, in hexadecimal."""
     # Names of files may contain bytes that are not UTF-8, which Python reads as surrogates.
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
-
-
-def warn(text: str) -> None:
-    """Print a warning to stderr."""
-    print(text, file=sys.stderr)
-
-
-def let_all_be_printed() -> None:
-    """Let no output end the script: neither a closed one nor one without the characters."""
-    for name in ("stdout", "stderr"):
-        # After `2>&-` the stream is None. The null device takes the free descriptor, which a file
-        # of ours would otherwise get, and with it what libraries print.
-        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
-        stream.reconfigure(errors="backslashreplace")
-        setattr(sys, name, stream)
-
-
-def quoted(path: Path) -> str:
-    """Return a path as a command in a message needs it: with quotes if it has spaces."""
-    # Slashes need no quotes, on Windows either.
-    return shlex.quote(path.as_posix())
-
-
-def short(value) -> str:
-    """Return 200 characters of a text from a file, for a message, without a terminal's controls."""
-    text = str(value)
-    start = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:200])
-    return start if len(text) <= 200 else f"{start}..."

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from functions.denoiser import Denoiser
 from functions.losses import denoising_loss
 from functions.support.device import seconds_without_core
-from functions.support.files import quoted
+from functions.support.errors import quoted
 from functions.training.run import TrainingRun
 
 # Other programs slow a training down if its threads wait for cores for longer than this fraction

@@ -15,8 +15,8 @@ from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.options import SamplerOptions
 from functions.saved.run_folder import delete_old, last_checkpoint, locked, new_folder, path_of
 from functions.support import processes
-from functions.support.errors import UserError
-from functions.support.files import quoted, short, write_text
+from functions.support.errors import UserError, quoted, short
+from functions.support.files import write_text
 from functions.support.pictures import save_grid
 from functions.training.cost import warn_if_busy
 from functions.training.metrics import QUARTERS, MetricsLog, plot_losses

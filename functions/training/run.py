@@ -32,7 +32,7 @@ from functions.support.device import (
     fast_layout,
     set_deterministic,
 )
-from functions.support.files import quoted
+from functions.support.errors import quoted
 from functions.training.draws import StepDraws, training_draws
 from functions.training.metrics import TrainingWindow
 from models.growing import grown_weights

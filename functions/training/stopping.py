@@ -11,8 +11,7 @@ from types import FrameType
 from typing import Any, TextIO
 
 from functions.saved.run_folder import last_checkpoint
-from functions.support.errors import UserError
-from functions.support.files import WRITE_ERRORS, quoted
+from functions.support.errors import WRITE_ERRORS, UserError, quoted
 
 # A second signal within this many seconds counts as the same request. Schedulers signal every
 # process, and torchrun forwards its own signal too, so one request can arrive twice.
