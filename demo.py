@@ -18,8 +18,7 @@ from data.decode import fit_image, fit_mask
 from data.pixels import picture_of, to_uint8
 from functions.samplers import SAMPLERS
 from functions.sampling.editing import read_x_0
-from functions.sampling.generation import ImageSampler, generate, open_sampler
-from functions.sampling.guides import guided
+from functions.sampling.generation import ImageSampler, generate, guided, open_sampler
 from functions.sampling.inpainting import inpaint_image, require_full_noise
 from functions.sampling.interpolation import interpolate_images
 from functions.sampling.options import add_sampling_flags

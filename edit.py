@@ -20,8 +20,7 @@ from functions.sampling.editing import (
     save_mixtures,
     save_variations,
 )
-from functions.sampling.generation import open_sampler
-from functions.sampling.guides import guided
+from functions.sampling.generation import guided, open_sampler
 from functions.sampling.options import add_out_flag, add_sampling_flags
 from functions.sampling.samples_folder import samples_folder
 from functions.support.command_line import Parser, exit_on_user_error, fraction, positive

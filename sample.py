@@ -19,10 +19,15 @@ from pathlib import Path
 from data.batches import batches_of
 from data.pixels import to_uint8
 from functions.enlarging import ENLARGING_STEPS
-from functions.sampling.enlarger import enlarged
 from functions.sampling.export import export
-from functions.sampling.generation import ImageSampler, generate, open_sampler, step_bar
-from functions.sampling.guides import guided
+from functions.sampling.generation import (
+    ImageSampler,
+    enlarged,
+    generate,
+    guided,
+    open_sampler,
+    step_bar,
+)
 from functions.sampling.options import add_out_flag, add_sampling_flags
 from functions.sampling.samples_folder import (
     generate_frames,

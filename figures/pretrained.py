@@ -23,8 +23,7 @@ from figures.make_figures import nearest
 from figures.saved_model import BASE, ENLARGERS, FLAGS, GUIDE_STEPS, open_cascade, open_saved
 from functions.evaluation.bits_per_dim import evenly_spaced
 from functions.evaluation.feature_distance import training_features
-from functions.sampling.generation import ImageSampler, generate
-from functions.sampling.guides import find_guide, guide_beside
+from functions.sampling.generation import ImageSampler, find_guide, generate, guide_beside
 from functions.saved.checkpoint import SavedModel, load_weights
 from functions.saved.loading import load_and_split
 from functions.saved.run_folder import PRETRAINED

@@ -4,9 +4,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from functions.sampling.enlarger import enlarged
-from functions.sampling.generation import ImageSampler, open_sampler
-from functions.sampling.guides import guided
+from functions.sampling.generation import ImageSampler, enlarged, guided, open_sampler
 from functions.sampling.options import add_sampling_flags
 from functions.saved.run_folder import PRETRAINED
 

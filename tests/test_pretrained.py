@@ -22,8 +22,7 @@ from data.pixels import to_uint8
 from figures import pretrained, saved_model
 from figures.saved_model import BASE, ENLARGERS, FLAGS, GUIDE_STEPS, open_cascade
 from functions.evaluation.bits_per_dim import evenly_spaced
-from functions.sampling.generation import generate
-from functions.sampling.guides import guide_beside
+from functions.sampling.generation import generate, guide_beside
 from functions.saved import run_folder
 from functions.saved.checkpoint import load_weights
 from functions.saved.run_folder import PRETRAINED, checkpoints_of, newest_run

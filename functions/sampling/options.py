@@ -35,8 +35,8 @@ class SamplerOptions:
     # This multiplies the noise of steps above COOLED_LOG_SNR (functions/sampling/generation.py).
     temperature: float = 1.0
     # The guide is a worse model, given as a step or a path, and the guidance is its weight w, by
-    # default GUIDANCE. functions/sampling/guides.py explains both. `guided` sets the digest of
-    # the guide's weights, which has no flag.
+    # default GUIDANCE. functions/sampling/generation.py explains both. `guided` sets the digest
+    # of the guide's weights, which has no flag.
     guide: str | None = None
     guidance: float | None = None
     guide_digest: str | None = None

@@ -17,8 +17,7 @@ from data.datasets import load_images
 from functions.enlarging import enlarge, enlarging_times
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import dpm_solver_sample
-from functions.sampling.enlarger import enlarged
-from functions.sampling.generation import step_bar
+from functions.sampling.generation import enlarged, step_bar
 from functions.sampling.options import SamplerOptions
 from functions.saved.checkpoint import load_weights
 from functions.saved.run_folder import checkpoints_of

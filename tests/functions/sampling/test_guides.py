@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 import sample
-from functions.sampling.guides import find_guide
+from functions.sampling.generation import find_guide
 from functions.saved.checkpoint import load_weights
 from functions.saved.run_folder import checkpoints_of, step_of
 from tests.conftest import call, refused, train_tiny
