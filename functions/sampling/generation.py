@@ -18,7 +18,7 @@ from functions.guidance import Guided
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import SAMPLERS, OnStep
 from functions.sampling.options import SamplerOptions
-from functions.saved.checkpoint import SavedModel, open_checkpoint
+from functions.saved.checkpoint import Checkpoint, SavedModel
 from functions.saved.loading import open_model
 from functions.saved.run_folder import checkpoints_of, newest_run, step_of
 from functions.support import processes
@@ -250,7 +250,7 @@ def find_guide(guide: str, saved: SavedModel) -> Path:
         return Path(guide)
     beside = guide_beside(saved.path)
     if beside.is_file():
-        step = open_checkpoint(beside).contents["run"]["step"]
+        step = Checkpoint(beside).contents["run"]["step"]
         if step != int(guide):
             raise UserError(f"{beside} is of step {step}: use --guide {step}")
         return beside
@@ -263,7 +263,7 @@ def find_guide(guide: str, saved: SavedModel) -> Path:
         files = [*checkpoints_of(folder.parent, "snapshots"), *checkpoints_of(folder.parent)]
     earlier = [file for file in files if step_of(file) < saved.provenance["step"]]
     nearest = min(earlier, key=lambda file: abs(step_of(file) - int(guide)), default=None)
-    if not nearest or not of_one_run(saved.config, open_checkpoint(nearest).contents["config"]):
+    if not nearest or not of_one_run(saved.config, Checkpoint(nearest).contents["config"]):
         raise UserError(
             f"{saved.path} has no earlier snapshots in its run for --guide {guide}, and there is "
             f"no {beside.name} beside it; name a model, or train with --diffusion.snapshot-every"

@@ -70,10 +70,10 @@ def digest_of(tensors: Tensors) -> str:
     return digest.hexdigest()
 
 
-class TensorFile:
-    """A file that `write_tensors` wrote. Opening it reads and checks `contents`, but no tensor.
+class Checkpoint:
+    """A checkpoint or a model. Opening it reads and checks `contents`, but no tensor.
 
-    Raises CheckpointError for a file that is missing, damaged or of another format.
+    Raises CheckpointError for a file that is missing, damaged, of another format, or neither.
     """
 
     def __init__(self, path: Path):
@@ -88,6 +88,8 @@ class TensorFile:
             # Runs of earlier versions may have infinite limits. No limit is 0, too.
             self.contents = json.loads(text, parse_constant=lambda _: 0)
             self.digests = dict(self.contents.pop("digests"))
+        if "config" not in self.contents:
+            raise CheckpointError(f"{path}: neither a checkpoint nor a model")
 
     def tensors(self, part: str) -> Tensors:
         """Read the tensors of a part, to the CPU, by their names without the part's name.
@@ -161,17 +163,9 @@ class SavedModel:
         return text
 
 
-def open_checkpoint(path: Path) -> TensorFile:
-    """Open a checkpoint or a model. Raises CheckpointError for another file of tensors."""
-    file = TensorFile(path)
-    if "config" not in file.contents:
-        raise CheckpointError(f"{path}: neither a checkpoint nor a model")
-    return file
-
-
-def verify_checkpoint(path: Path) -> TensorFile:
+def verify_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint, and compare every part with its checksum."""
-    file = open_checkpoint(path)
+    file = Checkpoint(path)
     for part in file.digests:
         file.tensors(part)
     return file
@@ -182,7 +176,7 @@ def load_weights(path: Path) -> SavedModel:
 
     Raises CheckpointError for weights that are damaged. No other tensors are read.
     """
-    file = open_checkpoint(path)
+    file = Checkpoint(path)
     part, kind = ("ema", "EMA") if "ema" in file.digests else ("model", "raw")
     weights = file.tensors(part)
     check_finite(weights, path, part)

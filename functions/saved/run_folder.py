@@ -22,7 +22,7 @@ from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
-from functions.saved.checkpoint import SavedModel, TensorFile, verify_checkpoint
+from functions.saved.checkpoint import Checkpoint, SavedModel, verify_checkpoint
 from functions.support.errors import WRITE_ERRORS, CheckpointError, UserError, quoted, warn
 
 Result = TypeVar("Result")
@@ -191,7 +191,7 @@ def first_intact(candidates: Sequence[Path], read: Callable[[Path], Result]) -> 
     return read(candidates[-1])
 
 
-def intact_checkpoint(run: Path) -> TensorFile:
+def intact_checkpoint(run: Path) -> Checkpoint:
     """Open the newest checkpoint whose checksums are right."""
     return first_intact(find_checkpoints(run), verify_checkpoint)
 

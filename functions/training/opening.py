@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from config import DEFAULT_EXPERIMENT, EXPERIMENTS, ConfigError, DiffusionConfig, Experiment
-from functions.saved.checkpoint import SavedModel, open_checkpoint
+from functions.saved.checkpoint import Checkpoint, SavedModel
 from functions.saved.loading import open_model
 from functions.saved.run_folder import intact_checkpoint, locked, run_to_resume
 from functions.support import processes
@@ -96,7 +96,7 @@ def resume_run(folder: Path, args: Namespace, device: torch.device) -> TrainingR
 
     Raises ConfigError for changes that a resumed run cannot make, and for another experiment.
     """
-    checkpoint = open_checkpoint(processes.on_main(lambda: intact_checkpoint(folder).path))
+    checkpoint = Checkpoint(processes.on_main(lambda: intact_checkpoint(folder).path))
     name = checkpoint.contents["run"]["experiment"]
     if args.experiment not in (None, name):
         raise ConfigError(f"{folder} is a run of {name!r}, not of {args.experiment!r}")

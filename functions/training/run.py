@@ -17,8 +17,8 @@ from data.datasets import load_images, split_images
 from functions.denoiser import Denoiser
 from functions.optimizers import LR_SCHEDULES, Adam, Muon
 from functions.saved.checkpoint import (
+    Checkpoint,
     SavedModel,
-    TensorFile,
     Tensors,
     check_finite,
     copy_tensors,
@@ -65,7 +65,7 @@ class TrainingRun:
         experiment: Experiment,
         runs_folder: Path,
         device: torch.device,
-        checkpoint: TensorFile | None = None,
+        checkpoint: Checkpoint | None = None,
     ):
         self.name = name
         self.experiment = experiment
@@ -264,7 +264,7 @@ class TrainingRun:
         weights = {name: tensor.half() for name, tensor in self.parts()[part].items()}
         write_tensors(path, {part: weights}, self.contents())
 
-    def load(self, checkpoint: TensorFile) -> None:
+    def load(self, checkpoint: Checkpoint) -> None:
         """Take over a checkpoint's numbers. Raises CheckpointError when they do not fit."""
         for part, tensors in self.parts().items():
             saved = checkpoint.tensors(part)

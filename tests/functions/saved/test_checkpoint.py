@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 
 from functions.saved.checkpoint import (
-    TensorFile,
+    Checkpoint,
     export_weights,
     load_weights,
     verify_checkpoint,
@@ -52,10 +52,10 @@ def test_a_file_is_one_of_safetensors_of_any_shape_and_layout(path):
     plain = [None, 2**60, "ü"]
     parts = {"a": tensors, "b": {"mT": image.mT.half()}}
     # Runs of earlier versions could have this limit, which today is 0: none.
-    write_tensors(path, parts, {"plain": plain, "clip_grad_norm": math.inf})
+    write_tensors(path, parts, {"config": plain, "clip_grad_norm": math.inf})
 
-    file = TensorFile(path)
-    assert file.contents == {"plain": plain, "clip_grad_norm": 0}
+    file = Checkpoint(path)
+    assert file.contents == {"config": plain, "clip_grad_norm": 0}
     assert same(file.tensors("a"), tensors)
     theirs = safetensors.torch.load_file(path)
     assert same(theirs, {**{f"a.{n}": t for n, t in tensors.items()}, "b.mT": image.mT.half()})
