@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -131,7 +130,8 @@ def draw_cumulative_noise() -> None:
         # The titles have the paper's t, where t = 0 is the image. Code t is one less.
         x_t = torch.cat([SCHEDULES[name].q_sample(x_0, t - 1, noise) for name in names])
         columns[f"t = {t}"] = to_uint8(x_t)
-    draw_strip("cumulative_noise.png", columns, ["betas as\nfor 1000", "rescaled"])
+    rows = ["betas as\nfor 1000", "rescaled"]
+    save_strip(columns, FIGURES / "cumulative_noise.png", rows)
 
 
 def draw_schedules() -> None:
@@ -255,14 +255,7 @@ def draw_rotation() -> None:
         angle = torch.full((len(images),), float(degrees))
         rotated = rotate(x_0, angle)
         columns[f"{title}, ours"] = to_uint8(rotated)
-    draw_strip("rotation.png", columns)
-
-
-def draw_strip(name: str, columns: dict[str, np.ndarray], rows: Sequence[str] = ()) -> None:
-    """Draw a picture of these columns, {title: images (N, H, W, C)}, and these titles of rows."""
-    titles = list(columns)
-    frames = list(columns.values())
-    save_strip(frames, titles, FIGURES / name, rows)
+    save_strip(columns, FIGURES / "rotation.png")
 
 
 def draw_faces(run: Path) -> None:
@@ -296,7 +289,7 @@ def draw_people(run: Path) -> None:
     for weight in WEIGHTS:
         denoiser = replace(image_sampler.denoiser, weight=weight)
         columns[f"w = {weight:g}"] = draw_pixels(replace(image_sampler, denoiser=denoiser), 8)
-    draw_strip("guidance.png", columns)
+    save_strip(columns, FIGURES / "guidance.png")
 
     # The animation has a row of six samples, and the strips have a row for each of the first four.
     image_sampler = open_saved(run, f"--steps 250 {GUIDE}")

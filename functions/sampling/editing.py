@@ -112,8 +112,8 @@ def edited_path(args: Namespace, folder: Path, kind: str) -> Path:
 
 def save_rows(rows: dict[int, Tensor], titles: list[str], path: Path) -> None:
     """Save a figure with a row of images (B, C, H, W) for each timestep, and print its path."""
-    images = [to_uint8(row) for row in rows.values()]
+    images = np.stack([to_uint8(row) for row in rows.values()], axis=1)
     # The titles give the paper's t, which is 0 for a clean image.
     row_titles = [f"t = {t + 1}" for t in rows]
-    save_strip(np.stack(images, axis=1), titles, path, row_titles)
+    save_strip(dict(zip(titles, images, strict=True)), path, row_titles)
     print(f"wrote {path}")

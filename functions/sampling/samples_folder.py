@@ -149,7 +149,6 @@ def save_columns(frames: Frames, path: Path) -> None:
     wanted = times[0] * np.linspace(1, 0, STRIP_COLUMNS) ** 1.5
     nearest = [min(times, key=lambda t: abs(t - wanted_t)) for wanted_t in wanted]
     # With few frames, several columns would show the same one.
-    shown = list(dict.fromkeys(nearest))
-    columns = [frames[t][:STRIP_ROWS] for t in shown]
-    save_strip(columns, [f"t = {t}" for t in shown], path)
+    shown = dict.fromkeys(nearest)
+    save_strip({f"t = {t}": frames[t][:STRIP_ROWS] for t in shown}, path)
     print(f"wrote {path}")

@@ -62,24 +62,18 @@ def save_gif(frames: Sequence[np.ndarray], path: Path, columns: int | None = Non
     first.save(path, save_all=True, append_images=others, duration=durations, loop=0)
 
 
-def save_strip(
-    frames: Sequence[np.ndarray], titles: Sequence[str], path: Path, row_titles: Sequence[str] = ()
-) -> None:
-    """Draw a figure with a row for each sample and a column for each frame, (N, H, W, C).
-
-    `titles` are above the columns, and `row_titles` are to the left of the rows.
-    """
-    rows = len(frames[0])
-    columns = len(frames)
+def save_strip(columns: dict[str, np.ndarray], path: Path, row_titles: Sequence[str] = ()) -> None:
+    """Draw a figure of columns of images, {title: (N, H, W, C)}, with titles left of the rows."""
     # The images fill the figure, 1.1 inches each. `save_figure` adds room for the titles.
-    figure = Figure(figsize=(1.1 * columns, 1.1 * rows))
+    rows = max(map(len, columns.values()))
+    figure = Figure(figsize=(1.1 * len(columns), 1.1 * rows))
     figure.subplots_adjust(left=0, bottom=0, right=1, top=1, wspace=0.04, hspace=0.04)
     no_frame = {"xticks": [], "yticks": [], "frame_on": False}
-    axes = figure.subplots(rows, columns, squeeze=False, subplot_kw=no_frame)
+    axes = figure.subplots(rows, len(columns), squeeze=False, subplot_kw=no_frame)
 
-    for column, frame, title in zip(axes.T, frames, titles, strict=True):
+    for column, (title, images) in zip(axes.T, columns.items(), strict=True):
         column[0].set_title(title, fontsize=9)
-        for ax, image in zip(column, frame, strict=True):
+        for ax, image in zip(column, images, strict=True):
             # The colour map and its range are only used for grey.
             ax.imshow(image, "gray", vmin=0, vmax=255, interpolation="bicubic")
     for ax, title in zip(axes[:, 0], row_titles, strict=False):

@@ -259,9 +259,10 @@ def test_the_script_interpolates_between_images_of_the_seed(tiny_run, tmp_path, 
     own = [pixels_of(tmp_path / f"0000{i}.png").astype(int) for i in range(4)]
     flags = "--steps 5 --batch-size 4 --depths 0,0.2,0.295,1 --out"
     call(edit, "interpolate 1 3", tiny_run, flags, tmp_path)
-    columns, titles, path, rows = saved.call_args.args
+    columns, path, rows = saved.call_args.args
     assert path.name.startswith("interpolation-1-3-")
-    assert titles == ["A", *(f"{i / 8:.3g}" for i in range(9)), "B"]
+    assert [*columns] == ["A", *(f"{i / 8:.3g}" for i in range(9)), "B"]
+    columns = [*columns.values()]
     # The sampler's 5 steps visit 0, 20, 40, 60, 80 and 100.
     assert rows == ["t = 0", "t = 20", "t = 100"]
     for column, row, i in ((0, 0, 1), (1, 0, 1), (9, 0, 3), (10, 0, 3), (0, 1, 1), (0, 2, 1)):
@@ -282,7 +283,8 @@ def test_the_script_says_by_how_much_images_come_back_changed(
     """The way back of the image in each of these columns is in another column."""
     files = [pictures / "00000.png", pictures / "00001.png"]
     call(edit, command.format(*files, run=tiny_run))
-    columns, _, path, rows = saved.call_args.args
+    columns, path, rows = saved.call_args.args
+    columns = [*columns.values()]
     assert rows == ["t = 100"]
     # The folder's name has the settings.
     assert path.parent.name.endswith(f"-ddim-{steps}-trailing-0.0-float32-seed0")
@@ -306,6 +308,6 @@ def test_the_script_varies_a_file_and_overwrites_no_other_picture(tiny_run, tmp_
     flags = ["--depths 0 --steps 2 --out", tmp_path]
     for source, seed in ((3, 0), (file, 1), (file, 0), (file, 0)):
         call(edit, "vary", source, tiny_run, *flags, "--seed", seed)
-    paths = [call.args[2] for call in saved.call_args_list]
+    paths = [call.args[1] for call in saved.call_args_list]
     assert len({*paths}) == 3
     assert paths[2] == paths[3]
