@@ -35,12 +35,12 @@ from functions.sampling.samples_folder import (
     image_path,
     open_folder,
     samples_folder,
-    save_figures,
+    save_columns,
 )
 from functions.support import processes
 from functions.support.command_line import Parser, exit_on_user_error, integers, positive
 from functions.support.errors import UserError
-from functions.support.pictures import save_grid, save_image
+from functions.support.pictures import save_gif, save_grid, save_image
 
 # A grid has at most this many images.
 GRID_LIMIT = 100
@@ -96,14 +96,19 @@ def sample_pictures(
     indices = list(args.indices)
     open_folder(folder, settings, indices)
     print(f"sampling {len(indices)} images: {image_sampler.options}, seed {args.seed}")
-    states = estimates = {}
     if args.strip or args.progressive or args.gif:
         images, states, estimates = generate_frames(image_sampler, indices)
     else:
         images = generate(image_sampler, indices, progress=True)
     # Another command may have opened the folder at the same moment.
     open_folder(folder, settings, indices)
-    save_figures(args, states, estimates, folder)
+    if args.gif:
+        save_gif(states.values(), folder / "denoising.gif")
+        print(f"wrote {folder / 'denoising.gif'}")
+    if args.strip:
+        save_columns(states, folder / "strip.png")
+    if args.progressive:
+        save_columns(estimates, folder / "progressive.png")
     save_grid(to_uint8(images), folder / "grid.png")
     print(f"wrote {folder / 'grid.png'}")
 

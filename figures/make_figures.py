@@ -294,7 +294,7 @@ def draw_people(run: Path) -> None:
     # The animation has a row of six samples, and the strips have a row for each of the first four.
     image_sampler = open_saved(run, f"--steps 250 {GUIDE}")
     _, states, estimates = generate_frames(image_sampler, range(6))
-    save_gif(list(states.values()), FIGURES / "denoising.gif", columns=6)
+    save_gif(states.values(), FIGURES / "denoising.gif", columns=6)
     save_columns(states, FIGURES / "strip.png")
     save_columns(estimates, FIGURES / "progressive.png")
 

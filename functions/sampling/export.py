@@ -8,7 +8,7 @@ from pathlib import Path
 from data.pixels import to_uint8
 from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.options import SamplerOptions
-from functions.saved.checkpoint import SavedModel, export_weights
+from functions.saved.checkpoint import SavedModel, write_tensors
 from functions.saved.diffusers_folder import write_folder
 from functions.support.errors import UserError
 from functions.support.files import write_text
@@ -29,7 +29,11 @@ def export(image_sampler: ImageSampler, path: Path) -> None:
         raise UserError(f"{path} exists, and --export does not overwrite")
     if path.suffix == ".safetensors":
         path.parent.mkdir(parents=True, exist_ok=True)
-        export_weights(saved, path)
+        # The file can be published. Dtype and identity of the weights stay.
+        part = "ema" if saved.kind == "EMA" else "model"
+        write_tensors(
+            path, {part: saved.weights}, {"config": saved.config, "run": saved.provenance}
+        )
         return
     if path.suffix:
         raise UserError(

@@ -25,7 +25,7 @@ from functions.saved.run_folder import results_folder
 from functions.support import processes
 from functions.support.errors import UserError, short
 from functions.support.files import read_json, sha256, write_text
-from functions.support.pictures import save_gif, save_strip
+from functions.support.pictures import save_strip
 
 MANIFEST = "samples.json"
 # These show several images. The manifest's SHOWN has their indices, or None without pictures.
@@ -126,20 +126,10 @@ def generate_frames(
 
     # Each batch of images calls `on_step` for all steps.
     images = generate(replace(image_sampler, on_step=on_step), indices, progress=True)
-    states = {t: np.concatenate(parts) for t, parts in states.items()}
-    estimates = {t: np.concatenate(parts) for t, parts in estimates.items()}
+    states, estimates = (
+        {t: np.concatenate(parts) for t, parts in frames.items()} for frames in (states, estimates)
+    )
     return images, states, estimates
-
-
-def save_figures(args: Namespace, states: Frames, estimates: Frames, folder: Path) -> None:
-    """Write the figures of the denoising that the flags ask for."""
-    if args.gif:
-        save_gif(list(states.values()), folder / "denoising.gif")
-        print(f"wrote {folder / 'denoising.gif'}")
-    if args.strip:
-        save_columns(states, folder / "strip.png")
-    if args.progressive:
-        save_columns(estimates, folder / "progressive.png")
 
 
 def save_columns(frames: Frames, path: Path) -> None:

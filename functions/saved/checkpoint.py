@@ -197,12 +197,6 @@ def model_digest(config: dict, weights_digest: str) -> str:
     return sha256(json.dumps([config, weights_digest], sort_keys=True))
 
 
-def export_weights(saved: SavedModel, path: Path) -> None:
-    """Write a model to a file that can be published. Its dtype and its identity stay."""
-    part = "ema" if saved.kind == "EMA" else "model"
-    write_tensors(path, {part: saved.weights}, {"config": saved.config, "run": saved.provenance})
-
-
 @torch.no_grad()
 def copy_tensors(saved: Tensors, tensors: Tensors, path: Path) -> None:
     """Copy the saved tensors of the file `path` into tensors, whose dtype and layout stay.

@@ -1,7 +1,7 @@
 """Draw grids, animations and strips of images. Images are uint8 (N, H, W, C), RGB or grey."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +51,7 @@ def save_grid(images: np.ndarray, path: Path, columns: int | None = None) -> Ima
     return grid
 
 
-def save_gif(frames: Sequence[np.ndarray], path: Path, columns: int | None = None) -> None:
+def save_gif(frames: Iterable[np.ndarray], path: Path, columns: int | None = None) -> None:
     """Write an animated GIF. Each frame is the grid of one batch, (N, H, W, C)."""
     grids = [grid_of(frame, columns) for frame in frames]
     # All frames share the palette of the last frame, so that colours do not flicker.

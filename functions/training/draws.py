@@ -18,10 +18,6 @@ class StepDraws(NamedTuple):
     # (B,) float32, uniform in [-1, 1). The rotation is this fraction of the largest angle.
     rotation: Tensor
 
-    def cut(self, share: range) -> "StepDraws":
-        """Return the draws of a contiguous share of the images."""
-        return StepDraws(*(draw[share.start : share.stop] for draw in self))
-
 
 def training_draws(
     seed: int,

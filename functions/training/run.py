@@ -222,7 +222,7 @@ class TrainingRun:
             self.config.timesteps_diff,
             self.device,
         )
-        return draws.cut(self.share)
+        return StepDraws(*(draw[self.share.start : self.share.stop] for draw in draws))
 
     def augment(self, x_0: Tensor, draws: StepDraws, step: int) -> Tensor:
         """Flip and rotate x_0 (B, C, H, W), if the config says so."""

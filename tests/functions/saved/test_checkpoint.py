@@ -2,14 +2,15 @@
 
 import math
 import os
+from unittest.mock import Mock
 
 import pytest
 import safetensors.torch
 import torch
 
+from functions.sampling.export import export
 from functions.saved.checkpoint import (
     Checkpoint,
-    export_weights,
     load_weights,
     verify_checkpoint,
     write_tensors,
@@ -73,16 +74,16 @@ def test_an_exported_file_is_the_same_model(write, path, tmp_path):
     assert str(original) == f"EMA weights {description}"
 
     exported = tmp_path / "faces.safetensors"
-    export_weights(original, exported)
+    export(Mock(saved=original), exported)
     assert same(vars(load_weights(exported)), vars(original) | {"path": exported})
     assert verify_checkpoint(exported).digests.keys() == {"ema"}
 
     # Another weight and another config each give another digest.
     digests = {original.digest}
     original.weights["conv_in.bias"][0] += 1
-    for _ in range(2):
-        export_weights(original, exported)
-        digests.add(load_weights(exported).digest)
+    for name in "ab":
+        export(Mock(saved=original), exported.with_stem(name))
+        digests.add(load_weights(exported.with_stem(name)).digest)
         original.config["diffusion"]["timesteps_diff"] += 1
     assert len(digests) == 3
 
