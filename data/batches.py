@@ -51,18 +51,18 @@ class ImageFeeder:
     A CUDA device keeps all if there is room. Otherwise the CPU gathers each batch.
     """
 
-    def __init__(self, images: np.ndarray, device: torch.device | str):
-        self.device = torch.device(device)
-        self.on_cuda = self.device.type == "cuda"
+    def __init__(self, images: np.ndarray, device: torch.device):
+        self.device = device
+        self.on_cuda = device.type == "cuda"
 
         # Gathering from a plain array is faster, because np.memmap does bookkeeping in every call.
         self.images = np.asarray(images)
 
         self.resident = None
         if self.on_cuda:
-            free_bytes, _ = torch.cuda.mem_get_info(self.device)
+            free_bytes, _ = torch.cuda.mem_get_info(device)
             if self.images.nbytes <= FREE_MEMORY_FRACTION * free_bytes:
-                self.resident = torch.tensor(self.images, device=self.device)
+                self.resident = torch.tensor(self.images, device=device)
 
     def gather(self, indices: np.ndarray) -> Tensor:
         """Return the images with indices (B,) int64 as uint8 (B, S, S, C) on the device."""

@@ -47,13 +47,11 @@ class ImageSet:
     pixels_hash: str = ""
     # The summary counts the images, those that were left out, and files that were ignored.
     summary: str = ""
-    # This is the path of the packed file.
-    path: Path | None = None
     # There is one [name, reason] for each image that was left out.
     bad_images: list | tuple = ()
 
 
-def open_packed(source: Source, image_size: int, max_bad_images: int = 0) -> ImageSet:
+def open_packed(source: Source, image_size: int, max_bad_images: int) -> ImageSet:
     """Map the packed file of a source at image_size (pixels), which is made first if needed.
 
     Raises UserError when no image is usable, or more than max_bad_images are not, and OSError when
@@ -128,7 +126,7 @@ def read_pack(path: Path, key: str, source: Source) -> ImageSet | None:
         record["names"] = [source.members[i].name for i in record["ids"]]
         # Ignored files may come and go, and the pack stays.
         record["summary"] += source.describe_ignored()
-        return ImageSet(path.name, images, path=path, rule=source.rule, **record)
+        return ImageSet(path.name, images, rule=source.rule, **record)
     except READ_ERRORS:
         return None
 

@@ -12,7 +12,7 @@ def update_ema(
     parameters: Sequence[Tensor],
     step: int,
     decay: float,
-    ramp: bool = True,
+    ramp: bool,
 ) -> None:
     """Update each average in place: average = decay * average + (1 - decay) * parameter.
 

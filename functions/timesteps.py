@@ -11,9 +11,7 @@ from functions.noise_scheduler import NoiseScheduler
 Steps = int | Sequence[int] | None
 
 
-def sampling_times(
-    scheduler: NoiseScheduler, steps: Steps = None, spacing: str = "trailing"
-) -> list[int]:
+def sampling_times(scheduler: NoiseScheduler, steps: Steps, spacing: str = "trailing") -> list[int]:
     """Return the timesteps that a sampler visits: for N network calls N + 1, from T - 1 down to -1.
 
     The last one, -1, is the clean image, where the network is not called.

@@ -40,7 +40,7 @@ DIALECTS = {
 }
 
 
-def sinusoidal_embedding(t: Tensor, dim: int, dialect: Dialect = DIALECTS["ho"]) -> Tensor:
+def sinusoidal_embedding(t: Tensor, dim: int, dialect: Dialect) -> Tensor:
     """Embed timesteps (B,) as sines and cosines of many frequencies: (B, dim) float32.
 
     This is Section 3.5 of "Attention Is All You Need" in the form of Ho's code: all sines first,

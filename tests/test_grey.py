@@ -22,7 +22,8 @@ def test_grey_packs_lie_beside_those_of_colours(tmp_path):
 
     # This is the luma of ITU-R BT.601.
     assert_allclose(grey.images, IMAGES @ [[0.299], [0.587], [0.114]], atol=1)
-    assert (colour.path.name, grey.path.name) == ("set-8px.packed", "set-8px-grey.packed")
+    names = [pack.images.filename.name for pack in (colour, grey)]
+    assert names == ["set-8px.packed", "set-8px-grey.packed"]
 
     np.savez(tmp_path / "grey.npz", grey.images)
     # A network with three channels sees grey as three equal ones.

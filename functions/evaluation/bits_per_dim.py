@@ -31,13 +31,13 @@ class BoundOptions:
     """How the bound is measured."""
 
     # The most timesteps in a stratum, which one network call represents. With 1 all T are computed.
-    t_stride: int = 1
+    t_stride: int
     # The most timesteps of an image in a forward pass.
-    batch_size: int = 64
+    batch_size: int
     # The variance of p(x_{t-1} | x_t), "small" or "large".
-    variance: str = "small"
+    variance: str
     # Whether the predicted x_0 is clipped to [-1, 1], as in sampling.
-    clip_x_0: bool = True
+    clip_x_0: bool
 
 
 @dataclass(frozen=True)

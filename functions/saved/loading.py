@@ -79,9 +79,7 @@ def load_model(path: Path) -> SavedModel:
     return load_folder(path) if path.is_dir() else load_weights(path)
 
 
-def rebuild(
-    saved: SavedModel, device: torch.device, precision: torch.dtype = torch.float32
-) -> Denoiser:
+def rebuild(saved: SavedModel, device: torch.device, precision: torch.dtype) -> Denoiser:
     """Rebuild the network and its schedule from a saved model, for use without gradients.
 
     Raises CheckpointError for a config that builds no model, or one that the weights do not fit.

@@ -32,7 +32,7 @@ OUT_OF_MEMORY = re.compile(
 )
 
 
-def choose_device(name: str = "auto") -> torch.device:
+def choose_device(name: str) -> torch.device:
     """Return the device to compute on, and set up this process for it.
 
     `name` is "auto" (CUDA, then Apple's MPS, then the CPU) or a device such as "cuda:1". With

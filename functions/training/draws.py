@@ -25,7 +25,7 @@ def training_draws(
     effective_batch: int,
     image_shape: Sequence[int],
     timesteps: int,
-    device: torch.device | str,
+    device: torch.device,
 ) -> StepDraws:
     """Draw t and noise (Algorithm 1, lines 3 and 4) and the augmentation for an effective batch."""
     # The draws are made for the whole effective batch and cut later. So an image's draws depend on

@@ -74,10 +74,10 @@ def write_npz(path, images=IMAGES):
     return path
 
 
-def load(path, size=8, **options):
+def load(path, size=8, max_bad_images=0):
     """Return the images of a folder or an archive, by way of a packed file."""
     source = find_source(path)
-    return open_packed(source, size, **options)
+    return open_packed(source, size, max_bad_images)
 
 
 def packed_files(folder):

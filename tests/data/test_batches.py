@@ -21,6 +21,7 @@ from data.batches import (
     indices_of_steps,
 )
 from functions.support import processes
+from tests.conftest import CPU
 from tests.data.packing import random_pixels
 
 IMAGES = random_pixels(50, 4, 4, 3)
@@ -82,7 +83,7 @@ def test_processes_share_each_step_of_an_epoch_and_can_start_anywhere(
 def test_batches_of_a_memory_map_come_in_order_as_copies(tmp_path, device, keep):
     IMAGES.tofile(tmp_path / "images")
     mapped = np.memmap(tmp_path / "images", np.uint8, "r", shape=IMAGES.shape)
-    feeder = ImageFeeder(mapped, device)
+    feeder = ImageFeeder(mapped, torch.device(device))
     feeder.resident = torch.tensor(mapped, device=device) if keep else None
 
     indices = [epoch_order(50, 0, epoch)[:7] for epoch in range(6)]
@@ -112,7 +113,7 @@ def test_one_batch_is_read_ahead_and_neither_leaving_early_nor_an_error_leaves_a
         raise RuntimeError("from the caller's generator")
 
     # The caller takes one batch and leaves.
-    feed = ImageFeeder(IMAGES, "cpu").feed(indices())
+    feed = ImageFeeder(IMAGES, CPU).feed(indices())
     next(feed)
     assert asked == [0, 1]
     assert feeding_threads()
@@ -121,7 +122,7 @@ def test_one_batch_is_read_ahead_and_neither_leaving_early_nor_an_error_leaves_a
 
     # The caller's generator breaks.
     with pytest.raises(RuntimeError, match="from the caller"):
-        list(ImageFeeder(IMAGES, "cpu").feed(indices()))
+        list(ImageFeeder(IMAGES, CPU).feed(indices()))
     assert not feeding_threads()
 
 
@@ -131,5 +132,5 @@ def test_the_whole_set_stays_on_a_gpu_only_when_it_fits(monkeypatch):
     for more, fits in ((1, True), (-1, False)):
         free = IMAGES.nbytes / FREE_MEMORY_FRACTION + more
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10**12))
-        assert (ImageFeeder(IMAGES, "cuda").resident is not None) == fits
-    assert ImageFeeder(IMAGES, "cpu").resident is None
+        assert (ImageFeeder(IMAGES, torch.device("cuda")).resident is not None) == fits
+    assert ImageFeeder(IMAGES, CPU).resident is None

@@ -60,10 +60,11 @@ def test_the_pack_holds_the_pixels_and_is_made_once(tmp_path, monkeypatch, write
     assert pack.ids == list(range(10))
 
     # The file holds the pixels and nothing else, and the hash is theirs.
-    content = pack.path.read_bytes()
+    file = Path(pack.images.filename)
+    content = file.read_bytes()
     assert content == IMAGES.tobytes()
     assert pack.pixels_hash == hashlib.sha256(content).hexdigest()[:16]
-    assert packed_files(pack.path.parent) == [
+    assert packed_files(file.parent) == [
         f"{name}-8px.packed",
         f"{name}-8px.packed.json",
         f"{name}-8px.packed.lock",
@@ -103,7 +104,7 @@ def test_what_changed_is_made_anew_in_the_same_place(path):
 
 @pytest.mark.parametrize("ending", ["", ".json"])
 def test_a_damaged_pack_is_made_anew(path, ending, capsys):
-    damaged = Path(f"{load(path).path}{ending}")
+    damaged = Path(f"{load(path).images.filename}{ending}")
     whole = damaged.read_bytes()
     contents = [b""]
     if ending == ".json":
@@ -136,7 +137,7 @@ def test_a_pack_that_is_deleted_while_it_is_made_is_one_sentence(path, monkeypat
 
 @linux
 def test_another_users_outdated_pack_is_one_sentence(path):
-    lock = Path(f"{load(path).path}.lock")
+    lock = Path(f"{load(path).images.filename}.lock")
     lock.chmod(0o444)
     with rights_of_others():
         # While it fits, it is used.
@@ -229,7 +230,7 @@ def test_read_only_data_go_to_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     for path in paths:
         pack = load(path)
-        assert pack.path.is_relative_to(tmp_path / "cache")
+        assert Path(pack.images.filename).is_relative_to(tmp_path / "cache")
         assert not packed_files(path)
     forbid_decoding(monkeypatch)
     assert_array_equal(load(paths[0]).images, IMAGES)

@@ -105,7 +105,7 @@ def change(path, **fields):
 
 def same_images(saved, unet, scheduler):
     """Check that our samplers and the pipelines draw the same images with a saved model."""
-    denoiser = rebuild(saved, CPU)
+    denoiser = rebuild(saved, CPU, torch.float32)
     diffusion = saved.config["diffusion"]
     variance = "fixed_" + diffusion.get("variance", "small")
     assert variance == scheduler.config.get("variance_type", "fixed_small")

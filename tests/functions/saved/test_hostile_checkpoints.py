@@ -31,7 +31,7 @@ def resume(path):
 
 
 def sample(path):
-    return rebuild(load_weights(path), CPU)
+    return rebuild(load_weights(path), CPU, torch.float32)
 
 
 def begin(path):

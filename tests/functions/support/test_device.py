@@ -23,7 +23,7 @@ def test_auto_takes_the_fastest_device_there_is(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda name=fastest: name == "cuda")
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda name=fastest: name != "cpu")
         monkeypatch.setattr(torch, "empty", Mock())
-        assert choose_device().type == fastest
+        assert choose_device("auto").type == fastest
 
 
 def test_each_process_has_a_gpu_that_is_there(monkeypatch):

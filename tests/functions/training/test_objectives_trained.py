@@ -16,7 +16,7 @@ from functions.denoiser import OBJECTIVES
 from functions.noise_scheduler import NoiseScheduler
 from functions.training.draws import training_draws
 from functions.training.metrics import read_metrics
-from tests.conftest import TRAINED, call, pixels_of, train_tiny
+from tests.conftest import CPU, TRAINED, call, pixels_of, train_tiny
 from tests.functions.test_denoiser import X_0
 
 
@@ -69,7 +69,7 @@ def test_a_run_with_v_and_shifted_cosine_betas(pictures, tmp_path, capsys):
     run, t, losses, x_0 = seen_in(pictures, tmp_path / "runs", "--diffusion.log-snr-shift -1.5")
     assert "cosine betas, log-SNR shifted by -1.5" in capsys.readouterr().out
     images = load_images(pictures, 16).images[TRAINED][epoch_order(46, 0, 0)[:8]]
-    flip = training_draws(0, 0, 8, (3, 16, 16), 100, "cpu").flip
+    flip = training_draws(0, 0, 8, (3, 16, 16), 100, CPU).flip
     assert np.array_equal(x_0[0], augment(to_model_range(torch.tensor(images)), flip).flatten())
 
     # This is alpha_bar's definition without a shift, f(t + 1) / f(0), computed beside the

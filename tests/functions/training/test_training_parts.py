@@ -63,7 +63,7 @@ def test_ema_is_the_weighted_sum_of_its_definition(ramp):
 
 def test_draws_depend_on_seed_and_step_alone():
     def draws(seed, step):
-        return training_draws(seed, step, 64, (3, 4, 4), 1000, "cpu")._asdict()
+        return training_draws(seed, step, 64, (3, 4, 4), 1000, CPU)._asdict()
 
     # Between the two draws of the same step there are draws of others.
     first, *others, again = (draws(*place) for place in ((0, 7), (0, 6), (0, 8), (1, 7), (0, 7)))
@@ -87,7 +87,7 @@ def test_no_two_images_of_a_seed_have_the_same_noise():
 def test_draws_have_their_distributions():
     """Means, variances and counts lie within 4 of their standard errors."""
     N = 20_000
-    draws = training_draws(0, 0, N, (1, 2, 2), 10, "cpu")
+    draws = training_draws(0, 0, N, (1, 2, 2), 10, CPU)
     counts = torch.bincount(draws.t, minlength=10)
     assert counts.shape == (10,)
     assert (counts - N / 10).abs().max() < 4 * math.sqrt(N * 0.1 * 0.9)
@@ -324,7 +324,7 @@ def test_learning_rate_warms_up_and_decays_and_rotation_stops_for_the_last_tenth
 
     # A run calls these with its config.
     run = SimpleNamespace(config=full, total_steps=1000)
-    draws = training_draws(0, 0, 4, (3, 8, 8), 1000, "cpu")
+    draws = training_draws(0, 0, 4, (3, 8, 8), 1000, CPU)
     for step, angle in ((0, 3), (500, 3), (899, 3), (900, 0), (999, 0)):
         expected = augment(draws.noise, draws.flip, angle * draws.rotation)
         assert torch.equal(TrainingRun.augment(run, draws.noise, draws, step), expected)
