@@ -22,7 +22,7 @@ from functions.sampling.generation import ImageSampler, generate, guided, open_s
 from functions.sampling.inpainting import inpaint_image, require_full_noise
 from functions.sampling.interpolation import interpolate_images
 from functions.sampling.options import add_sampling_flags
-from functions.support.command_line import EXIT_BAD_INPUT, Parser, exit_on_user_error
+from functions.support.command_line import EXIT_BAD_INPUT, Parser, run_script
 from functions.support.errors import UserError
 from functions.support.pictures import grid_of
 
@@ -176,5 +176,4 @@ def paint(image_sampler: ImageSampler, n: int, edit: dict) -> Image.Image:
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
-        main()
+    run_script(main)

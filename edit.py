@@ -23,7 +23,7 @@ from functions.sampling.editing import (
 from functions.sampling.generation import guided, open_sampler
 from functions.sampling.options import add_out_flag, add_sampling_flags
 from functions.sampling.samples_folder import samples_folder
-from functions.support.command_line import Parser, exit_on_user_error, fraction, positive
+from functions.support.command_line import Parser, fraction, positive, run_script
 from functions.support.errors import UserError
 
 # The verbs of the command line.
@@ -138,5 +138,4 @@ def fractions(text: str) -> list[float]:
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
-        main()
+    run_script(main)

@@ -29,7 +29,7 @@ from functions.sampling.options import add_model_flags, add_out_flag
 from functions.sampling.samples_folder import MANIFEST
 from functions.saved.loading import load_and_split
 from functions.saved.run_folder import results_folder
-from functions.support.command_line import Parser, exit_on_user_error, positive
+from functions.support.command_line import Parser, positive, run_script
 from functions.support.device import choose_device
 from functions.support.errors import UserError, warn
 from functions.support.files import read_json, sha256, write_text
@@ -221,5 +221,4 @@ def evaluate_images(args: Namespace) -> None:
 VERBS = {"bits": evaluate_bits, "distance": evaluate_distance, "images": evaluate_images}
 
 if __name__ == "__main__":
-    with exit_on_user_error():
-        main()
+    run_script(main)

@@ -38,7 +38,7 @@ from functions.sampling.samples_folder import (
     save_columns,
 )
 from functions.support import processes
-from functions.support.command_line import Parser, exit_on_user_error, integers, positive
+from functions.support.command_line import Parser, integers, positive, run_script
 from functions.support.errors import UserError
 from functions.support.pictures import save_gif, save_grid, save_image
 
@@ -218,5 +218,4 @@ def parse_flags(n: int, gif: bool) -> Namespace:
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
-        main()
+    run_script(main)

@@ -6,7 +6,7 @@ sample.py. To train a run, put FFHQ at data/FFHQ and start `python train.py ffhq
 """
 
 import sample
-from functions.support.command_line import exit_on_user_error
+from functions.support.command_line import run_script
 
 
 def main() -> None:
@@ -14,5 +14,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
-        main()
+    run_script(main)

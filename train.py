@@ -24,7 +24,7 @@ from functions.ema import update_ema
 from functions.losses import denoising_loss
 from functions.sampling.options import add_place_flags
 from functions.support import processes
-from functions.support.command_line import Parser, add_config_flags, exit_on_user_error
+from functions.support.command_line import Parser, add_config_flags, run_script
 from functions.support.device import choose_device
 from functions.support.errors import EXIT_STOPPED
 from functions.support.random_numbers import seed_of
@@ -160,8 +160,8 @@ def parse_flags() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    with exit_on_user_error(
+    run_script(
+        main,
         "half of --diffusion.batch-size with twice --diffusion.gradient-accumulation gives the "
-        "same result, also with --resume; or use a smaller --model.base-dim or another device"
-    ):
-        main()
+        "same result, also with --resume; or use a smaller --model.base-dim or another device",
+    )

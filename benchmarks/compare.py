@@ -32,7 +32,7 @@ from functions.denoiser import Denoiser
 from functions.losses import denoising_loss
 from functions.noise_scheduler import NoiseScheduler
 from functions.saved.diffusers_folder import network_fields
-from functions.support.command_line import Parser, exit_on_user_error, positive
+from functions.support.command_line import Parser, positive, run_script
 from functions.support.device import (
     choose_device,
     choose_precision,
@@ -261,5 +261,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
-        main()
+    run_script(main)

@@ -52,7 +52,7 @@ from functions.evaluation.bits_per_dim import evenly_spaced
 from functions.evaluation.feature_distance import Features, training_features
 from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.options import SamplerOptions
-from functions.support.command_line import Parser, exit_on_user_error, positive
+from functions.support.command_line import Parser, positive, run_script
 from functions.support.device import choose_precision
 from functions.support.errors import UserError
 from functions.support.files import write_text
@@ -476,5 +476,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
-        main()
+    run_script(main)

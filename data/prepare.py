@@ -20,7 +20,7 @@ if __name__ == "__main__":
 
 from data.datasets import DATA_FOLDER, load_images
 from data.torchvision_sets import read_torchvision_set
-from functions.support.command_line import Parser, exit_on_user_error, positive
+from functions.support.command_line import Parser, positive, run_script
 
 
 def main() -> None:
@@ -39,5 +39,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
-        main()
+    run_script(main)

@@ -33,7 +33,7 @@ from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.samples_folder import generate_frames, save_columns
 from functions.saved.loading import load_and_split
 from functions.saved.run_folder import checkpoints_of, step_of
-from functions.support.command_line import Parser, exit_on_user_error
+from functions.support.command_line import Parser, run_script
 from functions.support.pictures import (
     grid_of,
     save_figure,
@@ -370,5 +370,4 @@ def standardised(images: np.ndarray) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
-        main()
+    run_script(main)

@@ -27,7 +27,7 @@ from functions.sampling.generation import ImageSampler, find_guide, generate, gu
 from functions.saved.checkpoint import SavedModel, load_weights
 from functions.saved.loading import load_and_split
 from functions.saved.run_folder import PRETRAINED
-from functions.support.command_line import Parser, exit_on_user_error
+from functions.support.command_line import Parser, run_script
 from functions.support.errors import UserError
 from functions.support.files import write_text
 from functions.training.metrics import read_metrics
@@ -173,5 +173,4 @@ def write_table(path: Path, rows: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
-        main()
+    run_script(main)

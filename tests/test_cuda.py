@@ -12,7 +12,7 @@ from functions.optimizers import Muon
 from functions.sampling.generation import generate
 from functions.sampling.options import SamplerOptions
 from functions.support import processes
-from functions.support.command_line import exit_on_user_error
+from functions.support.command_line import run_script
 from functions.training.metrics import read_metrics
 from tests.conftest import (
     TINY,
@@ -108,8 +108,8 @@ def test_out_of_memory_is_a_sentence(pictures, tmp_path, capsys):
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(0.001)
     try:
-        with pytest.raises(SystemExit, match="2"), exit_on_user_error():
-            train_tiny(pictures, tmp_path, CUDA, "--model.base-dim 256")
+        with pytest.raises(SystemExit, match="2"):
+            run_script(partial(train_tiny, pictures, tmp_path, CUDA, "--model.base-dim 256"))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     error = capsys.readouterr().err

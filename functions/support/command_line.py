@@ -11,8 +11,7 @@ from argparse import (
     Namespace,
     RawDescriptionHelpFormatter,
 )
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import NoReturn
 
@@ -35,12 +34,14 @@ class Parser(ArgumentParser):
         self.exit(EXIT_BAD_INPUT, f"error: {message} (see {self.prog} --help)\n")
 
 
-@contextmanager
-def exit_on_user_error(memory_advice: str = MEMORY_ADVICE) -> Iterator[None]:
-    """End the script with one line for an error that users can fix. Bugs keep their traceback."""
+def run_script(main: Callable[[], None], memory_advice: str = MEMORY_ADVICE) -> None:
+    """Call `main`, and end with one line for an error that users can fix.
+
+    Bugs keep their traceback.
+    """
     let_all_be_printed()
     try:
-        yield
+        main()
     except Exception as error:
         sentence = str(error)
         if is_out_of_memory(error):

@@ -19,7 +19,7 @@ from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.options import SamplerOptions
 from functions.sampling.samples_folder import generate_frames, image_indices, image_path
 from functions.saved.loading import load_denoiser
-from functions.support.command_line import exit_on_user_error
+from functions.support.command_line import run_script
 from functions.support.pictures import grid_of
 from models.unet import UNet
 from tests.conftest import CPU, LittleMemory, call, image_sampler_of, pixels_of, refused
@@ -48,8 +48,8 @@ def test_a_cpu_samples_16_images_at_a_time_and_out_of_memory_names_the_flag(
     monkeypatch.setattr(UNet, "forward", LittleMemory(lambda x_t, t: x_t, 16).forward)
     flags = ["--steps 2 --n 17 --device cpu --out", tmp_path]
     call(sample, tiny_run, *flags)
-    with pytest.raises(SystemExit, match="2"), exit_on_user_error():
-        call(sample, tiny_run, *flags, "--batch-size 17")
+    with pytest.raises(SystemExit, match="2"):
+        run_script(lambda: call(sample, tiny_run, *flags, "--batch-size 17"))
     error = capsys.readouterr().err
     assert "error: out of memory (CUDA out of memory. Tried to allocate 2 GiB)" in error
     assert "use a smaller --batch-size" in error
