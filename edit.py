@@ -53,7 +53,8 @@ def main() -> None:
         steps = min(EXACT_STEPS, image_sampler.scheduler.timesteps)
         options = replace(image_sampler.options, steps=steps)
         image_sampler = replace(image_sampler, options=options)
-    VERBS[args.verb](args, image_sampler, samples_folder(args, image_sampler))
+    folder = args.out or samples_folder(image_sampler)
+    VERBS[args.verb](args, image_sampler, folder)
 
 
 def parse_flags() -> argparse.Namespace:

@@ -68,7 +68,7 @@ def main(n: int = 36, gif: bool = False, name_prefix: str = "") -> None:
         for path in args.enlarge:
             image_sampler = enlarged(image_sampler, path)
         shown = None if args.individual else list(args.indices)
-        folder = samples_folder(args, image_sampler, shown)
+        folder = args.out or samples_folder(image_sampler, shown)
         saved = image_sampler.saved
         # These determine the pixels, and are the same for all samples in a folder.
         settings = {

@@ -10,7 +10,6 @@ grid.png        and the other PICTURES, all of the same images
 
 import json
 import math
-from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -45,15 +44,12 @@ def image_path(folder: Path, i: int) -> Path:
     return folder / f"{i:05d}.png"
 
 
-def samples_folder(
-    args: Namespace, image_sampler: ImageSampler, shown: list[int] | None = None
-) -> Path:
-    """Return --out, or a folder in the model's run whose name has all settings and `shown`."""
-    if args.out:
-        return args.out
+def samples_folder(image_sampler: ImageSampler, shown: list[int] | None = None) -> Path:
+    """Return a folder in the model's run whose name has all settings and `shown`."""
     saved = image_sampler.saved
     options = image_sampler.options.settings.values()
-    words = [saved.name, saved.digest[:8], *options, image_sampler.precision, f"seed{args.seed}"]
+    seed = f"seed{image_sampler.seed}"
+    words = [saved.name, saved.digest[:8], *options, image_sampler.precision, seed]
     if shown:
         first = shown == [*range(len(shown))]
         words.append(f"n{len(shown)}" if first else f"images{sha256(str(shown))[:8]}")
