@@ -112,9 +112,8 @@ def train(run: TrainingRun) -> bool:
                 update_ema(ema_parameters, parameters, step, config.ema_decay, ramp)
 
             # Here everything that is due is written: rows of metrics, validations, snapshots,
-            # samples, checkpoints.
-            recorder.after_step(torch.cat(losses), t, grad_norm)
-            if recorder.stopped:
+            # samples, checkpoints. A signal stops the run.
+            if recorder.after_step(torch.cat(losses), t, grad_norm):
                 return False
             # 6: until the last step
     return True

@@ -97,7 +97,7 @@ def train_ours(
         def after_step(self, *step):
             # The validation, the grid and the checkpoint of the last step come after it.
             after_step(self.run.step + 1, self.draw)
-            super().after_step(*step)
+            return super().after_step(*step)
 
         def draw(self, n):
             sampler = ImageSampler(

@@ -43,8 +43,6 @@ class Recorder:
         self.saved_at = time.monotonic()
         self.checked_step = run.step + CHECKED_STEP
         self.stop_signals = StopSignals()
-        # Whether a signal has stopped the run.
-        self.stopped = False
         # Only rank 0 has this log.
         self.metrics: MetricsLog | None = None
 
@@ -98,10 +96,10 @@ class Recorder:
         done = self.run.step
         return every > 0 and (done % every == 0 or done == self.run.total_steps)
 
-    def after_step(self, losses: Tensor, t: Tensor, grad_norm: Tensor) -> None:
+    def after_step(self, losses: Tensor, t: Tensor, grad_norm: Tensor) -> bool:
         """Do all that is due after a step, with the losses and t (B,) of this process's images.
 
-        After a signal to any process, this saves a checkpoint, and `stopped` is true.
+        After a signal to any process, this saves a checkpoint, and returns that the run is stopped.
         """
         run = self.run
         config = self.config
@@ -130,18 +128,18 @@ class Recorder:
             # All processes get the same answer, so that they stop after the same step. They
             # exchange it on their CPUs, and do not wait for a GPU.
             signal_received = processes.true_in_any(self.stop_signals.received is not None)
-            self.stopped = signal_received and run.step < run.total_steps
+            stopped = signal_received and run.step < run.total_steps
             minutes = (time.monotonic() - self.saved_at) / 60
             overdue = 0 < config.checkpoint_minutes <= minutes
             # The checkpoint comes last: if the run is killed before it, it resumes from the
             # checkpoint before, and writes all of this again.
-            if self.is_due(config.checkpoint_every) or overdue or self.stopped:
+            if self.is_due(config.checkpoint_every) or overdue or stopped:
                 self.saved_at = time.monotonic()
                 if processes.is_main():
                     run.save(path_of(run.folder, "checkpoints", run.step))
                     delete_old(run.folder, run.step, config.keep_checkpoints)
 
-        if self.stopped:
+        if stopped:
             # torchrun ends all processes when one has ended. So they wait until rank 0 has saved.
             processes.wait()
             # Its last line is complete then.
@@ -151,6 +149,7 @@ class Recorder:
                 f"stopped by {reason}, saved; "
                 f"continue with: python train.py --resume {quoted(run.folder)}"
             )
+        return stopped
 
     def log(self, grad_norm: Tensor, validating: bool) -> None:
         """Write a row of metrics; raise UserError if too many steps were skipped."""
