@@ -83,20 +83,20 @@ def main() -> None:
     parser = Parser(description=__doc__)
     for name in ("FACES", "FACES_V", "PEOPLE"):
         parser.add_argument(name, type=Path, metavar=f"RUN_{name}", help="A run folder.")
-    runs = {name: run.resolve() for name, run in vars(parser.parse_args()).items()}
+    faces, faces_v, people = (run.resolve() for run in vars(parser.parse_args()).values())
 
     # The runs are read first, so that a missing one ends the script immediately.
-    draw_people(runs["PEOPLE"])
+    draw_people(people)
     draw_enlarged()
-    draw_faces(runs["FACES"])
-    draw_cure(runs["FACES"], runs["FACES_V"])
+    draw_faces(faces)
+    draw_cure(faces, faces_v)
 
     draw_cumulative_noise()
     draw_schedules()
     draw_unet()
     draw_rotation()
     with tempfile.TemporaryDirectory() as temporary:
-        draw_commands(runs["PEOPLE"], Path(temporary))
+        draw_commands(people, Path(temporary))
     for path in [*FIGURES.glob("*.png"), *FIGURES.glob("*.gif")]:
         if path.name not in PLOTS:
             lighten(path)
@@ -108,20 +108,23 @@ def lighten(path: Path) -> None:
         frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(picture)]
         durations = [frame.info.get("duration", 0) for frame in frames]
     first, *others = frames
-    # Noise needs most of the bytes of an animation.
-    quality = 75 if others else 88
-    options = {"save_all": bool(others), "append_images": others, "duration": durations, "loop": 0}
-    first.save(path.with_suffix(".webp"), quality=quality, **options)
+    first.save(
+        path.with_suffix(".webp"),
+        save_all=bool(others),
+        append_images=others,
+        duration=durations,
+        loop=0,
+        # Noise needs most of the bytes of an animation.
+        quality=75 if others else 88,
+    )
     path.unlink()
 
 
 def draw_cumulative_noise() -> None:
     """Draw an image at t = 0, 66, 132 and 200 of 200 steps, a row for each schedule of T = 200."""
-    image_set = load_images("emoji_faces", 64)
-    image = np.array(image_set.images[500])
+    image = np.array(load_images("emoji_faces", 64).images[500])
     x_0 = to_model_range(image[None])
-    generator = generator_of("cpu", 0, "figure")
-    noise = torch.randn(x_0.shape, generator=generator)
+    noise = torch.randn(x_0.shape, generator=generator_of("cpu", 0, "figure"))
 
     # The upper row shows the fault, and the lower row its cure.
     names = ("T = 200, betas as for 1000", "T = 200, rescaled")
@@ -253,8 +256,7 @@ def draw_rotation() -> None:
 
         # Training draws an angle for each image. Here all images have the same angle.
         angle = torch.full((len(images),), float(degrees))
-        rotated = rotate(x_0, angle)
-        columns[f"{title}, ours"] = to_uint8(rotated)
+        columns[f"{title}, ours"] = to_uint8(rotate(x_0, angle))
     save_strip(columns, FIGURES / "rotation.png")
 
 
@@ -315,14 +317,12 @@ def draw_cure(faces: Path, faces_v: Path) -> None:
     )
     # A white margin separates the two.
     margin = np.full_like(left[:, :36], 255)
-    both = np.concatenate([left, margin, right], axis=1)
-    save_image(both, FIGURES / "faces_and_faces_v.png")
+    save_image(np.concatenate([left, margin, right], axis=1), FIGURES / "faces_and_faces_v.png")
 
 
 def draw_pixels(image_sampler: ImageSampler, count: int) -> np.ndarray:
     """Return the first samples as uint8 images, (count, H, W, C)."""
-    samples = generate(image_sampler, range(count))
-    return to_uint8(samples)
+    return to_uint8(generate(image_sampler, range(count)))
 
 
 def draw_commands(run: Path, temporary: Path) -> None:

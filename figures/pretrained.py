@@ -97,9 +97,9 @@ def main() -> None:
 def command_of(source: SavedModel) -> str:
     """Return the command that trained a model."""
     facts = source.provenance
-    changes = Experiment.from_dict(source.config).differences(EXPERIMENTS[facts["experiment"]])
+    preset = EXPERIMENTS[facts["experiment"]]
     command = f"python train.py {facts['experiment']}"
-    for name, (value, _) in changes.items():
+    for name, (value, _) in Experiment.from_dict(source.config).differences(preset).items():
         text = ",".join(map(str, value)) if isinstance(value, list) else value
         command += f" --{name.replace('_', '-')} {text}"
     if facts["initial"]:
@@ -114,8 +114,7 @@ def facts_of_run(run: Path, source: SavedModel) -> dict[str, str]:
     rows = read_metrics(run / "metrics.csv")
     # A machine that does other things, too, slows some steps down.
     speed = np.median([row["images_per_second"] for row in rows])
-    batch = Experiment.from_dict(source.config).diffusion.effective_batch
-    image_count = facts["step"] * batch
+    image_count = facts["step"] * Experiment.from_dict(source.config).diffusion.effective_batch
     hours = image_count / speed / 3600
     cores = arithmetic["processes"] * arithmetic["threads"]
     last = [row["loss"] for row in rows if row["step"] > facts["step"] - 100]
@@ -167,9 +166,9 @@ def write_table(path: Path, rows: dict[str, str]) -> None:
     text = path.read_text() if path.exists() else ""
     _, heading, by_hand = text.partition("\n## ")
     table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
-    title = f"# {rows['file']}\n\n| | |\n|---|---|\n"
-    written = "\nThis table was written by `python -m figures.pretrained`.\n"
-    write_text(path, title + table + written + heading + by_hand)
+    written = "This table was written by `python -m figures.pretrained`."
+    head = f"# {rows['file']}\n\n| | |\n|---|---|\n{table}\n{written}\n"
+    write_text(path, head + heading + by_hand)
 
 
 if __name__ == "__main__":
