@@ -9,7 +9,6 @@ same errors as the model, but larger ones: autoguidance (Karras et al. 2024, arX
 docs/better-than-the-model.md measures it.
 """
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -39,9 +38,8 @@ class Guided(Predictor):
     def x_0_and_eps(self, x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
         """Return the guided x_0 and its eps; t is one timestep for the whole batch."""
         x_0, eps = self.model.predict(x_t, t)
-        alpha_bar = self.scheduler.alpha_bar(t)
         lowest, highest = GUIDED_LOG_SNR
-        if lowest <= math.log(alpha_bar / (1 - alpha_bar)) <= highest:
+        if lowest <= self.scheduler.log_snr(t) <= highest:
             # This form of the line is exact for w = 1. eps is linear in x_0, so the same mix of
             # both eps is the eps of the guided x_0.
             guide_x_0, guide_eps = self.guide.predict(x_t, t)

@@ -135,6 +135,12 @@ class NoiseScheduler:
         mean = broadcast(x_0_weight, x_t) * x_0 + broadcast(x_t_weight, x_t) * x_t
         return mean, broadcast(self.posterior_variance(t, s), x_t)
 
+    def log_snr(self, t: int) -> float:
+        """Return log(alpha_bar / (1 - alpha_bar)) at t; 200 at -1, where it is infinite."""
+        a_t = self.alpha_bar(t)
+        # 200 is large enough: the noise that it leaves is negligible.
+        return math.log(a_t / (1 - a_t)) if a_t < 1 else 200.0
+
     @property
     def terminal_snr(self) -> float:
         """Return the signal-to-noise ratio of x_T; sampling assumes that it is 0."""

@@ -25,7 +25,7 @@ numbers, so the loops never synchronise with a GPU.
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from math import exp, expm1, log, sqrt
+from math import exp, expm1, sqrt
 
 import torch
 from torch import Tensor
@@ -180,8 +180,8 @@ def dpm_solver_sample(
         alpha_s = sqrt(a_s)
         sigma_s = sqrt(1 - a_s)
         sigma_t = sqrt(1 - a_t)
-        # h is the step in lambda, and r is the previous h divided by this h.
-        h = half_log_snr(a_s) - half_log_snr(a_t)
+        # h is the step in lambda, half the log-SNR, and r is the previous h divided by this h.
+        h = (scheduler.log_snr(s) - scheduler.log_snr(t)) / 2
 
         # D is the x_0 that the step uses. A step of order 2 extrapolates D from the last two
         # predictions. The first step has one prediction, so its order is 1; with eta = 0 it is a
@@ -200,12 +200,6 @@ def dpm_solver_sample(
         if on_step:
             on_step(k, t, x, x_0)
     return x
-
-
-def half_log_snr(alpha_bar: float) -> float:
-    """Return DPM-Solver's lambda, log(alpha / sigma), which is half the log-SNR."""
-    # At the clean image lambda is infinite. 100 is large enough, since exp(-100) is negligible.
-    return log(alpha_bar / (1 - alpha_bar)) / 2 if alpha_bar < 1 else 100.0
 
 
 def draw_noise(step_noise: StepNoise | None, k: int, x: Tensor) -> Tensor:

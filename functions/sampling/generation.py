@@ -1,7 +1,6 @@
 """Sample images with a trained model, its guide and its enlargers, for scripts and training."""
 
 import argparse
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,8 +107,7 @@ class ImageSampler:
         """
 
         def step_noise(k):
-            alpha_bar = self.scheduler.alpha_bar(times[k + 1])
-            cooled = alpha_bar > (1 - alpha_bar) * math.exp(COOLED_LOG_SNR)
+            cooled = self.scheduler.log_snr(times[k + 1]) > COOLED_LOG_SNR
             return (self.options.temperature if cooled else 1.0) * noise()
 
         return SAMPLERS[self.options.sampler].function(
