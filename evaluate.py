@@ -21,7 +21,7 @@ import torch
 
 from data.pixels import to_model_range
 from functions.evaluation.bits_per_dim import BoundOptions, evenly_spaced, measure_bits_per_dim
-from functions.evaluation.feature_distance import model_batches, training_features
+from functions.evaluation.feature_distance import frechet_distance, model_batches, training_features
 from functions.evaluation.fidelity import folder_images, load_like, measure_fidelity, set_images
 from functions.samplers import VARIANCES
 from functions.sampling.generation import open_sampler
@@ -174,7 +174,7 @@ def evaluate_distance(args: Namespace) -> None:
     image_set, split = load_like(args.folder, args.data)
     features = training_features(image_set, split)
     drawn = features(model_batches(samples))
-    print(f"{len(samples)} images of {args.folder}\ndistance: {features.distance(drawn):.4g}")
+    print(f"{len(samples)} images of {args.folder}\ndistance: {frechet_distance(drawn):.4g}")
 
     # The distance falls with the number of images, so the numbers are equal.
     indices = evenly_spaced(split.val_indices, len(drawn))
@@ -186,9 +186,9 @@ def evaluate_distance(args: Namespace) -> None:
     if count < len(drawn):
         print(
             f"distance of the first {count} samples, as only {count} are held out: "
-            f"{features.distance(drawn[:count]):.4g}"
+            f"{frechet_distance(drawn[:count]):.4g}"
         )
-    print(f"distance of {count} held-out images: {features.distance(held_out):.4g}")
+    print(f"distance of {count} held-out images: {frechet_distance(held_out):.4g}")
 
 
 def evaluate_images(args: Namespace) -> None:

@@ -1,6 +1,6 @@
 """Measure the distance of images from training images without a downloaded network."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -25,55 +25,53 @@ FILTER_SEED = 1057978271
 BATCH = 16
 
 
-class Features:
-    """Fixed, untrained features of images, and the Fréchet distance between them; it is not FID.
+# It returns the features of N images, (B, C, H, W) in each batch: (N, DIMENSIONS) float64.
+Features = Callable[[Iterable[Tensor]], Tensor]
 
-    `real` are batches of real images, (B, C, H, W) in [-1, 1], whose variance is the unit of the
-    distance. Raises UserError if they are too few or too alike.
+
+def features_beside(real: Iterable[Tensor]) -> Features:
+    """Return fixed, untrained features of images, whose unit is the variance of real images.
+
+    `real` are batches of these, (B, C, H, W) in [-1, 1]. Raises UserError if they are too few or
+    too alike.
     """
+    # Standardised features have equal weight, whatever their scale.
+    raw = torch.cat([*map(raw_features, real)])
+    mean = raw.mean(0)
+    std = raw.std(0).clamp(min=1e-6)
 
-    def __init__(self, real: Iterable[Tensor]):
-        # Standardised features have equal weight, whatever their scale.
-        raw = torch.cat([*map(raw_features, real)])
-        self.mean = raw.mean(0)
-        self.std = raw.std(0).clamp(min=1e-6)
-        standardised = (raw - self.mean) / self.std
+    # These are the principal axes of largest variance. Dividing by the standard deviation along
+    # each axis gives all axes equal weight.
+    values, vectors = torch.linalg.eigh(((raw - mean) / std).T.cov())
+    # Where the real images are alike, a distance has no unit.
+    if values[-DIMENSIONS] < SMALLEST_VARIANCE:
+        raise UserError(
+            "the training images are too few, or too alike, for a distance along "
+            f"{DIMENSIONS} axes; name a data set with more images"
+        )
+    axes = vectors[:, -DIMENSIONS:] / values[-DIMENSIONS:].sqrt()
+    return lambda batches: (torch.cat([*map(raw_features, batches)]) - mean) / std @ axes
 
-        # These are the principal axes of largest variance. Dividing by the standard deviation along
-        # each axis gives all axes equal weight.
-        values, vectors = torch.linalg.eigh(standardised.T.cov())
-        # Where the real images are alike, a distance has no unit.
-        if values[-DIMENSIONS] < SMALLEST_VARIANCE:
-            raise UserError(
-                "the training images are too few, or too alike, for a distance along "
-                f"{DIMENSIONS} axes; name a data set with more images"
-            )
-        self.axes = vectors[:, -DIMENSIONS:] / values[-DIMENSIONS:].sqrt()
 
-    def __call__(self, batches: Iterable[Tensor]) -> Tensor:
-        """Return the features of N images, (B, C, H, W) in each batch: (N, DIMENSIONS) float64."""
-        raw = torch.cat([*map(raw_features, batches)])
-        return (raw - self.mean) / self.std @ self.axes
+def frechet_distance(features: Tensor) -> float:
+    """Return the distance of images with these features from the real ones; it is not FID.
 
-    def distance(self, features: Tensor) -> float:
-        """Return the distance of images with these features, (N, DIMENSIONS), from the real ones.
-
-        It is |m|^2 + tr(C + I - 2 C^(1/2)), because the features of the real images have mean 0 and
-        covariance I. Raises UserError for fewer than two images.
-        """
-        if len(features) < 2:
-            raise UserError("a distance compares variances, so it needs two images or more")
-        # Rounding can leave an eigenvalue below zero.
-        variances = torch.linalg.eigvalsh(features.T.cov()).clamp(min=0)
-        differences = torch.cat([features.mean(0), variances.sqrt() - 1])
-        return differences.square().sum().item()
+    It is |m|^2 + tr(C + I - 2 C^(1/2)), because the features of the real images have mean 0 and
+    covariance I. Raises UserError for fewer than two images.
+    """
+    if len(features) < 2:
+        raise UserError("a distance compares variances, so it needs two images or more")
+    # Rounding can leave an eigenvalue below zero.
+    variances = torch.linalg.eigvalsh(features.T.cov()).clamp(min=0)
+    differences = torch.cat([features.mean(0), variances.sqrt() - 1])
+    return differences.square().sum().item()
 
 
 def training_features(image_set: ImageSet, split: Split) -> Features:
     """Return the features of the training images, as they are and mirrored."""
     training = set_images(image_set, split.train_indices)
     # Training flips images, so samples may face either way.
-    return Features(image for x_0 in model_batches(training) for image in (x_0, x_0.flip(3)))
+    return features_beside(x for x_0 in model_batches(training) for x in (x_0, x_0.flip(3)))
 
 
 def model_batches(images: Images) -> Iterator[Tensor]:

@@ -13,7 +13,7 @@ import sample
 from data.datasets import ImageSet, load_images
 from data.pixels import to_model_range
 from functions.evaluation import fidelity
-from functions.evaluation.feature_distance import Features
+from functions.evaluation.feature_distance import features_beside, frechet_distance
 from tests.conftest import HELD_OUT, TRAINED, call, normal, refused
 
 
@@ -34,14 +34,14 @@ def test_the_feature_distance_orders_the_obvious():
     """Held-out images are nearest, then tinted ones; noise is very far."""
     people = to_model_range(loaded("emoji_people", 32))
     held_out = people[::9]
-    features = Features([people[np.arange(len(people)) % 9 > 0]])
+    features = features_beside([people[np.arange(len(people)) % 9 > 0]])
     tint = torch.tensor([20, 0, -20]).view(3, 1, 1) / 255
     tinted = (held_out + tint).clamp(-1, 1)
     noise = normal(0, *held_out.shape).clamp(-1, 1)
 
     # How the images are divided into batches does not matter.
     of_held_out, of_tinted, of_noise = (
-        features.distance(features(images.split(7))) for images in (held_out, tinted, noise)
+        frechet_distance(features(images.split(7))) for images in (held_out, tinted, noise)
     )
     assert of_held_out < of_tinted < of_noise / 5
 
@@ -53,13 +53,13 @@ def test_the_frechet_distance_of_gaussians_is_the_closed_form():
     features of the real images have the mean 0 and the covariance I.
     """
     images = [to_model_range(loaded("emoji_people", 32))]
-    features = Features(images)
-    assert features.distance(features(images)) == pytest.approx(0, abs=1e-9)
+    features = features_beside(images)
+    assert frechet_distance(features(images)) == pytest.approx(0, abs=1e-9)
 
     drawn = normal(0, 200_000, 2, dtype=torch.float64)
     rotation = torch.tensor([[0.6, 0.8], [-0.8, 0.6]], dtype=torch.float64)
     drawn = drawn * torch.tensor([2, 3]) @ rotation + 1
-    assert features.distance(drawn) == pytest.approx(2 + 1 + 4, rel=0.02)
+    assert frechet_distance(drawn) == pytest.approx(2 + 1 + 4, rel=0.02)
 
 
 def write_samples(folder, images):
@@ -79,9 +79,9 @@ def split_folder(pictures, folder, count):
 
 def truths(training, images):
     """Return the distances of images from training images as evaluate.py prints them, by name."""
-    features = Features([to_model_range(training), to_model_range(training).flip(3)])
+    features = features_beside([to_model_range(training), to_model_range(training).flip(3)])
     x_0 = {name: to_model_range(pixels) for name, pixels in images.items()}
-    return {name: f"{features.distance(features([x])):.4g}" for name, x in x_0.items()}
+    return {name: f"{frechet_distance(features([x])):.4g}" for name, x in x_0.items()}
 
 
 def test_samples_are_measured_beside_as_many_held_out_images(pictures, tmp_path, capsys):
