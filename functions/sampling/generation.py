@@ -206,7 +206,7 @@ def guided(image_sampler: ImageSampler) -> ImageSampler:
         denoiser=Guided(model, guide, options.guide_weight),
         # Manifests and the names of folders contain its first 16 digits, so that images of one
         # guide are never taken for images of another guide, or of none.
-        options=replace(options, guide_digest=saved_guide.digest[:16]),
+        options=replace(options, guide=saved_guide.digest[:16]),
     )
 
 
@@ -274,8 +274,8 @@ def of_one_run(config: dict, other: dict) -> bool:
     may_change = {"batch_size", "gradient_accumulation"}
     may_change |= fields_with(DiffusionConfig, "changeable")
     # Another version may have written one of them, with fewer or more fields.
-    values = {**other["diffusion"], **other["model"]}
-    fields = {**config["diffusion"], **config["model"]}.items()
+    values = other["diffusion"] | other["model"]
+    fields = (config["diffusion"] | config["model"]).items()
     return all(values.get(name, value) == value for name, value in fields if name not in may_change)
 
 

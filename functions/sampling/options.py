@@ -35,11 +35,10 @@ class SamplerOptions:
     # This multiplies the noise of steps above COOLED_LOG_SNR (functions/sampling/generation.py).
     temperature: float = 1.0
     # The guide is a worse model, given as a step or a path, and the guidance is its weight w, by
-    # default GUIDANCE. functions/sampling/generation.py explains both. `guided` sets the digest
-    # of the guide's weights, which has no flag.
+    # default GUIDANCE. functions/sampling/generation.py explains both. `guided` replaces the step
+    # or the path by the digest of the guide's weights.
     guide: str | None = None
     guidance: float | None = None
-    guide_digest: str | None = None
     # Those of the models that enlarge the images. `enlarged` sets them.
     enlarger_digests: tuple[str, ...] = ()
     # This has no flag. It is False for a few models from diffusers folders.
@@ -76,7 +75,7 @@ class SamplerOptions:
         if self.temperature != 1:
             settings["temperature"] = self.temperature
         if self.guide:
-            settings["guide"] = self.guide_digest
+            settings["guide"] = self.guide
             settings["guidance"] = self.guide_weight
         if self.enlarger_digests:
             settings["enlargers"] = "+".join(self.enlarger_digests)

@@ -80,7 +80,7 @@ def open_folder(folder: Path, settings: dict, shown: list[int] | None = None) ->
         manifest[SHOWN] = shown or earlier.get(SHOWN)
         changes = [
             f"{name} was {short(earlier.get(name))}, is now {short(manifest.get(name))}"
-            for name in {**manifest, **earlier}
+            for name in manifest | earlier
             if earlier.get(name) != manifest.get(name)
             # Only pictures have the first. Folders of earlier versions do not name the split, which
             # the checkpoint's hash covers.

@@ -32,10 +32,7 @@ def open_run(args: Namespace, device: torch.device) -> Iterator[TrainingRun]:
         if folder and not args.dry_run:
             with explain_failed_writes(folder):
                 processes.on_main(stack.enter_context, locked(folder))
-        if folder:
-            yield resume_run(folder, args, device)
-        else:
-            yield new_run(name, args, device)
+        yield resume_run(folder, args, device) if folder else new_run(name, args, device)
 
 
 def new_run(name: str, args: Namespace, device: torch.device) -> TrainingRun:
