@@ -1,21 +1,13 @@
-"""Estimate how long a run takes, and say what slows it down."""
+"""Estimate how long a run takes."""
 
 import time
 from datetime import timedelta
-from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from functions.denoiser import Denoiser
 from functions.losses import denoising_loss
-from functions.support.device import seconds_without_core
-from functions.support.errors import quoted
 from functions.training.run import TrainingRun
-
-# Other programs slow a training down if its threads wait for cores for longer than this fraction
-# of the time in which they have one.
-BUSY = 0.1
 
 
 def describe_cost(run: TrainingRun) -> str:
@@ -43,21 +35,6 @@ def describe_cost(run: TrainingRun) -> str:
         f"             24 hours are {epochs_of_a_day:,.1f} epochs\n"
         "nothing was started"
     )
-
-
-def warn_if_busy(folder: Path) -> None:
-    """Print what to do if the threads of this process have often waited for a core; Linux only."""
-    threads = torch.get_num_threads()
-    waited = seconds_without_core()
-    # A single thread just takes longer. Several have to wait for one whose core is busy, again and
-    # again in each step. Their number is the user's, because the bits depend on it.
-    if threads > 1 and waited > BUSY * time.process_time():
-        tqdm.write(
-            f"warning: other programs keep the cores busy: PyTorch's {threads} threads have waited "
-            f"{waited:.0f} seconds for them. Fewer threads are often several times faster: press "
-            f"Ctrl-C, and continue with OMP_NUM_THREADS={threads // 2} "
-            f"python train.py --resume {quoted(folder)}"
-        )
 
 
 def run_pass(denoiser: Denoiser, shape: tuple[int, ...]) -> float:

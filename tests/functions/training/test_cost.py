@@ -59,7 +59,7 @@ def test_what_does_not_fit_the_length_of_the_run_or_of_the_schedule_is_warned_of
 def test_busy_cores_are_named_with_what_to_do(threads, share, warns, trained, monkeypatch, capsys):
     """The threads wait for cores for this share of the time in which they have one."""
     monkeypatch.setattr(recorder, "CHECKED_STEP", 3)
-    monkeypatch.setattr(cost, "seconds_without_core", lambda: share * time.process_time())
+    monkeypatch.setattr(recorder, "seconds_without_core", lambda: share * time.process_time())
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     run = trained()
     advice = f"continue with OMP_NUM_THREADS=1 python train.py --resume {run}"
