@@ -14,25 +14,13 @@ are those of sample.py.
 import argparse
 from dataclasses import replace
 
-from functions.sampling.editing import (
-    save_inpaintings,
-    save_inversion,
-    save_mixtures,
-    save_variations,
-)
+from functions.sampling.editing import VERBS
 from functions.sampling.generation import guided, open_sampler
 from functions.sampling.options import add_out_flag, add_sampling_flags
 from functions.sampling.samples_folder import samples_folder
 from functions.support.command_line import Parser, fraction, positive, run_script
 from functions.support.errors import UserError
 
-# The verbs of the command line.
-VERBS = {
-    "interpolate": save_mixtures,
-    "invert": save_inversion,
-    "vary": save_variations,
-    "inpaint": save_inpaintings,
-}
 # An inversion has this many steps, or all if there are fewer, unless --steps says otherwise.
 EXACT_STEPS = 200
 # An inversion accepts these values of the flags of sampling, and uses the last one of each.

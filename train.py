@@ -26,12 +26,15 @@ from functions.sampling.options import add_place_flags
 from functions.support import processes
 from functions.support.command_line import Parser, add_config_flags, run_script
 from functions.support.device import choose_device
-from functions.support.errors import EXIT_STOPPED
 from functions.support.random_numbers import seed_of
 from functions.training.cost import describe_cost
 from functions.training.opening import open_run
 from functions.training.recorder import Recorder
 from functions.training.run import TrainingRun, learning_rate
+
+# This is EX_TEMPFAIL of sysexits.h, which means "try again later": the run was stopped by a signal
+# and saved, and can be resumed.
+EXIT_STOPPED = 75
 
 
 def main() -> None:

@@ -117,3 +117,11 @@ def save_rows(rows: dict[int, Tensor], titles: list[str], path: Path) -> None:
     row_titles = [f"t = {t + 1}" for t in rows]
     save_strip(dict(zip(titles, images, strict=True)), path, row_titles)
     print(f"wrote {path}")
+
+
+VERBS = {
+    "interpolate": save_mixtures,
+    "invert": save_inversion,
+    "vary": save_variations,
+    "inpaint": save_inpaintings,
+}

@@ -15,12 +15,16 @@ from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import NoReturn
 
-from functions.support.device import is_out_of_memory
 from functions.support.errors import UserError, let_all_be_printed, short
 from functions.support.settings import ConfigError
 
 # argparse ends with this exit status, too.
 EXIT_BAD_INPUT = 2
+# Messages of PyTorch, then of cuBLAS, cuDNN, and oneDNN, which computes convolutions on the CPU.
+OUT_OF_MEMORY = re.compile(
+    "can't allocate memory|not enough memory|out of memory|ALLOC_FAILED|ALLOCATION_FAILED|"
+    "could not create a primitive"
+)
 MEMORY_ADVICE = "use a smaller --batch-size, a smaller model or another device"
 
 
@@ -54,6 +58,13 @@ def run_script(main: Callable[[], None], memory_advice: str = MEMORY_ADVICE) -> 
         print("interrupted", file=sys.stderr)
         # Shells use this status for Ctrl-C.
         sys.exit(130)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether PyTorch or Python failed to allocate memory."""
+    if isinstance(error, RuntimeError):
+        return OUT_OF_MEMORY.search(str(error)) is not None
+    return isinstance(error, MemoryError)
 
 
 def add_config_flags(parser: ArgumentParser, prefix: str, config_class: type) -> None:

@@ -25,12 +25,6 @@ M_MMAP_MAX = -4
 # The first two flags are x86's, and the last one is 64-bit Arm's.
 CPU_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
-# Messages of PyTorch, then of cuBLAS, cuDNN, and oneDNN, which computes convolutions on the CPU.
-OUT_OF_MEMORY = re.compile(
-    "can't allocate memory|not enough memory|out of memory|ALLOC_FAILED|ALLOCATION_FAILED|"
-    "could not create a primitive"
-)
-
 
 def choose_device(name: str) -> torch.device:
     """Return the device to compute on, and set up this process for it.
@@ -170,10 +164,3 @@ def arithmetic(device: torch.device, precision: torch.dtype) -> dict[str, str | 
         # The version is a subclass of str, and JSON needs a plain string.
         "torch": str(torch.__version__),
     }
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Return whether PyTorch or Python failed to allocate memory."""
-    if isinstance(error, RuntimeError):
-        return OUT_OF_MEMORY.search(str(error)) is not None
-    return isinstance(error, MemoryError)

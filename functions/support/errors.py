@@ -15,10 +15,6 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-# This is EX_TEMPFAIL of sysexits.h, which means "try again later". train.py exits with it when a
-# run was stopped by a signal and saved, and can be resumed.
-EXIT_STOPPED = 75
-
 # The errors of a disk that is full or broken, and of a place that may not be written to.
 WRITE_ERRORS = {
     errno.EACCES,

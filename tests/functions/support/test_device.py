@@ -7,11 +7,11 @@ import torch
 
 from functions.optimizers import Adam
 from functions.support import processes
+from functions.support.command_line import is_out_of_memory
 from functions.support.device import (
     choose_device,
     choose_precision,
     cpu_has_bfloat16,
-    is_out_of_memory,
 )
 from tests.conftest import refused
 
