@@ -13,7 +13,7 @@ from functools import partial
 
 from functions.denoiser import OBJECTIVES
 from functions.noise_scheduler import BETA_SCHEDULES, LARGEST_TIMESTEPS, NoiseScheduler
-from functions.optimizers import LR_SCHEDULES
+from functions.optimizers import LR_SCHEDULES, OPTIMIZERS
 from functions.samplers import SAMPLERS
 from functions.support.settings import (
     ConfigError,
@@ -343,7 +343,7 @@ class DiffusionConfig:
 
     # "muon" moves each weight matrix by the orthogonal factor of its momentum, and all other
     # parameters as Adam does.
-    optimizer: str = choice("adam", "muon")
+    optimizer: str = setting("adam", choices=OPTIMIZERS)
     # Length of the run, in passes over the training images. With --resume RUN and more of them, a
     # finished run trains longer.
     epochs: int = changeable(45, at_most=10**6)

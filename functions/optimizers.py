@@ -36,8 +36,10 @@ class Adam(torch.optim.Adam):
     `state` exists from the start, so that a checkpoint can be loaded before the first step.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], lr: float):
-        super().__init__(parameters, lr=lr, fused=True)
+    def __init__(self, parameters: Iterable[Tensor], lr: float, precision: torch.dtype):
+        # The precision is for Muon.
+        group = {"params": [*parameters], "precision": precision}
+        super().__init__([group], lr=lr, fused=True)
         for p in self.param_groups[0]["params"]:
             self.state[p] = self.new_state(p)
         self.found_inf = torch.zeros((), device=p.device)
@@ -68,9 +70,6 @@ class Muon(Adam):
     Newton-Schulz runs in `precision`, that of the network. PyTorch's Muon (2.13) takes matrices
     only, and runs it in bfloat16, which is slow on CPUs without instructions for it.
     """
-
-    def __init__(self, parameters: Iterable[Tensor], lr: float, precision: torch.dtype):
-        super().__init__([{"params": [*parameters], "precision": precision}], lr)
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
         state = super().new_state(p)
@@ -120,6 +119,10 @@ class Muon(Adam):
         updates = factors.masked_fill_(skipped, 0).view(momentum.shape)
         scale = 0.2 * math.sqrt(max(matrices.shape[1:])) * group["lr"]
         torch._foreach_sub_([p.movedim(1, -1) for p in weights], updates.unbind(), alpha=scale)
+
+
+# The values of a config's `optimizer`: (parameters, learning rate, precision of the network).
+OPTIMIZERS = {"adam": Adam, "muon": Muon}
 
 
 def is_matrix(p: Tensor) -> bool:

@@ -4,7 +4,6 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from data.augmentation import augment
 from data.batches import ImageFeeder, indices_of_steps
 from data.datasets import load_images, split_images
 from functions.denoiser import Denoiser
-from functions.optimizers import LR_SCHEDULES, Adam, Muon
+from functions.optimizers import LR_SCHEDULES, OPTIMIZERS
 from functions.saved.checkpoint import (
     Checkpoint,
     SavedModel,
@@ -115,9 +114,8 @@ class TrainingRun:
         self.ema_model = None
         if config.ema_decay > 0:
             self.ema_model = copy.deepcopy(self.model).eval().requires_grad_(False)
-        optimizers = {"adam": Adam, "muon": partial(Muon, precision=precision)}
-        optimizer = optimizers[config.optimizer]
-        self.optimizer = optimizer(self.model.parameters(), config.learning_rate)
+        optimizer = OPTIMIZERS[config.optimizer]
+        self.optimizer = optimizer(self.model.parameters(), config.learning_rate, precision)
         # Gradients of float16 underflow unless the loss is scaled; elsewhere the scaler does
         # nothing.
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
