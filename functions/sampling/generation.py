@@ -21,7 +21,7 @@ from functions.saved.checkpoint import Checkpoint, SavedModel
 from functions.saved.loading import open_model
 from functions.saved.run_folder import checkpoints_of, newest_run, step_of
 from functions.support import processes
-from functions.support.device import choose_device, precision_name, set_deterministic
+from functions.support.device import choose_device, set_deterministic
 from functions.support.errors import UserError
 from functions.support.random_numbers import image_noise
 from functions.support.settings import fields_with
@@ -172,7 +172,7 @@ def open_sampler(args: argparse.Namespace, name_prefix: str = "") -> ImageSample
         args.seed,
         device,
         batch_size,
-        precision_name(denoiser.precision),
+        str(denoiser.precision).removeprefix("torch."),
         saved=saved,
     )
 

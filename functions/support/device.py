@@ -98,11 +98,6 @@ def native_precisions(device: torch.device) -> list[str]:
     return ["bfloat16", *native] if has_bfloat16 else native
 
 
-def precision_name(precision: torch.dtype) -> str:
-    """Return the name of a precision: a key of DTYPES."""
-    return str(precision).removeprefix("torch.")
-
-
 def cpu_has_bfloat16() -> bool:
     """Return whether this CPU has native bfloat16 instructions, as far as Linux lists them."""
     # Other systems list no flags, so there float32 is the safe choice.
@@ -157,7 +152,7 @@ def arithmetic(device: torch.device, precision: torch.dtype) -> dict[str, str | 
         processor = f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"
         threads = torch.get_num_threads()
     return {
-        "precision": precision_name(precision),
+        "precision": str(precision).removeprefix("torch."),
         "memory_format": str(fast_layout(device)).removeprefix("torch."),
         "processor": processor,
         "threads": threads,

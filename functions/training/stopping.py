@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from types import FrameType
 from typing import Any, TextIO
 
 from functions.saved.run_folder import last_checkpoint
@@ -44,7 +43,7 @@ class StopSignals(ExitStack):
             self.enter_context(redirect(Output(stream, self)))
         return self
 
-    def handle(self, number: int, frame: FrameType | None) -> None:
+    def handle(self, number: int, *_: Any) -> None:
         """Remember the first signal; end the process at a second one."""
         if not self.received:
             # The time is set first, since another signal may arrive between these two lines.
