@@ -25,7 +25,6 @@ from functions.losses import denoising_loss
 from functions.sampling.options import add_place_flags
 from functions.support import processes
 from functions.support.command_line import Parser, add_config_flags, run_script
-from functions.support.device import choose_device
 from functions.support.random_numbers import seed_of
 from functions.training.cost import describe_cost
 from functions.training.opening import open_run
@@ -40,15 +39,13 @@ EXIT_STOPPED = 75
 def main() -> None:
     """Read the command line and train."""
     args = parse_flags()
-    with processes.connected():
-        device = choose_device(args.device)
-        # The run is new, or it begins with the weights of --init, or it is resumed.
-        with open_run(args, device) as run:
-            processes.print_main(run.describe())
-            if args.dry_run:
-                processes.print_main(describe_cost(run))
-                return
-            finished = train(run)
+    # The run is new, or it begins with the weights of --init, or it is resumed.
+    with processes.connected(), open_run(args) as run:
+        processes.print_main(run.describe())
+        if args.dry_run:
+            processes.print_main(describe_cost(run))
+            return
+        finished = train(run)
     if not finished:
         sys.exit(EXIT_STOPPED)
 
@@ -91,7 +88,7 @@ def train(run: TrainingRun) -> bool:
             # 5: the gradient of || eps - eps_theta(x_t, t) ||^2, accumulated over passes.
             # `denoising_loss` noises x_0 to x_t (Eq. 4), and returns one number for each image.
             losses = []
-            parts = [batches_of(whole, config.batch_size) for whole in (x_0, t, eps)]
+            parts = [whole.split(config.batch_size) for whole in (x_0, t, eps)]
             for places, x_0_part, t_part, eps_part in zip(passes, *parts, strict=True):
                 # Each pass seeds its dropout, so that a resumed run repeats it.
                 place = step * config.effective_batch + places[0]

@@ -21,8 +21,8 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(generator.random_raw(n), kind="stable")
 
 
-def batches_of(items: Sequence | Tensor, batch_size: int) -> list:
-    """Split a sequence, or the first axis of a tensor, into batches of at most batch_size."""
+def batches_of(items: Sequence, batch_size: int) -> list:
+    """Split a sequence into batches of at most batch_size."""
     return [items[first : first + batch_size] for first in range(0, len(items), batch_size)]
 
 

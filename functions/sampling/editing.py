@@ -35,7 +35,7 @@ def save_mixtures(args: Namespace, image_sampler: ImageSampler, folder: Path) ->
         rows[image_sampler.times[0]] = torch.cat([ends[:1], mixtures, ends[1:]])
     else:
         for t in tqdm(times_of(image_sampler, args.depths), "interpolation", unit="row"):
-            batches = batches_of(weights, image_sampler.batch_size)
+            batches = weights.split(image_sampler.batch_size)
             mixtures = [interpolate_images(image_sampler, ends, t, batch) for batch in batches]
             rows[t] = torch.cat([ends[:1], *mixtures, ends[1:]])
     save_rows(rows, ["A", *(f"{weight:.3g}" for weight in weights), "B"], path)

@@ -155,12 +155,9 @@ class SavedModel:
         return self.provenance["experiment"] if self.path.is_dir() else self.path.stem
 
     def __str__(self) -> str:
-        run = self.provenance
-        text = f"{self.kind} weights"
-        if run["total_steps"]:
-            text += f" after {run['step']:,} of {run['total_steps']:,} steps"
-        text += f", hash {self.digest[:16]}"
-        return text
+        step, total = self.provenance["step"], self.provenance["total_steps"]
+        steps = f" after {step:,} of {total:,} steps" if total else ""
+        return f"{self.kind} weights{steps}, hash {self.digest[:16]}"
 
 
 def verify_checkpoint(path: Path) -> Checkpoint:

@@ -13,6 +13,7 @@ from functions.saved.loading import open_model
 from functions.saved.run_folder import intact_checkpoint, locked, run_to_resume
 from functions.support import processes
 from functions.support.command_line import given_fields
+from functions.support.device import choose_device
 from functions.support.settings import fields_with
 from functions.training.run import TrainingRun
 from functions.training.stopping import explain_failed_writes
@@ -20,12 +21,13 @@ from models.growing import LOG_SNR_SHIFT, grown_arguments
 
 
 @contextmanager
-def open_run(args: Namespace, device: torch.device) -> Iterator[TrainingRun]:
+def open_run(args: Namespace) -> Iterator[TrainingRun]:
     """Open the run that the flags of train.py ask for: a new one, or one to resume.
 
     A run to resume is locked within the context, except for a dry run, and its checkpoint is read
     under the lock: no other process can have trained it further in between.
     """
+    device = choose_device(args.device)
     name = args.experiment or DEFAULT_EXPERIMENT
     folder = processes.on_main(run_to_resume, args.resume, args.runs, name)
     with ExitStack() as stack:

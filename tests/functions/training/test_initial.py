@@ -14,7 +14,7 @@ from functions.saved.run_folder import checkpoints_of
 from functions.training.opening import open_run
 from models.growing import LOG_SNR_SHIFT, grown_arguments, grown_weights
 from models.unet import UNet
-from tests.conftest import CPU, TINY, call, during, interrupt, newest, refused
+from tests.conftest import TINY, call, during, interrupt, newest, refused
 from tests.functions.saved.test_diffusers_folder import SMALL
 from tests.kill import assert_same_run
 from tests.small_training import same
@@ -33,7 +33,7 @@ def test_a_run_begins_with_the_averaged_weights_of_another(tiny_run, pictures, t
     flags = ["--diffusion.dataset-name", pictures, "--runs", tmp_path, *TRAINING]
     flags += ["--model.image-size 16 --init", tiny_run]
     args = call(train, "cifar10", *flags, function="parse_flags")
-    with open_run(args, CPU) as run:
+    with open_run(args) as run:
         pass
     assert same(run.parts()["model"], run.parts()["ema"])
     assert same(run.parts()["ema"], before.weights)
@@ -69,9 +69,9 @@ def test_a_folder_of_another_dialect_schedule_and_objective(pictures, tmp_path):
     )
     DDPMPipeline(UNet2DModel(**SMALL), scheduler).save_pretrained(tmp_path)
     flags = "--diffusion.seed 1 --model.dropout 0.2 --model.image-size 16 --diffusion.batch-size 8"
-    flags = [flags, "--diffusion.dataset-name", pictures, "--init", tmp_path]
+    flags = [flags, "--device cpu --diffusion.dataset-name", pictures, "--init", tmp_path]
     args = call(train, "ffhq-day", *flags, function="parse_flags")
-    with open_run(args, CPU) as run:
+    with open_run(args) as run:
         experiment = run.experiment
 
     config = experiment.diffusion
