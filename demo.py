@@ -17,10 +17,13 @@ from PIL import Image
 from data.decode import fit_image, fit_mask
 from data.pixels import picture_of, to_uint8
 from functions.samplers import SAMPLERS
-from functions.sampling.editing import read_x_0
+from functions.sampling.editing import (
+    inpaint_image,
+    interpolate_images,
+    read_x_0,
+    require_full_noise,
+)
 from functions.sampling.generation import ImageSampler, generate, guided, open_sampler
-from functions.sampling.inpainting import inpaint_image, require_full_noise
-from functions.sampling.interpolation import interpolate_images
 from functions.sampling.options import add_sampling_flags
 from functions.support.command_line import EXIT_BAD_INPUT, Parser, run_script
 from functions.support.errors import UserError
@@ -164,7 +167,7 @@ def mix(
 
 def paint(image_sampler: ImageSampler, n: int, edit: dict) -> Image.Image:
     """Return a grid of the image, its known pixels, and n inpaintings."""
-    require_full_noise(image_sampler.options)
+    require_full_noise(image_sampler)
     # The editor's layer is RGBA, and opaque where the user has painted.
     mask = np.zeros(1)
     for layer in edit["layers"]:

@@ -20,8 +20,8 @@ import sample
 from data.decode import fit_image, open_image_file
 from data.pixels import picture_of, to_uint8
 from functions.samplers import SAMPLERS
+from functions.sampling.editing import interpolate_images
 from functions.sampling.generation import generate, open_sampler
-from functions.sampling.interpolation import interpolate_images
 from functions.sampling.options import SamplerOptions, add_sampling_flags
 from functions.support.command_line import Parser
 from tests.conftest import call, pixels_of, refused, train_tiny, words

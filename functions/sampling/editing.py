@@ -1,19 +1,32 @@
-"""The verbs of edit.py: read the images that the command line names, edit them, save a picture."""
+"""Edit images: mix two, vary one, find its noise, inpaint it; and the verbs of edit.py.
+
+An image is noised to t, one of the sampler's timesteps, and denoised (Ho et al. 2020, Section 4.4).
+t = -1 is the image itself. Images are in [-1, 1], on the sampler's device.
+
+Inpainting resamples the masked pixels so that they match the rest (RePaint, Lugmayr et al. 2022,
+arXiv:2201.09865). After each step the known pixels, noised to the new level, replace those outside
+the mask. A single pass leaves seams, because the masked pixels are computed before the noise of the
+known ones is drawn. So each step is repeated: the state is noised back to the level before it.
+RePaint's jumps back have length 10, for 250 steps.
+"""
 
 from argparse import Namespace
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
 from data.batches import batches_of
-from data.decode import fit_image, open_image_file
+from data.decode import fit_image, fit_mask, open_image_file, to_pixels
 from data.pixels import to_model_range, to_uint8
-from functions.sampling.generation import ImageSampler, generate
-from functions.sampling.inpainting import inpaint_image, read_with_mask, require_full_noise
-from functions.sampling.interpolation import interpolate_exactly, interpolate_images, variations
+from functions.samplers import ddim_invert, ddim_sample
+from functions.sampling.generation import ImageSampler, generate, step_bar
+from functions.support.errors import UserError
 from functions.support.files import sha256
 from functions.support.pictures import save_grid, save_strip
 
@@ -21,6 +34,165 @@ from functions.support.pictures import save_grid, save_strip
 MIXTURE_COUNT = 9
 # A row of a figure has this many variations, after the image itself.
 VARIATION_COUNT = 8
+# Grey that fills the mask in the picture of the known pixels.
+GREY = 128
+
+
+def interpolate_images(
+    image_sampler: ImageSampler, ends: Tensor, t: int, weights: Tensor
+) -> Tensor:
+    """Noise two images to timestep t, interpolate linearly, and denoise: (L, C, H, W) images.
+
+    `ends` are (2, C, H, W). `weights`, (L,), are the weights of the second end.
+    """
+    # An end may have been sampled from the noise of image 0. The purpose makes this noise differ
+    # from that of image 0.
+    noise = image_sampler.noise([0], "interpolation")
+    # Both ends get the same noise, so the mixture is as noisy as the ends are.
+    first, second = image_sampler.scheduler.q_sample(ends, t, noise())
+    w = weights.view(-1, 1, 1, 1)
+    x_t = (1 - w) * first + w * second
+    # The noise of a step is the same for all mixtures, too.
+    return image_sampler.denoise(x_t, t, lambda: noise().expand_as(x_t))
+
+
+def variations(image_sampler: ImageSampler, x_0: Tensor, t: int, indices: Sequence[int]) -> Tensor:
+    """Noise x_0 (C, H, W) to timestep t with different noise, and denoise: (N, C, H, W) images.
+
+    For the same x_0 and t, each variation depends only on the seed and its index.
+    """
+    noise = image_sampler.noise(indices, "variation")
+    x_t = image_sampler.scheduler.q_sample(x_0, t, noise())
+    return image_sampler.denoise(x_t, t, noise)
+
+
+def interpolate_exactly(
+    image_sampler: ImageSampler, ends: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mix the noise of two images, and sample by DDIM: the noise and the images, (L, C, H, W) each.
+
+    `ends` are (2, C, H, W), or (1, C, H, W) for an image that is mixed with itself. `weights`,
+    (L,), are the weights of the second end.
+    """
+    denoiser = image_sampler.denoiser
+    times = image_sampler.times
+    with step_bar(image_sampler, len(ends) + len(weights), True) as bar:
+
+        def on_step(k, t, x, x_0):
+            bar.update(len(x))
+
+        x_T = ddim_invert(denoiser, ends, times, on_step=on_step)
+        noise = slerp(x_T[0], x_T[-1], weights)
+        images = [
+            ddim_sample(denoiser, batch, times, clip_x_0=False, on_step=on_step)
+            for batch in noise.split(image_sampler.batch_size)
+        ]
+    return noise, torch.cat(images)
+
+
+def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
+    """Interpolate from a to b, both (C, H, W), along a great circle: (L, C, H, W) for (L,) weights.
+
+    A mixture of two draws of standard normal noise is then nearly standard normal; the middle of
+    the straight line would have a standard deviation of 0.71.
+    """
+    cosine = torch.cosine_similarity(a.flatten(), b.flatten(), dim=0)
+    # For a = b the angle would be 0, and the mixture is divided by its sine.
+    angle = torch.acos(cosine.clamp(max=1 - 1e-6))
+    w = weights.view(-1, 1, 1, 1)
+    mixture = torch.sin((1 - w) * angle) * a + torch.sin(w * angle) * b
+    return mixture / torch.sin(angle)
+
+
+def inpaint(
+    image_sampler: ImageSampler, x_0: Tensor, mask: Tensor, resample: int, indices: Sequence[int]
+) -> Tensor:
+    """Inpaint by RePaint's Algorithm 1, with jumps of length 1: each step is done `resample` times.
+
+    x_0 is (C, H, W) in [-1, 1], on the sampler's device. `mask`, (H, W) bool, is true where pixels
+    are sampled. Returns one result for each index: (B, C, H, W). The sampler's options are those
+    that `require_full_noise` lets pass.
+    """
+    scheduler = image_sampler.scheduler
+    # A step leads from timestep t to s.
+    steps = list(pairwise(image_sampler.times))
+    noise = image_sampler.noise(indices, "inpainting")
+    x = noise()
+    for t, s in tqdm(steps, "inpainting", unit="step"):
+        # The last step leads to x_0, and is not repeated.
+        repeats = resample if s >= 0 else 1
+        for repeat in range(repeats):
+            # In all repeats but the first, q(x_t | x_s) takes the state back from s to t.
+            if repeat > 0:
+                beta = scheduler.step_beta(t, s)
+                x = (1 - beta) ** 0.5 * x + beta**0.5 * noise()
+            unknown = image_sampler.take_steps(x, [t, s], noise)
+            # At s = -1, the clean image, this is x_0 itself.
+            known = scheduler.q_sample(x_0, s, noise())
+            x = torch.where(mask, unknown, known)
+    return x
+
+
+def require_full_noise(image_sampler: ImageSampler) -> None:
+    """Raise UserError for options with which steps add less noise than those of ddpm."""
+    options = image_sampler.options
+    full = options.sampler == "ddpm" or (options.sampler, options.eta) == ("ddim", 1.0)
+    if not full or options.temperature != 1:
+        raise UserError(
+            "inpaint needs --sampler ddpm, or ddim --eta 1, with --temperature 1: others add too "
+            "little noise, or depend on earlier steps, which inpainting undoes"
+        )
+
+
+def read_with_mask(
+    path: str, mask_path: str | None, shape: tuple[int, int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Read an image to be inpainted and its mask -> uint8 (S, S, C), and bool (S, S).
+
+    The mask is true where its file is white or, without a file, where the image is transparent.
+    Both are cropped and resized to `shape`, (C, S, S). Raises UserError for an unreadable image, a
+    mask of another size than its image, or a mask that is true or false everywhere.
+    """
+    image = open_image_file(path)
+    if mask_path:
+        mask_image = open_image_file(mask_path)
+    else:
+        alpha = image.convert("RGBA").getchannel("A")
+        mask_image = ImageOps.invert(alpha)
+
+    if mask_image.size != image.size:
+        raise UserError(
+            f"{mask_path} has {mask_image.width}x{mask_image.height} pixels, its image "
+            f"{image.width}x{image.height}; a mask must be as large as its image"
+        )
+
+    white = to_pixels(mask_image, 1)[..., 0] >= 128
+    mask = fit_mask(white, shape[-1])
+    if mask.all() or not mask.any():
+        raise UserError(
+            f"{mask_path or path}: everything or nothing would be inpainted in the middle square "
+            "of the image, to which it is cropped; give a --mask that is partly white there, or "
+            "erase a part there"
+        )
+    return fit_image(image, shape), mask
+
+
+def inpaint_image(
+    image_sampler: ImageSampler, image: np.ndarray, mask: np.ndarray, resample: int, count: int
+) -> np.ndarray:
+    """Inpaint a uint8 image (H, W, C) `count` times where the mask, bool (H, W), is true.
+
+    Returns the image, its known pixels on grey, and the results: (2 + count, H, W, C).
+    """
+    device = image_sampler.device
+    x_0 = to_model_range(image[None])[0].to(device)
+    device_mask = torch.from_numpy(mask).to(device)
+    results = [
+        to_uint8(inpaint(image_sampler, x_0, device_mask, resample, indices))
+        for indices in batches_of(range(count), image_sampler.batch_size)
+    ]
+    known = np.where(mask[..., None], np.uint8(GREY), image)
+    return np.concatenate([[image, known], *results])
 
 
 def save_mixtures(args: Namespace, image_sampler: ImageSampler, folder: Path) -> None:
@@ -78,7 +250,7 @@ def times_of(image_sampler: ImageSampler, depths: list[float]) -> list[int]:
 
 def save_inpaintings(args: Namespace, image_sampler: ImageSampler, folder: Path) -> None:
     """Save a grid of an image, its known pixels, and its inpaintings."""
-    require_full_noise(image_sampler.options)
+    require_full_noise(image_sampler)
     image, mask = read_with_mask(args.images[0], args.mask, image_sampler.shape)
     path = edited_path(args, folder, "inpainting")
     pictures = inpaint_image(image_sampler, image, mask, args.resample, args.n)

@@ -21,13 +21,14 @@ from functions.denoiser import Denoiser
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import ddpm_sample
 from functions.sampling import editing
-from functions.sampling.generation import ImageSampler
-from functions.sampling.inpainting import inpaint, read_with_mask
-from functions.sampling.interpolation import (
+from functions.sampling.editing import (
+    inpaint,
     interpolate_exactly,
     interpolate_images,
+    read_with_mask,
     variations,
 )
+from functions.sampling.generation import ImageSampler
 from functions.sampling.options import SamplerOptions
 from functions.timesteps import sampling_times
 from tests.conftest import CPU, call, image_sampler_of, normal, pixels_of, refused
