@@ -21,8 +21,15 @@ import torch
 
 from data.pixels import to_model_range
 from functions.evaluation.bits_per_dim import BoundOptions, evenly_spaced, measure_bits_per_dim
-from functions.evaluation.feature_distance import frechet_distance, model_batches, training_features
-from functions.evaluation.fidelity import folder_images, load_like, measure_fidelity, set_images
+from functions.evaluation.fidelity import (
+    folder_images,
+    frechet_distance,
+    load_like,
+    measure_fidelity,
+    model_batches,
+    set_images,
+    training_features,
+)
 from functions.samplers import VARIANCES
 from functions.sampling.generation import open_sampler
 from functions.sampling.options import add_model_flags, add_out_flag

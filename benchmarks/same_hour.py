@@ -49,7 +49,7 @@ from config import EXPERIMENTS
 from data.datasets import load_images, split_images
 from data.pixels import to_model_range, to_uint8
 from functions.evaluation.bits_per_dim import evenly_spaced
-from functions.evaluation.feature_distance import Features, frechet_distance, training_features
+from functions.evaluation.fidelity import Features, frechet_distance, training_features
 from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.options import SamplerOptions
 from functions.support.command_line import Parser, positive, run_script

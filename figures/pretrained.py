@@ -22,7 +22,7 @@ from data.pixels import to_model_range, to_uint8
 from figures.make_figures import nearest
 from figures.saved_model import BASE, ENLARGERS, FLAGS, GUIDE_STEPS, open_cascade, open_saved
 from functions.evaluation.bits_per_dim import evenly_spaced
-from functions.evaluation.feature_distance import frechet_distance, training_features
+from functions.evaluation.fidelity import frechet_distance, training_features
 from functions.sampling.generation import ImageSampler, find_guide, generate, guide_beside
 from functions.saved.checkpoint import SavedModel, load_weights
 from functions.saved.loading import load_and_split

@@ -13,7 +13,7 @@ import sample
 from data.datasets import ImageSet, load_images
 from data.pixels import to_model_range
 from functions.evaluation import fidelity
-from functions.evaluation.feature_distance import features_beside, frechet_distance
+from functions.evaluation.fidelity import features_beside, frechet_distance
 from tests.conftest import HELD_OUT, TRAINED, call, normal, refused
 
 
