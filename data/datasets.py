@@ -7,8 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from data.packed import ImageSet, open_packed
-from data.sources import ARCHIVES, Source, find_source
-from data.torchvision_sets import FILES, read_torchvision_set
+from data.sources import (
+    ARCHIVES,
+    TORCHVISION,
+    Source,
+    find_source,
+    read_torchvision_set,
+)
 from functions.support.errors import UserError, short
 from functions.support.files import sha256
 
@@ -83,7 +88,7 @@ def locate(dataset_name: str) -> Source:
                 "Remove other images and second copies."
             )
         return replace(source, rule="FFHQ")
-    if dataset_name in FILES:
+    if dataset_name in TORCHVISION:
         return split_by_folders(read_torchvision_set(dataset_name, DATA_FOLDER))
     return split_by_folders(find_source(dataset_name))
 

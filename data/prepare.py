@@ -19,7 +19,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data.datasets import DATA_FOLDER, load_images
-from data.torchvision_sets import read_torchvision_set
+from data.sources import read_torchvision_set
 from functions.support.command_line import Parser, positive, run_script
 
 

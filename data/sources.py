@@ -1,14 +1,16 @@
 """Find images in a folder, in a zip, an npz or a parquet file, or in shards of these.
 
-Archives are read in place, so the name of a member never becomes a path on this machine.
+Archives are read in place, so the name of a member never becomes a path on this machine. CIFAR-10
+and MNIST are read by torchvision, which can also download them.
 """
 
 import os
 import re
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -22,6 +24,13 @@ IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
 # A name with a number: folders, a prefix and the number, as in x/img00000012.png.
 NUMBERED_NAME = re.compile(r"(?:.*/)?([A-Za-z_-]*)(\d{1,18})(?:\.\w+)?")
+
+# What must be in the data folder for each set.
+TORCHVISION = {
+    "CIFAR10": "cifar-10-batches-py, unpacked from cifar-10-python.tar.gz (the binary version is "
+    "not read)",
+    "MNIST": "MNIST/raw, a folder with its four files, such as train-images-idx3-ubyte",
+}
 
 # Files with which our scripts mark a folder whose pictures are no data, and a text in them
 RESULTS = {"config.json": '"diffusion": {', "samples.json": '"sampler": "'}
@@ -45,7 +54,7 @@ class Source:
     path: Path
     members: dict[Any, Member]
     # Files that are no images of the set, counted by their endings or their folders.
-    ignored: Counter = field(default_factory=Counter)
+    ignored: Counter
     # Images are converted to this number of channels, RGB or grey, after they are read.
     channels: int = 3
     # What decides which images are held out (`split_images`): "name", "id", "FFHQ", or the folder
@@ -258,3 +267,39 @@ def kind_of(name: str) -> str:
     if any(part.startswith(".") or part == "__MACOSX" for part in path.parts):
         return "hidden"
     return path.suffix.lower() or "without an ending"
+
+
+def read_torchvision_set(name: str, folder: Path, download: bool = False) -> Source:
+    """Read all images of a set of TORCHVISION in a data folder; the test images are the last ones.
+
+    CIFAR-10's are uint8 (32, 32, 3), and MNIST's (28, 28, 1). A missing set is downloaded if
+    `download` is true. Raises UserError when a set is damaged, missing, or not in TORCHVISION.
+    """
+    if name not in TORCHVISION:
+        raise UserError(f"{name} cannot be downloaded, only {' and '.join(TORCHVISION)} can.")
+
+    # This import takes a second.
+    from torchvision import datasets
+
+    try:
+        dataset = getattr(datasets, name)
+        train, test = (dataset(folder, train, download=download).data for train in (True, False))
+    except READ_ERRORS as error:
+        raise UserError(
+            f"{name} cannot be read from {folder} ({short(error)}). Delete a damaged copy, and put "
+            f"there {TORCHVISION[name]}; python data/prepare.py {name} --download does so, where "
+            "there is a network."
+        ) from None
+
+    images = np.concatenate([train, test])
+    # MNIST has no dimension for its one channel.
+    images = images.reshape(*images.shape[:3], -1)
+    members = {
+        i: Member(
+            f"{'train' if i < len(train) else 'test'}/{i}",
+            zlib.crc32(image.tobytes()),
+            image.copy,
+        )
+        for i, image in enumerate(images)
+    }
+    return Source(folder / name, members, Counter())
