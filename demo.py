@@ -93,16 +93,15 @@ def tab(
 
     options = image_sampler.options
     name = options.sampler if options.sampler in samplers else samplers[0]
-    settings = [
-        gr.Number(image_sampler.seed, label="Seed", precision=0),
-        gr.Radio(samplers, value=name, label="Sampler"),
-        gr.Number(options.steps, label="Steps", info="Empty: all timesteps.", precision=0),
-    ]
-    picture = gr.Image(show_label=False, format="png", height=560, buttons=["download"])
     return gr.Interface(
         call,
-        [*settings, *inputs],
-        picture,
+        [
+            gr.Number(image_sampler.seed, label="Seed", precision=0),
+            gr.Radio(samplers, value=name, label="Sampler"),
+            gr.Number(options.steps, label="Steps", info="Empty: all timesteps.", precision=0),
+            *inputs,
+        ],
+        gr.Image(show_label=False, format="png", height=560, buttons=["download"]),
         flagging_mode="never",
         clear_btn=None,
         analytics_enabled=False,
@@ -161,8 +160,7 @@ def mix(
     t = image_sampler.time_at(depth)
     weights = torch.tensor([share], device=first.device)
     mixture = interpolate_images(image_sampler, torch.stack([first, second]), t, weights)
-    images = torch.stack([first, mixture[0], second])
-    return grid_of(to_uint8(images), columns=3)
+    return grid_of(to_uint8(torch.stack([first, mixture[0], second])), columns=3)
 
 
 def paint(image_sampler: ImageSampler, n: int, edit: dict) -> Image.Image:

@@ -41,8 +41,7 @@ def main() -> None:
         steps = min(EXACT_STEPS, image_sampler.scheduler.timesteps)
         options = replace(image_sampler.options, steps=steps)
         image_sampler = replace(image_sampler, options=options)
-    folder = args.out or samples_folder(image_sampler)
-    VERBS[args.verb](args, image_sampler, folder)
+    VERBS[args.verb](args, image_sampler, args.out or samples_folder(image_sampler))
 
 
 def parse_flags() -> argparse.Namespace:

@@ -148,9 +148,13 @@ def evaluate_bits(args: Namespace) -> None:
     def load_x_0(index: int) -> torch.Tensor:
         return to_model_range(image_set.images[[index]]).to(device)
 
-    # For some diffusers models, samplers do not clip x_0. The bound then does not clip it either.
-    clip_x_0 = image_sampler.options.clip_x_0
-    options = BoundOptions(args.t_stride, image_sampler.batch_size, args.bpd_variance, clip_x_0)
+    options = BoundOptions(
+        args.t_stride,
+        image_sampler.batch_size,
+        args.bpd_variance,
+        # For some diffusers models, samplers do not clip x_0. The bound then does not either.
+        image_sampler.options.clip_x_0,
+    )
     indices = evenly_spaced(split.val_indices, args.images)
     result = measure_bits_per_dim(image_sampler.denoiser, load_x_0, indices, options)
     numbers = result.numbers()

@@ -38,8 +38,7 @@ def open_image(data: bytes) -> Image.Image:
         image.load()
         return ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
-        reason = f"not a {', '.join(FORMATS)} image" if data else "empty file"
-        raise BadImage(reason) from None
+        raise BadImage(f"not a {', '.join(FORMATS)} image" if data else "empty file") from None
     except (Image.DecompressionBombError, *READ_ERRORS) as error:
         raise BadImage(f"cannot be decoded ({type(error).__name__}: {short(error)})") from None
 
@@ -53,8 +52,7 @@ def to_pixels(image: Image.Image, channels: int) -> np.ndarray:
     if image.mode.startswith("I"):
         # convert("RGB") would clip 16-bit grey. Here its values, at most 65535, are divided by
         # 65535 / 255 = 257 and rounded to the nearest level.
-        grey = np.asarray(image, np.int32)
-        levels = (grey + 128) // 257
+        levels = (np.asarray(image, np.int32) + 128) // 257
         return np.repeat(np.uint8(levels)[..., None], channels, axis=2)
 
     if image.has_transparency_data:
@@ -102,8 +100,6 @@ def open_image_file(path: Path | str, hint: str = "") -> Image.Image:
 
 def fit_mask(mask: np.ndarray, image_size: int) -> np.ndarray:
     """Crop and resize a mask, bool (H, W), as `fit_square` does with its image -> bool (S, S)."""
-    levels = fit_square(np.uint8(255) * mask, image_size)
-
     # The mask may cover a resized pixel only in part. The pixel is inpainted if the mask covers
     # more than a tenth of it.
-    return levels > 25
+    return fit_square(np.uint8(255) * mask, image_size) > 25

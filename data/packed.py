@@ -163,8 +163,7 @@ def write_images(path: Path, source: Source, image_size: int) -> dict:
     with open(path, "wb") as file:
         images = map_images(source, image_size)
         # A small set finishes within the delay and shows no progress bar.
-        title = f"Preparing {name}"
-        images = tqdm(images, title, len(source.members), unit="img", delay=1.0)
+        images = tqdm(images, f"Preparing {name}", len(source.members), unit="img", delay=1.0)
         for (image_id, member), result in zip(source.members.items(), images, strict=True):
             if isinstance(result, BadImage):
                 bad_images.append([member.name, short(result)])

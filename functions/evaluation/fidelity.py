@@ -105,9 +105,8 @@ def load_like(folder: Path, name: str) -> tuple[ImageSet, Split]:
     these, if their manifest says it.
     """
     image = open_image_file(image_path(folder, 0))
-    channels = 1 if image.mode == "L" else 3
     # Packing prints which images are left out.
-    image_set = load_images(name, image.height, sys.maxsize, channels)
+    image_set = load_images(name, image.height, sys.maxsize, 1 if image.mode == "L" else 3)
     path = folder / MANIFEST
     manifest = read_json(path) if path.exists() else {}
     split = split_images(image_set, manifest.get("split", "reference"))
@@ -239,7 +238,6 @@ def raw_features(images: Tensor) -> Tensor:
     images = images.double().expand(-1, 3, -1, -1)
     parts = [F.adaptive_avg_pool2d(images, 4)]
     for scale in (1, 2, 4):
-        shrunk = F.avg_pool2d(images, scale)
-        responses = F.conv2d(shrunk, filters).abs()
+        responses = F.conv2d(F.avg_pool2d(images, scale), filters).abs()
         parts.append(F.adaptive_avg_pool2d(responses, 2))
     return torch.cat([part.flatten(1) for part in parts], dim=1)

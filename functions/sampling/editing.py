@@ -120,8 +120,7 @@ def inpaint(
     x = noise()
     for t, s in tqdm(steps, "inpainting", unit="step"):
         # The last step leads to x_0, and is not repeated.
-        repeats = resample if s >= 0 else 1
-        for repeat in range(repeats):
+        for repeat in range(resample if s >= 0 else 1):
             # In all repeats but the first, q(x_t | x_s) takes the state back from s to t.
             if repeat > 0:
                 beta = scheduler.step_beta(t, s)
@@ -157,8 +156,7 @@ def read_with_mask(
     if mask_path:
         mask_image = open_image_file(mask_path)
     else:
-        alpha = image.convert("RGBA").getchannel("A")
-        mask_image = ImageOps.invert(alpha)
+        mask_image = ImageOps.invert(image.convert("RGBA").getchannel("A"))
 
     if mask_image.size != image.size:
         raise UserError(
@@ -166,8 +164,7 @@ def read_with_mask(
             f"{image.width}x{image.height}; a mask must be as large as its image"
         )
 
-    white = to_pixels(mask_image, 1)[..., 0] >= 128
-    mask = fit_mask(white, shape[-1])
+    mask = fit_mask(to_pixels(mask_image, 1)[..., 0] >= 128, shape[-1])
     if mask.all() or not mask.any():
         raise UserError(
             f"{mask_path or path}: everything or nothing would be inpainted in the middle square "

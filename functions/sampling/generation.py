@@ -96,8 +96,7 @@ class ImageSampler:
 
     def denoise(self, x_t: Tensor, t: int, noise: Callable[[], Tensor]) -> Tensor:
         """Denoise states (B, C, H, W) at t, one of the sampler's timesteps, to images."""
-        times = [s for s in self.times if s <= t]
-        return self.take_steps(x_t, times, noise)
+        return self.take_steps(x_t, [s for s in self.times if s <= t], noise)
 
     def take_steps(self, x: Tensor, times: list[int], noise: Callable[[], Tensor]) -> Tensor:
         """Run the sampler on states (B, C, H, W) from times[0] to times[-1] (descending).

@@ -99,8 +99,7 @@ def paths_in(folder: Path) -> list[Path]:
 
 def checkpoints_of(run: Path, folder: str = "checkpoints") -> list[Path]:
     """Return the run's checkpoints, or its "snapshots", oldest first."""
-    paths = paths_in(run / folder)
-    return sorted(path for path in paths if CHECKPOINT_NAME.fullmatch(path.name))
+    return sorted(path for path in paths_in(run / folder) if CHECKPOINT_NAME.fullmatch(path.name))
 
 
 def step_of(checkpoint: Path) -> int:

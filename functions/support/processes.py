@@ -26,8 +26,7 @@ def connected() -> Iterator[None]:
         yield
         return
     # Tensors on the CPU are exchanged, too.
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     yield
     # After an error torchrun ends the others. To destroy the group then could wait for them.
     dist.destroy_process_group()

@@ -30,12 +30,10 @@ def training_draws(
     """Draw t and noise (Algorithm 1, lines 3 and 4) and the augmentation for an effective batch."""
     # The draws are made for the whole effective batch and cut later. So an image's draws depend on
     # its place in the effective batch, but not on the batch size.
-    generator = generator_of(device, seed, "training", step)
-
     # These four draws come from one generator, so another draw between them, or another order,
     # would change every run. A new field needs a separate generator:
     # generator_of(device, seed, f"training {NAME}", step).
-    options = {"generator": generator, "device": device}
+    options = {"generator": generator_of(device, seed, "training", step), "device": device}
     return StepDraws(
         t=torch.randint(timesteps, (effective_batch,), **options),
         noise=torch.randn(effective_batch, *image_shape, **options),

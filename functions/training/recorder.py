@@ -132,8 +132,7 @@ class Recorder:
             # exchange it on their CPUs, and do not wait for a GPU.
             signal_received = processes.true_in_any(self.stop_signals.received is not None)
             stopped = signal_received and run.step < run.total_steps
-            minutes = (time.monotonic() - self.saved_at) / 60
-            overdue = 0 < config.checkpoint_minutes <= minutes
+            overdue = 0 < config.checkpoint_minutes <= (time.monotonic() - self.saved_at) / 60
             # The checkpoint comes last: if the run is killed before it, it resumes from the
             # checkpoint before, and writes all of this again.
             if self.is_due(config.checkpoint_every) or overdue or stopped:
@@ -197,8 +196,7 @@ class Recorder:
         if processes.is_main():
             self.metrics.write(**row)
             if validating:
-                title = short(run.folder.name)
-                plot_losses(self.metrics.path, run.folder / "losses.png", title)
+                plot_losses(self.metrics.path, run.folder / "losses.png", short(run.folder.name))
 
     def validate(self) -> dict[str, float]:
         """Validate the raw weights, and the EMA weights if there are any; return the columns."""

@@ -107,8 +107,7 @@ class TrainingRun:
         precision = choose_precision(config.precision, device, earlier)
         # This seed is for the initial weights. Every later draw has another seed.
         torch.manual_seed(config.seed)
-        layout = fast_layout(device)
-        self.model = build_network(model).to(device, memory_format=layout)
+        self.model = build_network(model).to(device, memory_format=fast_layout(device))
         scheduler = build_scheduler(vars(config))
         self.denoiser = Denoiser(self.model, scheduler, config.objective, precision)
         self.ema_model = None
@@ -200,13 +199,12 @@ class TrainingRun:
 
     def batches(self) -> Iterator[Tensor]:
         """Yield this process's images of each step that is left: uint8 (B, S, S, C)."""
-        steps = range(self.step, self.total_steps)
         indices = indices_of_steps(
             self.split.train_indices,
             self.config.seed,
             self.config.effective_batch,
             self.share,
-            steps,
+            range(self.step, self.total_steps),
         )
         return self.feeder.feed(indices)
 

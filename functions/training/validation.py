@@ -48,8 +48,7 @@ def validation_losses(
         t = all_t[positions].to(x_0.device)
         quarters = 4 * t // timesteps
         # The noise of a triple depends on its position among all triples, not on its batch.
-        noise = image_noise(config.seed, positions, x_0.shape[1:], x_0.device, "validation noise")
-        eps = noise()
+        eps = image_noise(config.seed, positions, x_0.shape[1:], x_0.device, "validation noise")()
 
         for i, denoiser in enumerate(denoisers):
             with denoiser.evaluating():
@@ -59,5 +58,4 @@ def validation_losses(
             total[i] += torch.stack([losses, errors, *by_quarter]).sum(dim=1).cpu()
 
     counts = [count, count, *torch.bincount(4 * all_t // timesteps, minlength=4)]
-    means = processes.sum_(total) / torch.tensor(counts)
-    return means.tolist()
+    return (processes.sum_(total) / torch.tensor(counts)).tolist()
