@@ -252,7 +252,8 @@ def choose_ids(names: list[str]) -> list[int] | list[str]:
     matches = [NUMBERED_NAME.fullmatch(name) for name in names]
     if all(matches):
         numbers = [int(match[2]) for match in matches]
-        if len({match[1] for match in matches}) == 1 and len(set(numbers)) == len(numbers):
+        prefixes = {match[1] for match in matches}
+        if len(prefixes) == 1 and len(set(numbers)) == len(numbers):
             return numbers
     return names
 

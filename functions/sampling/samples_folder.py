@@ -108,7 +108,8 @@ def generate_frames(
     states = defaultdict(list)
     estimates = defaultdict(list)
     # Each image begins as noise, which depends only on the seed and the image's index.
-    states[image_sampler.scheduler.timesteps].append(to_uint8(image_sampler.noise(indices)()))
+    x_T = image_sampler.noise(indices)()
+    states[image_sampler.scheduler.timesteps].append(to_uint8(x_T))
 
     def on_step(k, t, x, x_0):
         # The last step is always recorded. The state after it is the image.
@@ -116,7 +117,8 @@ def generate_frames(
         if k % stride == 0 or is_last:
             estimates[t + 1].append(to_uint8(x_0))
         if (k + 1) % stride == 0 or is_last:
-            states[image_sampler.times[k + 1] + 1].append(to_uint8(x))
+            t_after = image_sampler.times[k + 1]
+            states[t_after + 1].append(to_uint8(x))
 
     # Each batch of images calls `on_step` for all steps.
     images = generate(replace(image_sampler, on_step=on_step), indices, progress=True)

@@ -132,7 +132,8 @@ class Recorder:
             # exchange it on their CPUs, and do not wait for a GPU.
             signal_received = processes.true_in_any(self.stop_signals.received is not None)
             stopped = signal_received and run.step < run.total_steps
-            overdue = 0 < config.checkpoint_minutes <= (time.monotonic() - self.saved_at) / 60
+            minutes = (time.monotonic() - self.saved_at) / 60
+            overdue = 0 < config.checkpoint_minutes <= minutes
             # The checkpoint comes last: if the run is killed before it, it resumes from the
             # checkpoint before, and writes all of this again.
             if self.is_due(config.checkpoint_every) or overdue or stopped:

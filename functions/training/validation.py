@@ -48,7 +48,8 @@ def validation_losses(
         t = all_t[positions].to(x_0.device)
         quarters = 4 * t // timesteps
         # The noise of a triple depends on its position among all triples, not on its batch.
-        eps = image_noise(config.seed, positions, x_0.shape[1:], x_0.device, "validation noise")()
+        noise = image_noise(config.seed, positions, x_0.shape[1:], x_0.device, "validation noise")
+        eps = noise()
 
         for i, denoiser in enumerate(denoisers):
             with denoiser.evaluating():
