@@ -1,8 +1,8 @@
 """Let the processes of a script work together: one for each GPU under `torchrun`, or a single one.
 
 In training each process computes its shard of every effective batch, and the processes average
-their gradients once per optimiser step. Only rank 0 prints and writes files. PyTorch knows whether
-there are others, so no function has to be told: outside of `connected` each process is alone.
+their gradients once per optimiser step. Only rank 0 prints and writes files. Outside of `connected`
+each process is alone, also in a process group of your own.
 """
 
 import os
@@ -17,40 +17,40 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 Value = TypeVar("Value")
+# Whether this process is within `connected`, under torchrun.
+is_connected = False
 
 
 @contextmanager
 def connected() -> Iterator[None]:
     """Connect the processes that torchrun has started. Without torchrun there is only one."""
+    global is_connected
     if "LOCAL_RANK" not in os.environ:
         yield
         return
     # Tensors on the CPU are exchanged, too.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    is_connected = True
     yield
+    is_connected = False
     # After an error torchrun ends the others. To destroy the group then could wait for them.
     dist.destroy_process_group()
 
 
-def is_alone() -> bool:
-    """Return whether this process is connected to no group."""
-    return not (dist.is_available() and dist.is_initialized())
-
-
 def count() -> int:
     """Return the number of processes."""
-    return 1 if is_alone() else dist.get_world_size()
+    return dist.get_world_size() if is_connected else 1
 
 
 def rank() -> int:
     """Return the number of this process, 0 .. count - 1."""
-    return 0 if is_alone() else dist.get_rank()
+    return dist.get_rank() if is_connected else 0
 
 
 def gpu_index() -> int | None:
     """Return the index of this process's GPU, or None: a single process may choose."""
     # It is the rank within this machine.
-    return None if is_alone() else int(os.environ["LOCAL_RANK"])
+    return int(os.environ["LOCAL_RANK"]) if is_connected else None
 
 
 def is_main() -> bool:
