@@ -58,9 +58,7 @@ def main() -> None:
     options = replace(image_sampler.options, steps=steps, variance=args.variance)
     image_sampler = replace(image_sampler, options=options)
 
-    count = gr.Slider(1, 64, 16, step=1, precision=0, label="How many")
-    draw_tab = tab(image_sampler, draw, [*SAMPLERS], count)
-    tabs = [draw_tab, mix_tab(image_sampler), paint_tab(image_sampler)]
+    tabs = [draw_tab(image_sampler), mix_tab(image_sampler), paint_tab(image_sampler)]
     page = gr.TabbedInterface(tabs, ["Draw", "Mix", "Paint"], "DDPM", analytics_enabled=False)
     # Old pictures are deleted from the disk.
     page.delete_cache = (600, 3600)
@@ -106,6 +104,11 @@ def tab(
         clear_btn=None,
         analytics_enabled=False,
     )
+
+
+def draw_tab(image_sampler: ImageSampler) -> gr.Interface:
+    count = gr.Slider(1, 64, 16, step=1, precision=0, label="How many")
+    return tab(image_sampler, draw, [*SAMPLERS], count)
 
 
 def mix_tab(image_sampler: ImageSampler) -> gr.Interface:

@@ -83,20 +83,20 @@ def main() -> None:
     parser = Parser(description=__doc__)
     for name in ("FACES", "FACES_V", "PEOPLE"):
         parser.add_argument(name, type=Path, metavar=f"RUN_{name}", help="A run folder.")
-    faces, faces_v, people = (run.resolve() for run in vars(parser.parse_args()).values())
+    runs = {name: run.resolve() for name, run in vars(parser.parse_args()).items()}
 
     # The runs are read first, so that a missing one ends the script immediately.
-    draw_people(people)
+    draw_people(runs["PEOPLE"])
     draw_enlarged()
-    draw_faces(faces)
-    draw_cure(faces, faces_v)
+    draw_faces(runs["FACES"])
+    draw_cure(runs["FACES"], runs["FACES_V"])
 
     draw_cumulative_noise()
     draw_schedules()
     draw_unet()
     draw_rotation()
     with tempfile.TemporaryDirectory() as temporary:
-        draw_commands(people, Path(temporary))
+        draw_commands(runs["PEOPLE"], Path(temporary))
     for path in [*FIGURES.glob("*.png"), *FIGURES.glob("*.gif")]:
         if path.name not in PLOTS:
             lighten(path)

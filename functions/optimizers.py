@@ -36,10 +36,8 @@ class Adam(torch.optim.Adam):
     `state` exists from the start, so that a checkpoint can be loaded before the first step.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], lr: float, precision: torch.dtype):
-        # The precision is for Muon.
-        group = {"params": [*parameters], "precision": precision}
-        super().__init__([group], lr=lr, fused=True)
+    def __init__(self, parameters: Iterable[Tensor], lr: float):
+        super().__init__(parameters, lr=lr, fused=True)
         for p in self.param_groups[0]["params"]:
             self.state[p] = self.new_state(p)
         self.found_inf = torch.zeros((), device=p.device)
@@ -70,6 +68,9 @@ class Muon(Adam):
     Newton-Schulz runs in `precision`, that of the network. PyTorch's Muon (2.13) takes matrices
     only, and runs it in bfloat16, which is slow on CPUs without instructions for it.
     """
+
+    def __init__(self, parameters: Iterable[Tensor], lr: float, precision: torch.dtype):
+        super().__init__([{"params": [*parameters], "precision": precision}], lr)
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
         state = super().new_state(p)
@@ -122,7 +123,7 @@ class Muon(Adam):
 
 
 # The values of a config's `optimizer`: (parameters, learning rate, precision of the network).
-OPTIMIZERS = {"adam": Adam, "muon": Muon}
+OPTIMIZERS = {"adam": lambda parameters, lr, precision: Adam(parameters, lr), "muon": Muon}
 
 
 def is_matrix(p: Tensor) -> bool:

@@ -190,7 +190,7 @@ def features_beside(real: Iterable[Tensor]) -> Features:
 
 
 def frechet_distance(features: Tensor) -> float:
-    """Return the distance of images with these features from the real ones; it is not FID.
+    """Return the distance from real images of others, by their features beside these; not FID.
 
     It is |m|^2 + tr(C + I - 2 C^(1/2)), because the features of the real images have mean 0 and
     covariance I. Raises UserError for fewer than two images.

@@ -177,7 +177,7 @@ def open_sampler(args: argparse.Namespace, name_prefix: str = "") -> ImageSample
 
 
 def guided(image_sampler: ImageSampler) -> ImageSampler:
-    """Return the sampler with the guide that its options name, if any.
+    """Return the sampler with the guide that its options name, if any (functions/guidance.py).
 
     The guide computes in the model's precision. Raises UserError for a guide with another noise
     schedule or another shape of images, and when `find_guide` finds none.
@@ -212,8 +212,8 @@ def guided(image_sampler: ImageSampler) -> ImageSampler:
 def enlarged(image_sampler: ImageSampler, path: Path) -> ImageSampler:
     """Return the sampler with one more model, at `path`, which draws images at twice their size.
 
-    That model has its own schedule, and the precision of the sampler's. Raises UserError for a
-    model of another size, and CheckpointError when there is none.
+    That model has its own schedule, and the precision of the sampler's (functions/enlarging.py).
+    Raises UserError for a model of another size, and CheckpointError when there is none.
     """
     saved, denoiser = open_model(path, image_sampler.device, image_sampler.precision)
     processes.print_main(f"enlarged by {saved.path}: {saved}")

@@ -34,9 +34,9 @@ class SamplerOptions:
     eta: float | None = None
     # This multiplies the noise of steps above COOLED_LOG_SNR (functions/sampling/generation.py).
     temperature: float = 1.0
-    # The guide is a worse model, given as a step or a path, and the guidance is its weight w, by
-    # default GUIDANCE. functions/sampling/generation.py explains both. `guided` replaces the step
-    # or the path by the digest of the guide's weights.
+    # The guide is a worse model, given as a step or a path (`find_guide`), and the guidance is its
+    # weight w (functions/guidance.py), by default GUIDANCE. `guided` replaces the step or the path
+    # by the digest of the guide's weights.
     guide: str | None = None
     guidance: float | None = None
     # Those of the models that enlarge the images. `enlarged` sets them.

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import os
 import re
 import sys
 from argparse import (
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import NoReturn
 
-from functions.support.errors import UserError, let_all_be_printed, short
+from functions.support.errors import UserError, short
 from functions.support.settings import ConfigError
 
 # argparse ends with this exit status, too.
@@ -58,6 +59,16 @@ def run_script(main: Callable[[], None], memory_advice: str = MEMORY_ADVICE) -> 
         print("interrupted", file=sys.stderr)
         # Shells use this status for Ctrl-C.
         sys.exit(130)
+
+
+def let_all_be_printed() -> None:
+    """Let no output end the script: neither a closed one nor one without the characters."""
+    for name in ("stdout", "stderr"):
+        # After `2>&-` the stream is None. The null device takes the free descriptor, which a file
+        # of ours would otherwise get, and with it what libraries print.
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
+        stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, stream)
 
 
 def is_out_of_memory(error: Exception) -> bool:

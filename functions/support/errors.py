@@ -1,11 +1,10 @@
-"""Define the errors that users can fix, and what their messages need; print all messages.
+"""Define the errors that users can fix, and what their messages need.
 
 Scripts print such an error in one line, and exit with status 2.
 """
 
 import errno
 import lzma
-import os
 import shlex
 import struct
 import sys
@@ -57,16 +56,6 @@ class CheckpointError(UserError):
 def warn(text: str) -> None:
     """Print a warning to stderr."""
     print(text, file=sys.stderr)
-
-
-def let_all_be_printed() -> None:
-    """Let no output end the script: neither a closed one nor one without the characters."""
-    for name in ("stdout", "stderr"):
-        # After `2>&-` the stream is None. The null device takes the free descriptor, which a file
-        # of ours would otherwise get, and with it what libraries print.
-        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
-        stream.reconfigure(errors="backslashreplace")
-        setattr(sys, name, stream)
 
 
 def quoted(path: Path) -> str:

@@ -65,7 +65,7 @@ def save_gif(frames: Iterable[np.ndarray], path: Path, columns: int | None = Non
 def save_strip(columns: dict[str, np.ndarray], path: Path, row_titles: Sequence[str] = ()) -> None:
     """Draw a figure of columns of images, {title: (N, H, W, C)}, with titles left of the rows."""
     # The images fill the figure, 1.1 inches each. `save_figure` adds room for the titles.
-    rows = max(map(len, columns.values()))
+    rows = len(next(iter(columns.values())))
     figure = Figure(figsize=(1.1 * len(columns), 1.1 * rows))
     figure.subplots_adjust(left=0, bottom=0, right=1, top=1, wspace=0.04, hspace=0.04)
     no_frame = {"xticks": [], "yticks": [], "frame_on": False}

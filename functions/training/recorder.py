@@ -26,10 +26,9 @@ from functions.training.validation import validation_losses
 
 # The run ends at a row of metrics.csv if at least so many steps directly before it were skipped.
 MOST_SKIPPED = 20
-# After so many steps of a process, a training on a CPU looks whether other programs slow it down:
-# whether its threads wait for cores for longer than this fraction of the time in which they have
-# one.
+# After so many steps of a process, a training on a CPU looks whether other programs slow it down.
 CHECKED_STEP = 10
+# They do if threads wait for cores for longer than this fraction of the time that they have one.
 BUSY = 0.1
 
 

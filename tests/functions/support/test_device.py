@@ -138,7 +138,7 @@ def test_adam_skips_a_step_on_mps_too():
     """
     weight = torch.ones(3, requires_grad=True)
     weight.grad = torch.ones(3)
-    optimizer = Adam([weight], lr=0.1, precision=torch.float32)
+    optimizer = Adam([weight], lr=0.1)
     optimizer.found_inf = MagicMock(device=torch.device("mps"))
 
     optimizer.step()
