@@ -13,9 +13,9 @@ from functions.support.device import (
     choose_precision,
     cpu_has_bfloat16,
 )
-from tests.conftest import refused
+from tests.conftest import CPU, refused
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CUDA = torch.device("cuda")
 
 
 def test_auto_takes_the_fastest_device_there_is(monkeypatch):
@@ -143,3 +143,11 @@ def test_adam_skips_a_step_on_mps_too():
 
     optimizer.step()
     assert torch.equal(weight, torch.ones(3))
+
+
+def test_a_process_group_of_ones_own_does_not_choose_the_device(tmp_path):
+    """Only torchrun says which GPU a process has."""
+    group = f"file://{tmp_path / 'group'}"
+    torch.distributed.init_process_group("gloo", init_method=group, rank=0, world_size=1)
+    assert choose_device("cpu") == CPU
+    torch.distributed.destroy_process_group()
