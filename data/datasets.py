@@ -7,13 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from data.packed import ImageSet, open_packed
-from data.sources import (
-    ARCHIVES,
-    TORCHVISION,
-    Source,
-    find_source,
-    read_torchvision_set,
-)
+from data.sources import ARCHIVES, TORCHVISION, Source, find_source, read_torchvision_set
 from functions.support.errors import UserError, short
 from functions.support.files import sha256
 

@@ -251,8 +251,8 @@ def choose_ids(names: list[str]) -> list[int] | list[str]:
     """Return the ids of images: the numbers in their names, or the names if not all have one."""
     matches = [NUMBERED_NAME.fullmatch(name) for name in names]
     if all(matches):
-        numbers = [int(match[2]) for match in matches]
         prefixes = {match[1] for match in matches}
+        numbers = [int(match[2]) for match in matches]
         if len(prefixes) == 1 and len(set(numbers)) == len(numbers):
             return numbers
     return names

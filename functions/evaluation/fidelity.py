@@ -190,10 +190,10 @@ def features_beside(real: Iterable[Tensor]) -> Features:
 
 
 def frechet_distance(features: Tensor) -> float:
-    """Return the distance from real images of others, by their features beside these; not FID.
+    """Return the distance of images with these features, (N, DIMENSIONS), from the real ones.
 
     It is |m|^2 + tr(C + I - 2 C^(1/2)), because the features of the real images have mean 0 and
-    covariance I. Raises UserError for fewer than two images.
+    covariance I (`features_beside`). Raises UserError for fewer than two images.
     """
     if len(features) < 2:
         raise UserError("a distance compares variances, so it needs two images or more")
