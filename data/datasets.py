@@ -19,9 +19,9 @@ EMBEDDED_NAMES = ("emoji_faces", "emoji_people")
 HELD_OUT = 0.1
 # Beside train/, the first of these folders that a set has is held out.
 HELD_OUT_FOLDERS = ("val", "valid", "validation", "test")
-# The folder or shard of a side, as train/, val2017/, test.zip or train-00000-of-00002.parquet.
+# The folder or shard of a side, as train/, training/, val2017/ or train-00000-of-00002.parquet.
 SIDE = re.compile(
-    rf"(?:^|/)(train|{'|'.join(HELD_OUT_FOLDERS)})([-_]?\d\w*(-of-\d+(-\w+)?)?)?"
+    rf"(?:^|/)(train|{'|'.join(HELD_OUT_FOLDERS)})(ing)?([-_]?\d\w*(-of-\d+(-\w+)?)?)?"
     rf"({'|'.join(map(re.escape, ARCHIVES))})?/"
 )
 

@@ -181,6 +181,8 @@ def write_parts(write, path, folders):
         ("top/Valid/class top/Train/class", [2, 3], [0, 1], "1 in ./"),
         ("train/val val/train test", [0, 1], [2, 3], "1 in ./, 2 in test/"),
         ("test train more/a", [2, 3], [0, 1], "1 in ./, 2 in more/a/"),
+        ("training validation", [0, 1], [2, 3], "1 in ./"),
+        ("Testing Training", [2, 3], [0, 1], "1 in ./"),
         ("train-64x64 valid_64x64 train2-masks", [0, 1], [2, 3], "1 in ./, 2 in train2-masks/"),
         ("a/val2017 a/train2017 b/train b/val", [2, 3, 4, 5], [0, 1, 6, 7], "1 in ./"),
     ],
