@@ -317,7 +317,7 @@ class DiffusionConfig:
     # network unlearns the tilt.
     rotation_free_end: float = setting(0.1, at_most=1)
     # Up to this many unreadable images are skipped and listed. More are an error.
-    max_bad_images: int = setting(0, at_least=0)
+    max_bad_images: int = changeable(0, at_least=0)
 
     # Noise schedule
 

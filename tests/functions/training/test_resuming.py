@@ -113,7 +113,9 @@ def test_a_run_goes_on_with_the_same_images_wherever_they_are(unfinished, tiny_r
     assert (unfinished / "config.json").read_bytes() == before
 
     picture.write_bytes(pixels)
-    call(train, *resume)
+    # An unreadable picture is none of them.
+    (elsewhere / "00099.png").touch()
+    call(train, *resume, "--diffusion.max-bad-images 1")
     assert same(newest(unfinished)["ema"], newest(tiny_run)["ema"])
 
 
