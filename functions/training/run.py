@@ -31,7 +31,7 @@ from functions.support.device import (
     fast_layout,
     set_deterministic,
 )
-from functions.support.errors import quoted
+from functions.support.errors import quoted, short
 from functions.training.draws import StepDraws, training_draws
 from functions.training.metrics import TrainingWindow
 from models.growing import grown_weights
@@ -187,11 +187,10 @@ class TrainingRun:
             weights = grown_weights(weights, self.model)
             description += f", grown from {own_size} px"
             self.provenance["grown"] = True
-        facts = initial.provenance
-        if facts.get("pixels_hash") == self.split.pixels_hash and (
-            facts["train_ids_hash"] != self.split.train_ids_hash
-        ):
-            description += "; trained on another split of these images: val_loss may be too good"
+        # Images that these weights were trained on may be held out now, which only the user knows.
+        if images := initial.config["diffusion"].get("dataset_name"):
+            rule = initial.provenance.get("split_rule", "unknown")
+            description += f"; trained on {short(images)} (held out then: {rule})"
         copy_tensors(weights, self.model.state_dict(), initial.path)
         if self.ema_model:
             self.ema_model.load_state_dict(self.model.state_dict())
