@@ -197,5 +197,5 @@ def add_sampling_flags(parser: ArgumentParser) -> None:
         "--variance",
         choices=VARIANCES,
         help="The variance of ddpm's noise: small is the posterior variance; large is beta, which "
-        "suits sampling over all timesteps. Default: the model's.",
+        "suits sampling over all timesteps. Default: small, or over all timesteps the model's.",
     )
