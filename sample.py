@@ -46,13 +46,13 @@ from functions.support.pictures import save_gif, save_grid, save_image
 GRID_LIMIT = 100
 
 
-def main(n: int = 36, gif: bool = False, name_prefix: str = "") -> None:
+def main(n: int = 36, gif: bool = False, name_prefix: str = "", description: str = __doc__) -> None:
     """Read the command line, sample, and print which files were written.
 
-    `n` and `gif` are the defaults of these flags. Without RUN, the newest run whose name begins
-    with `name_prefix` is used.
+    `n` and `gif` are the defaults of these flags, and --help begins with the description. Without
+    RUN, the newest run whose name begins with `name_prefix` is used.
     """
-    args = parse_flags(n, gif)
+    args = parse_flags(n, gif, description)
     # Every process that torchrun starts executes all of this, but only rank 0 prints. The processes
     # divide single images among them; a grid alone is sampled by rank 0.
     with processes.connected():
@@ -144,9 +144,9 @@ def sample_files(
     processes.print_main(f"all {len(indices)} images are in {folder}")
 
 
-def parse_flags(n: int, gif: bool) -> Namespace:
+def parse_flags(n: int, gif: bool, description: str) -> Namespace:
     """Read the command line. Raises UserError for more images than a grid shows."""
-    parser = Parser(description=__doc__)
+    parser = Parser(description=description)
     add_sampling_flags(parser)
     add_out_flag(parser)
     which = parser.add_mutually_exclusive_group()
@@ -204,8 +204,8 @@ def parse_flags(n: int, gif: bool) -> Namespace:
         type=Path,
         metavar="FILE.safetensors|FOLDER",
         help="Instead of sampling, write the EMA weights (of a run without EMA, the raw weights) "
-        "as one file, or as a diffusers folder with a few samples, in 20 steps of dpm++. Flags of "
-        "other steps then have no effect. Default: no.",
+        "as one file, or as a diffusers folder with a few samples, in 20 steps of dpm++. A guide "
+        "and the models of --enlarge are not written. Default: no.",
     )
 
     args = parser.parse_args()

@@ -10,7 +10,7 @@ from functions.support.command_line import run_script
 
 
 def main() -> None:
-    sample.main(n=20, gif=True, name_prefix="ffhq")
+    sample.main(n=20, gif=True, name_prefix="ffhq", description=__doc__)
 
 
 if __name__ == "__main__":

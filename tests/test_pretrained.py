@@ -105,6 +105,9 @@ def test_only_sampling_works_without_the_photos(pictures, tmp_path, monkeypatch,
     # It has five columns and four rows.
     grid = Image.open(folder / "grid.png")
     assert grid.width / grid.height == pytest.approx(5 / 4, rel=0.02)
+    with pytest.raises(SystemExit):
+        call(sampleFFHQ, "--help")
+    assert "Sample faces from the newest FFHQ run" in capsys.readouterr().out
 
     needed = f"needs the images that {boxed} was trained on: FFHQ was not found at .*--data NAME"
     with refused(needed) as caught:
