@@ -169,7 +169,7 @@ def test_times_are_as_many_as_asked_for_and_fall_to_the_image(data):
     assert all(type(t) is int for t in times)
     assert times == sorted(set(times), reverse=True)
     # The last call is at the least noise.
-    if spacing == "logsnr" and len(times) > 2:
+    if spacing == "logsnr" and len(times) > 3:
         assert times[-2] == 0
 
 
@@ -178,18 +178,45 @@ def test_trailing_times_are_even():
     assert sampling_times(NoiseScheduler(1000), 7) == [999, 856, 713, 570, 428, 285, 142, -1]
 
 
-def test_logsnr_times_are_even_in_the_log_snr():
-    """The truth is the log-SNR of the paper's betas in NumPy.
+@pytest.mark.parametrize(
+    ("beta_end", "steps", "start"),
+    [
+        (20, 101, -9),
+        # With few steps the second one is above -9, wherever the first one is.
+        (20, 12, None),
+        # Here the log-SNR of T - 1 is above -9.
+        (15, 101, None),
+    ],
+)
+def test_logsnr_times_are_even_in_the_log_snr(beta_end, steps, start):
+    """The truth is the log-SNR of such betas in NumPy; without a start it is that of T - 1.
 
     There are so many timesteps that rounding to whole ones hardly matters, but for the last ones.
     """
-    times = sampling_times(NoiseScheduler(100_000), 101, "logsnr")
-    times = [t for t in times if t >= 1000]
-    assert len(times) > 50
-    alpha_bar = np.cumprod(1 - np.linspace(0.1, 20, 100_000) / 100_000)
+    T = 100_000
+    scheduler = NoiseScheduler(T, 0.1 / T, beta_end / T, rescale_betas=False)
+    alpha_bar = np.cumprod(1 - np.linspace(0.1, beta_end, T) / T)
     log_snr = np.log(alpha_bar / (1 - alpha_bar))
-    gaps = np.diff(log_snr[times])
-    assert gaps == pytest.approx([gaps.mean()] * len(gaps), rel=0.01)
+    assert (log_snr[-1] < -9) == (beta_end == 20)
+
+    times = sampling_times(scheduler, steps, "logsnr")
+    assert len(times) == steps + 1
+    assert times[0] == T - 1
+    if start:
+        del times[0]
+        assert log_snr[times[0]] == pytest.approx(start, abs=0.001)
+    # The last call is at t = 0.
+    expected = (log_snr[0] - log_snr[times[0]]) / (len(times) - 2)
+    times = [t for t in times if t >= 1000]
+    assert len(times) > steps / 2
+    assert np.diff(log_snr[times]) == pytest.approx([expected] * (len(times) - 1), rel=0.01)
+
+
+def test_one_or_two_logsnr_times_begin_at_the_end_of_the_noise():
+    scheduler = NoiseScheduler(1000, beta_schedule="cosine")
+    assert sampling_times(scheduler, 1, "logsnr") == [999, -1]
+    _, second, _ = sampling_times(scheduler, 2, "logsnr")
+    assert scheduler.log_snr(second) == pytest.approx(-9, abs=0.1)
 
 
 def test_no_steps_are_refused():
