@@ -1,8 +1,9 @@
 """Play with a trained model in the browser: `python demo.py` serves a page and prints its address.
 
 Only this machine can open the page. Its three tabs draw images, mix two, and inpaint one. They call
-the same functions as sample.py and edit.py, so the images are the same. The flags are those of
-sampling, as in sample.py; the page's fields begin with their values.
+the same functions as sample.py and edit.py, so the images are the same. RUN and the flags are those
+of sample.py, and so is the recipe that is used without a run; the page's fields begin with their
+values.
 """
 
 import os
@@ -18,13 +19,15 @@ from data.decode import fit_image, fit_mask
 from data.pixels import picture_of, to_uint8
 from functions.samplers import SAMPLERS
 from functions.sampling.editing import (
+    INPAINTING_STEPS,
     inpaint_image,
-    interpolate_images,
-    read_x_0,
+    mixtures_at,
+    read_image,
     require_full_noise,
 )
-from functions.sampling.generation import ImageSampler, generate, guided, open_sampler
-from functions.sampling.options import add_sampling_flags
+from functions.sampling.generation import ImageSampler, generate, open_drawing
+from functions.sampling.options import SamplerOptions, add_sampling_flags
+from functions.sampling.recipes import parse_drawing
 from functions.support.command_line import EXIT_BAD_INPUT, Parser, run_script
 from functions.support.errors import UserError
 from functions.support.pictures import grid_of
@@ -52,8 +55,8 @@ def main() -> None:
     parser = Parser(description=__doc__)
     add_sampling_flags(parser)
     parser.set_defaults(sampler="dpm++")
-    args = parser.parse_args()
-    image_sampler = guided(open_sampler(args))
+    args = parse_drawing(parser)
+    image_sampler = open_drawing(args)
     steps = args.steps or min(STEPS, image_sampler.scheduler.timesteps)
     options = replace(image_sampler.options, steps=steps, variance=args.variance)
     image_sampler = replace(image_sampler, options=options)
@@ -81,11 +84,7 @@ def tab(
 
     def call(progress=PROGRESS, *values):
         seed, name, steps, *rest = values
-        options = image_sampler.options
-        if name != options.sampler:
-            # These flags were meant for the sampler that the page began with.
-            options = replace(options, sampler=name, eta=None, variance=None, temperature=1.0)
-        options = replace(options, steps=steps)
+        options = replace(with_sampler(image_sampler.options, name), steps=steps)
         # An empty field gives None.
         return work(replace(image_sampler, options=options, seed=seed or 0), *rest)
 
@@ -104,6 +103,14 @@ def tab(
         clear_btn=None,
         analytics_enabled=False,
     )
+
+
+def with_sampler(options: SamplerOptions, name: str) -> SamplerOptions:
+    """Return the options with this sampler; of another one's own options none is left."""
+    if name == options.sampler:
+        return options
+    own = {"spacing": None, "eta": None, "variance": None, "temperature": 1.0}
+    return replace(options, sampler=name, **own)
 
 
 def draw_tab(image_sampler: ImageSampler) -> gr.Interface:
@@ -138,8 +145,12 @@ def paint_tab(image_sampler: ImageSampler) -> gr.Interface:
         height=600,
     )
     count = gr.Slider(1, 8, 4, step=1, precision=0, label="How many")
+    options = image_sampler.options
     # RePaint needs ddpm.
-    return tab(image_sampler, paint, ["ddpm"], count, editor)
+    if options.sampler != "ddpm":
+        steps = min(INPAINTING_STEPS, image_sampler.scheduler.timesteps)
+        options = replace(with_sampler(options, "ddpm"), steps=steps)
+    return tab(replace(image_sampler, options=options), paint, ["ddpm"], count, editor)
 
 
 def draw(image_sampler: ImageSampler, n: int) -> Image.Image:
@@ -157,25 +168,26 @@ def mix(
     second_file: str | None,
 ) -> Image.Image:
     """Return the first image, the mixture and the second image. A file replaces an index."""
-    first = read_x_0(image_sampler, first_file or str(first_index or 0))
-    second = read_x_0(image_sampler, second_file or str(second_index or 0))
+    first, shown_first = read_image(image_sampler, first_file or str(first_index or 0))
+    second, shown_second = read_image(image_sampler, second_file or str(second_index or 0))
     # Both images are noised to timestep t. Depth 0 is t = -1, at which images get no noise.
     t = image_sampler.time_at(depth)
     weights = torch.tensor([share], device=first.device)
-    mixture = interpolate_images(image_sampler, torch.stack([first, second]), t, weights)
-    return grid_of(to_uint8(torch.stack([first, mixture[0], second])), columns=3)
+    mixture = mixtures_at(image_sampler, torch.stack([first, second]), t, weights)
+    return grid_of(to_uint8(torch.cat([shown_first, mixture, shown_second])), columns=3)
 
 
 def paint(image_sampler: ImageSampler, n: int, edit: dict) -> Image.Image:
     """Return a grid of the image, its known pixels, and n inpaintings."""
     require_full_noise(image_sampler)
+    shape = image_sampler.enlarged_shape()
     # The editor's layer is RGBA, and opaque where the user has painted.
     mask = np.zeros(1)
     for layer in edit["layers"]:
-        mask = fit_mask(np.asarray(layer)[..., 3] > 127, image_sampler.shape[-1])
+        mask = fit_mask(np.asarray(layer)[..., 3] > 127, shape[-1])
     if edit["background"] is None or mask.all() or not mask.any():
         raise UserError("choose an image and paint over a part of it, but not over the whole image")
-    image = fit_image(edit["background"], image_sampler.shape)
+    image = fit_image(edit["background"], shape)
     return grid_of(inpaint_image(image_sampler, image, mask, RESAMPLE, n))
 
 

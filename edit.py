@@ -7,17 +7,19 @@
     python edit.py inpaint A [RUN] --mask FILE       regenerates a part of one
 
 A and B are image files or, except for inpaint, indices of images that the seed generates. Files are
-cropped and resized as training images are. RUN comes right after the images; the flags of sampling
-are those of sample.py.
+cropped and resized as training images are, to the size of the model: with --enlarge what they have
+beyond it is lost, except for inpaint. RUN comes right after the images; the flags of sampling are
+those of sample.py. Of a recipe, invert and --exact use the model alone, and inpaint the models.
 """
 
 import argparse
 from dataclasses import replace
 
-from functions.sampling.editing import VERBS
-from functions.sampling.generation import guided, open_sampler
+from functions.sampling.editing import INPAINTING_STEPS, VERBS
+from functions.sampling.generation import open_drawing
 from functions.sampling.options import add_out_flag, add_sampling_flags
-from functions.sampling.samples_folder import samples_folder
+from functions.sampling.recipes import parse_drawing
+from functions.sampling.samples_folder import drawing_settings, open_folder, samples_folder
 from functions.support.command_line import Parser, fraction, positive, run_script
 from functions.support.errors import UserError
 
@@ -29,25 +31,33 @@ EXACT_FLAGS = {
     "eta": (None, 0.0),
     "temperature": (1.0,),
     "guide": (None,),
+    "enlarge": ([],),
     "precision": ("auto", "float32"),
 }
+# What an inpainting, which needs ddpm, uses of a recipe beside the model.
+INPAINTING_KEYS = {"guide", "guidance", "enlarge", "precision", "batch-size"}
 
 
 def main() -> None:
     """Read the command line, edit the images, and print which file was written."""
     args = parse_flags()
-    image_sampler = guided(open_sampler(args))
-    if args.exact and not args.steps:
-        steps = min(EXACT_STEPS, image_sampler.scheduler.timesteps)
-        options = replace(image_sampler.options, steps=steps)
+    image_sampler = open_drawing(args)
+    if args.default_steps and not args.steps:
+        steps = min(args.default_steps, image_sampler.scheduler.timesteps)
+        # Not all steps are done, so the variance is not that of the model.
+        options = replace(image_sampler.options, steps=steps, variance=args.variance)
         image_sampler = replace(image_sampler, options=options)
-    VERBS[args.verb](args, image_sampler, args.out or samples_folder(image_sampler))
+    print(f"{args.verb}: {image_sampler}")
+    folder = args.out or samples_folder(image_sampler)
+    VERBS[args.verb](args, image_sampler, folder)
+    if not args.out:
+        open_folder(folder, drawing_settings(image_sampler))
 
 
 def parse_flags() -> argparse.Namespace:
     """Read the command line. Raises UserError for flags that have no effect on an inversion."""
     parser = Parser(description=__doc__)
-    parser.set_defaults(exact=False)
+    parser.set_defaults(exact=False, default_steps=None)
     verbs = parser.add_subparsers(dest="verb", required=True)
     interpolating = add_verb(verbs, "interpolate", 2, "A B: mix two images.")
     inverting = add_verb(
@@ -60,7 +70,14 @@ def parse_flags() -> argparse.Namespace:
     )
     inverting.set_defaults(exact=True)
     varying = add_verb(verbs, "vary", 1, "A: sample images similar to one.")
-    inpainting = add_verb(verbs, "inpaint", 1, "A: regenerate a part of an image.")
+    inpainting = add_verb(
+        verbs,
+        "inpaint",
+        1,
+        f"A: regenerate a part of an image, in {INPAINTING_STEPS} steps unless --steps says "
+        "otherwise. All else stays as it is, at the size of enlarged samples, too.",
+    )
+    inpainting.set_defaults(default_steps=INPAINTING_STEPS)
 
     mixing = interpolating.add_mutually_exclusive_group()
     for group in (mixing, varying):
@@ -99,16 +116,24 @@ def parse_flags() -> argparse.Namespace:
         help="How many inpaintings to sample. Default: %(default)s.",
     )
 
-    args = parser.parse_args()
+    args = parse_drawing(parser, wanted=keys_of_recipe)
     if args.exact:
+        args.default_steps = EXACT_STEPS
         for flag, values in EXACT_FLAGS.items():
             if getattr(args, flag) not in values:
                 raise UserError(
                     f"--{flag} has no effect on an inversion, which is that of ddim with eta 0 in "
-                    "float32, without a guide; use --steps and --spacing alone"
+                    "float32, without other models; use --steps and --spacing alone"
                 )
             setattr(args, flag, values[-1])
     return args
+
+
+def keys_of_recipe(args: argparse.Namespace) -> set[str] | None:
+    """Return which keys of a recipe are used beside its model; None means all."""
+    if args.exact:
+        return set()
+    return INPAINTING_KEYS if args.verb == "inpaint" else None
 
 
 def add_verb(verbs, name: str, image_count: int, help: str) -> argparse.ArgumentParser:

@@ -1,6 +1,7 @@
 """Sample images from a trained model: `python sample.py` uses the newest run and writes a grid.
 
-Without any run, it uses pretrained/ffhq-64.safetensors, which comes with the repository.
+Without any run, it draws people by the recipe pretrained/people.toml, which comes with the
+repository. A recipe names models and settings (functions/sampling/recipes.py).
 
 The network and its EMA weights come from the checkpoint, and no other file is needed. Images are
 sampled from pure noise over all timesteps (Algorithm 2 of Ho et al. 2020), or in fewer steps with
@@ -18,18 +19,18 @@ from pathlib import Path
 
 from data.batches import batches_of
 from data.pixels import to_uint8
-from functions.enlarging import ENLARGING_STEPS
 from functions.sampling.export import export
 from functions.sampling.generation import (
     ImageSampler,
-    enlarged,
     generate,
-    guided,
+    open_drawing,
     open_sampler,
     step_bar,
 )
 from functions.sampling.options import add_out_flag, add_sampling_flags
+from functions.sampling.recipes import parse_drawing
 from functions.sampling.samples_folder import (
+    drawing_settings,
     generate_frames,
     image_indices,
     image_path,
@@ -40,7 +41,7 @@ from functions.sampling.samples_folder import (
 from functions.support import processes
 from functions.support.command_line import Parser, integers, positive, run_script
 from functions.support.errors import UserError
-from functions.support.pictures import save_gif, save_grid, save_image
+from functions.support.pictures import enlarged_pixels, save_gif, save_grid, save_image
 
 # A grid has at most this many images.
 GRID_LIMIT = 100
@@ -52,37 +53,22 @@ def main(n: int = 36, gif: bool = False, name_prefix: str = "", description: str
     `n` and `gif` are the defaults of these flags, and --help begins with the description. Without
     RUN, the newest run whose name begins with `name_prefix` is used.
     """
-    args = parse_flags(n, gif, description)
     # Every process that torchrun starts executes all of this, but only rank 0 prints. The processes
     # divide single images among them; a grid alone is sampled by rank 0.
     with processes.connected():
-        # The network and its schedule come only from the checkpoint.
-        image_sampler = open_sampler(args, name_prefix)
+        args = parse_flags(n, gif, description, name_prefix)
         if args.export:
+            image_sampler = open_sampler(args)
             if processes.is_main():
                 export(image_sampler, args.export)
                 print(f"wrote {args.export}")
             return
 
-        image_sampler = guided(image_sampler)
-        for path in args.enlarge:
-            image_sampler = enlarged(image_sampler, path)
+        # The networks and their schedules come only from the checkpoints.
+        image_sampler = open_drawing(args)
         shown = None if args.individual else list(args.indices)
         folder = args.out or samples_folder(image_sampler, shown)
-        saved = image_sampler.saved
-        # These determine the pixels, and are the same for all samples in a folder.
-        settings = {
-            "experiment": saved.provenance["experiment"],
-            "checkpoint": saved.digest,
-            "weights": saved.kind,
-            # evaluate.py compares the images with the training images of this split.
-            "split": saved.config["diffusion"].get("split", "reference"),
-            "seed": args.seed,
-            "precision": image_sampler.precision,
-            **image_sampler.options.settings,
-            # Without --steps, the options say "all".
-            "steps": image_sampler.step_count,
-        }
+        settings = drawing_settings(image_sampler)
         if args.individual:
             sample_files(args.indices, image_sampler, folder, settings)
         elif processes.is_main():
@@ -95,7 +81,7 @@ def sample_pictures(
     """Sample the images, and write a grid and the figures that the flags ask for."""
     indices = list(args.indices)
     open_folder(folder, settings, indices)
-    print(f"sampling {len(indices)} images: {image_sampler.options}, seed {args.seed}")
+    print(f"sampling {len(indices)} images: {image_sampler}")
     if args.strip or args.progressive or args.gif:
         images, states, estimates = generate_frames(image_sampler, indices)
     else:
@@ -103,7 +89,9 @@ def sample_pictures(
     # Another command may have opened the folder at the same moment.
     open_folder(folder, settings, indices)
     if args.gif:
-        save_gif(states.values(), folder / "denoising.gif")
+        # The last frame shows the details, too.
+        frames = [enlarged_pixels(state, images.shape[-1]) for state in states.values()]
+        save_gif([*frames[:-1], to_uint8(images)], folder / "denoising.gif")
         print(f"wrote {folder / 'denoising.gif'}")
     if args.strip:
         save_columns(states, folder / "strip.png")
@@ -126,8 +114,7 @@ def sample_files(
     batches = batches_of(indices, image_sampler.batch_size)
     remaining = [batch for batch in batches if not on_disk.issuperset(batch)]
     processes.print_main(
-        f"sampling {sum(map(len, remaining))} of {len(indices)} images: {image_sampler.options}, "
-        f"seed {image_sampler.seed}"
+        f"sampling {sum(map(len, remaining))} of {len(indices)} images: {image_sampler}"
     )
 
     shard = [remaining[i] for i in processes.shard(len(remaining))]
@@ -144,7 +131,7 @@ def sample_files(
     processes.print_main(f"all {len(indices)} images are in {folder}")
 
 
-def parse_flags(n: int, gif: bool, description: str) -> Namespace:
+def parse_flags(n: int, gif: bool, description: str, name_prefix: str) -> Namespace:
     """Read the command line. Raises UserError for more images than a grid shows."""
     parser = Parser(description=description)
     add_sampling_flags(parser)
@@ -166,16 +153,6 @@ def parse_flags(n: int, gif: bool, description: str) -> Namespace:
     )
 
     parser.add_argument(
-        "--enlarge",
-        action="append",
-        default=[],
-        type=Path,
-        metavar="MODEL",
-        help="Then draw the details of each image at twice its size, by a model of that size, in "
-        f"{ENLARGING_STEPS} steps, without guide and temperature. The flag can be repeated: each "
-        "model doubles the size. The figures show the denoising before. Default: no.",
-    )
-    parser.add_argument(
         "--individual",
         action="store_true",
         help="Write a PNG file for each image, unless the file exists, and no grid, figures or "
@@ -184,7 +161,8 @@ def parse_flags(n: int, gif: bool, description: str) -> Namespace:
     parser.add_argument(
         "--strip",
         action="store_true",
-        help="Draw a figure of the states x_t, from noise to images. Default: no.",
+        help="Draw a figure of the states x_t, from noise to images, before they are enlarged. "
+        "Default: no.",
     )
     parser.add_argument(
         "--progressive",
@@ -208,7 +186,7 @@ def parse_flags(n: int, gif: bool, description: str) -> Namespace:
         "and the models of --enlarge are not written. Default: no.",
     )
 
-    args = parser.parse_args()
+    args = parse_drawing(parser, name_prefix=name_prefix)
     if args.indices is None:
         args.indices = range(args.n or n)
     count = len(args.indices)

@@ -5,8 +5,7 @@
 These are run folders of the experiments `faces`, `faces-v` and `ffhq-64`. No photo is needed, and
 none is drawn. The picture of demo.py is made by
 
-`python -m tests.browser pretrained/ffhq-64.safetensors --steps 11 --spacing trailing --guide 3000
---guidance 2`
+`python -m tests.browser`
 """
 
 import os
@@ -27,12 +26,12 @@ from config import EXPERIMENTS, build_network
 from data.augmentation import rotate
 from data.datasets import load_images
 from data.pixels import to_model_range, to_uint8
-from figures.saved_model import BASE, ENLARGERS, FLAGS, GUIDE_STEPS, open_cascade, open_saved
+from figures.saved_model import GUIDE_STEPS, GUIDED, open_saved
 from functions.noise_scheduler import NoiseScheduler
 from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.samples_folder import generate_frames, save_columns
 from functions.saved.loading import load_and_split
-from functions.saved.run_folder import checkpoints_of, step_of
+from functions.saved.run_folder import PRETRAINED, checkpoints_of, step_of
 from functions.support.command_line import Parser, run_script
 from functions.support.pictures import (
     grid_of,
@@ -55,13 +54,12 @@ SCHEDULES = {
     "T = 200, betas as for 1000": NoiseScheduler(200, rescale_betas=False),
 }
 
-GUIDED = FLAGS["ffhq-64"]
 GUIDE = f"--guide {GUIDE_STEPS['ffhq-64']}"
 
-# The name of a picture -> a command for the run PEOPLE and the models BASE and ENLARGERS, and a
-# pattern of the file that it writes. Images are samples of seed 0, by their indices.
+# The name of a picture -> a command for the run PEOPLE or the recipe RECIPE, and a pattern of the
+# file that it writes. Images are samples of seed 0, by their indices.
 COMMANDS = {
-    "people.png": (f"sample BASE {FLAGS[BASE.stem]} ENLARGERS", "grid.png"),
+    "people.png": ("sample RECIPE", "grid.png"),
     "interpolation.png": (f"edit interpolate 6 19 PEOPLE {GUIDED}", "interpolation-*.png"),
     "variations.png": (f"edit vary 22 PEOPLE {GUIDED}", "variations-*.png"),
     "inpainting.png": (
@@ -302,8 +300,10 @@ def draw_people(run: Path) -> None:
 
 
 def draw_enlarged() -> None:
-    """Draw samples of BASE, then as each of the ENLARGERS leaves them, in rows of equal height."""
-    rows = [generate(open_cascade(*ENLARGERS[:k]), range(8)) for k in range(len(ENLARGERS) + 1)]
+    """Draw samples of the recipe, then as each enlarger leaves them, in rows of equal height."""
+    recipe = open_saved(PRETRAINED, "--device cpu")
+    parts = [recipe.enlargers[:k] for k in range(len(recipe.enlargers) + 1)]
+    rows = [generate(replace(recipe, enlargers=enlargers), range(8)) for enlargers in parts]
     # Each pixel of a small sample becomes a square.
     rows = [F.interpolate(samples, rows[-1].shape[-1]) for samples in rows]
     save_grid(to_uint8(torch.cat(rows)), FIGURES / "enlarged.png", columns=8)
@@ -338,11 +338,10 @@ def draw_commands(run: Path, temporary: Path) -> None:
 
     # Modules are found from any folder.
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    enlarge = [word for path in ENLARGERS for word in ("--enlarge", path)]
-    named = {"PEOPLE": [run], "BASE": [BASE], "ENLARGERS": enlarge}
+    named = {"PEOPLE": run, "RECIPE": PRETRAINED}
     for figure, (command, pattern) in COMMANDS.items():
         out = temporary / Path(figure).stem
-        words = [part for word in command.split() for part in named.get(word, [word])]
+        words = [named.get(word, word) for word in command.split()]
         call = [sys.executable, "-m", *words, "--out", out]
         subprocess.run(call, check=True, cwd=temporary, env=environment)
         [file] = out.glob(pattern)

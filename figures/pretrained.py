@@ -4,9 +4,9 @@
 
 RUN is the folder of a finished run, and needs its photos. Its last snapshot is copied. A run of
 `ffhq-32` or `ffhq-64` has a guide, too: the snapshot GUIDE, or else an early one of its own. A run
-of another preset enlarges, as the last of README's first command. The card is pretrained/NAME.md,
-of `ffhq-64` pretrained/README.md. Its table is written. The text under it, from the first heading
-on, is written by hand, and stays.
+of another preset enlarges, as the last model of pretrained/people.toml. The card is
+pretrained/NAME.md. Its table is written. The text under it, from the first heading on, is written
+by hand, and stays.
 """
 
 import hashlib
@@ -20,10 +20,11 @@ from config import EXPERIMENTS, Experiment
 from data.datasets import ImageSet, Split
 from data.pixels import to_model_range, to_uint8
 from figures.make_figures import nearest
-from figures.saved_model import BASE, ENLARGERS, FLAGS, GUIDE_STEPS, open_cascade, open_saved
+from figures.saved_model import GUIDE_STEPS, GUIDED, open_saved
 from functions.evaluation.bits_per_dim import evenly_spaced
 from functions.evaluation.fidelity import frechet_distance, training_features
 from functions.sampling.generation import ImageSampler, find_guide, generate, guide_beside
+from functions.sampling.recipes import read_recipe
 from functions.saved.checkpoint import SavedModel, load_weights
 from functions.saved.loading import load_and_split
 from functions.saved.run_folder import PRETRAINED
@@ -60,7 +61,8 @@ def main() -> None:
     files = {"file": (snapshot, boxed)}
     rows = {}
     # What cannot draw or enlarge is refused before it is copied.
-    if boxed.stem in FLAGS:
+    model, recipe = read_recipe(PRETRAINED)
+    if boxed.stem in GUIDE_STEPS:
         step = GUIDE_STEPS[boxed.stem]
         path = args.guide or find_guide(str(step), source)
         guide = load_weights(path)
@@ -70,16 +72,20 @@ def main() -> None:
             raise UserError(f"{path} is no snapshot of step {step} and of the images of {run}")
         files["guide"] = path, guide_beside(boxed)
         rows["command of the guide"] = f"`{command_of(guide)}`, after {step:,} steps"
-        command = f"{boxed.name} {FLAGS[boxed.stem]}"
+        flags = GUIDED
+        if boxed.stem == model.stem:
+            parts = recipe | {"guide": [f"--guide={step}"], "enlarge": []}
+            flags = " ".join(word for words in parts.values() for word in words)
+        command = f"{boxed.name} {flags}"
         image_sampler = open_saved(
-            snapshot, f"{FLAGS[boxed.stem]} --guide {shlex.quote(str(path))} --device cpu"
+            snapshot, f"{flags} --guide {shlex.quote(str(path))} --device cpu"
         )
     elif args.guide:
         raise UserError(f"{boxed.stem} enlarges, without a guide")
     else:
-        image_sampler = open_cascade(*ENLARGERS[:-1], snapshot)
-        enlarge = [f" --enlarge pretrained/{path.name}" for path in (*ENLARGERS[:-1], boxed)]
-        command = f"{BASE.name} {FLAGS[BASE.stem]}{''.join(enlarge)}"
+        enlarge = [*recipe["enlarge"][:-1], f"--enlarge={snapshot}"]
+        image_sampler = open_saved(PRETRAINED, f"{shlex.join(enlarge)} --device cpu")
+        command = PRETRAINED.name
 
     boxed.parent.mkdir(exist_ok=True)
     copied = {}
@@ -89,7 +95,7 @@ def main() -> None:
         copied |= {kind: f"`{path.name}`", f"SHA-256 of the {kind}": f"`{digest}`"}
     rows = copied | rows | facts_of_run(run, source)
     rows |= measured(image_set, split, image_sampler, f"python sample.py pretrained/{command}")
-    card = boxed.with_name("README.md") if boxed == PRETRAINED else boxed.with_suffix(".md")
+    card = boxed.with_suffix(".md")
     write_table(card, rows)
     print(f"wrote {boxed} and {card}")
 

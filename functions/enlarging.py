@@ -8,7 +8,7 @@ arXiv:2106.15282).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,21 +25,84 @@ FIRST_LOG_SNR = -1.41
 ENLARGING_STEPS = 7
 
 
+@dataclass(frozen=True)
+class Known:
+    """What is known of an image (C, H, W), for inpainting at its own size or a smaller one."""
+
+    image: Tensor
+    # Where it is unknown: (H, W) bool.
+    mask: Tensor
+    # From H to the size S at which it is used: (S, H) float64; None for H itself.
+    shrink: Tensor | None = None
+
+    def halved(self) -> "Known":
+        """Return the same for half the size, as Lanczos shrinks the image."""
+        previous = torch.eye(len(self.mask)).double() if self.shrink is None else self.shrink
+        return replace(self, shrink=shrinking(len(previous) // 2) @ previous)
+
+    def at_size(self) -> tuple[Tensor, Tensor]:
+        """Return the image (C, S, S), and the mask (S, S) of pixels that depend on unknown ones."""
+        if self.shrink is None:
+            return self.image, self.mask
+        shrink = self.shrink.to(self.image)
+        reach = (shrink != 0).to(shrink)
+        return shrink @ self.image @ shrink.mT, reach @ self.mask.to(shrink) @ reach.mT > 0
+
+    def put_into(self, images: Tensor) -> Tensor:
+        """Return images (B, C, S, S) with what is known in them.
+
+        Pixels that depend on known and unknown ones get the share of the known ones: the images are
+        stretched, get the known pixels there, and are shrunk again.
+        """
+        if self.shrink is None:
+            return torch.where(self.mask, images, self.image)
+        shrink = self.shrink.to(images)
+        stretch = torch.linalg.pinv(self.shrink).to(images)
+        large = torch.where(self.mask, stretch @ images @ stretch.mT, self.image)
+        return shrink @ large @ shrink.mT
+
+
+@dataclass(frozen=True)
+class Keeping(Predictor):
+    """A model whose x_0 has what is known of an image."""
+
+    model: Predictor
+    known: Known
+
+    @property
+    def scheduler(self) -> NoiseScheduler:
+        return self.model.scheduler
+
+    def x_0_and_eps(self, x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        """Return x_0 with the known pixels, and its eps."""
+        x_0 = self.known.put_into(self.model.predict(x_t, t)[0])
+        return x_0, self.scheduler.predict_eps(x_t, t, x_0)
+
+
 def enlarge(
-    model: Predictor, small: Tensor, noise: Callable[[], Tensor], on_step: OnStep | None = None
+    model: Predictor,
+    small: Tensor,
+    noise: Callable[[], Tensor],
+    known: Known | None = None,
+    on_step: OnStep | None = None,
 ) -> Tensor:
     """Return images (B, C, 2S, 2S) that shrink to `small` (B, C, S, S), but for clipping.
 
-    `model` draws images of that size, and `noise()` their next standard normal noise.
+    `model` draws images of that size, and `noise()` their next standard normal noise, of one for
+    all or of each. What is known is so of all images; next to it they shrink only nearly to the
+    small ones.
     """
     times = enlarging_times(model.scheduler)
     shrink = shrinking(small.shape[-1])
     # The pseudo-inverse: of all images that shrink to `small`, it makes the one of least norm.
     stretch = torch.linalg.pinv(shrink)
     enlarging = Enlarging(model, small, shrink.to(small), stretch.to(small))
+    start = enlarging.stretched(small)
+    if known:
+        start = known.put_into(start)
     return dpm_solver_sample(
-        enlarging,
-        model.scheduler.q_sample(enlarging.stretched(small), times[0], noise()),
+        Keeping(enlarging, known) if known else enlarging,
+        model.scheduler.q_sample(start, times[0], noise()),
         times,
         eta=1,
         step_noise=lambda k: noise(),

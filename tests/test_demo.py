@@ -21,8 +21,9 @@ from data.decode import fit_image, open_image_file
 from data.pixels import picture_of, to_uint8
 from functions.samplers import SAMPLERS
 from functions.sampling.editing import interpolate_images
-from functions.sampling.generation import generate, open_sampler
+from functions.sampling.generation import generate, open_drawing
 from functions.sampling.options import SamplerOptions, add_sampling_flags
+from functions.sampling.recipes import parse_drawing
 from functions.support.command_line import Parser
 from tests.conftest import call, pixels_of, refused, train_tiny, words
 
@@ -129,6 +130,7 @@ def test_a_model_of_few_timesteps_begins_with_all_of_them(trained, monkeypatch):
     monkeypatch.setattr(demo.gr, "TabbedInterface", mock.Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         call(demo, run)
+    # An inpainting begins with 50 steps, or all.
     assert shown == [11] * 3
 
 
@@ -146,8 +148,7 @@ def sampler_of(run, *flags):
     """Return the `ImageSampler` that sample.py has for these flags."""
     parser = Parser()
     add_sampling_flags(parser)
-    args = parser.parse_args(words(run, "--device cpu", *flags))
-    return open_sampler(args)
+    return open_drawing(parse_drawing(parser, words(run, "--device cpu", *flags)))
 
 
 def test_mix(page, run, pictures):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from figures import make_figures, saved_model
+from figures import make_figures
 from tests.conftest import ROOT, call, train_tiny
 
 
@@ -34,10 +34,9 @@ def test_every_picture_is_drawn_from_a_run_of_eight_steps(trained, tmp_path, mon
     monkeypatch.setattr(make_figures.subprocess, "run", run_here)
     size = "--model.image-size 32 --model.lowest-resolution-size 16"
     large = train_tiny("emoji_people", tmp_path / "large", flags, size)
-    for module in (make_figures, saved_model):
-        monkeypatch.setattr(module, "BASE", run)
-    monkeypatch.setattr(make_figures, "ENLARGERS", [large])
-    monkeypatch.setitem(saved_model.FLAGS, run.stem, "--steps 2")
+    recipe = tmp_path / "people.toml"
+    recipe.write_text(f'model = "{run}"\nsteps = 2\nenlarge = ["{large}"]')
+    monkeypatch.setattr(make_figures, "PRETRAINED", recipe)
     # An inpainting does each step ten times.
     command, pattern = make_figures.COMMANDS["inpainting.png"]
     few = command.replace("--steps 50", "--steps 2"), pattern

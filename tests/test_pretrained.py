@@ -19,19 +19,19 @@ from config import Experiment
 from data import datasets
 from data.datasets import load_images
 from data.pixels import to_uint8
-from figures import pretrained, saved_model
-from figures.saved_model import BASE, ENLARGERS, FLAGS, GUIDE_STEPS, open_cascade
+from figures import pretrained
+from figures.saved_model import GUIDE_STEPS, GUIDED, open_saved
 from functions.evaluation.bits_per_dim import evenly_spaced
 from functions.sampling.generation import generate, guide_beside
+from functions.sampling.recipes import read_recipe
 from functions.saved import run_folder
 from functions.saved.checkpoint import load_weights
 from functions.saved.run_folder import PRETRAINED, checkpoints_of, newest_run
-from functions.support.errors import CheckpointError
 from functions.support.pictures import grid_of
 from tests.conftest import HELD_OUT, ROOT, TRAINED, call, pixels_of, refused, train_tiny
 
 TAKEN = (
-    "using pretrained/faces.safetensors, which comes with the repository "
+    "using pretrained/people.toml, which comes with the repository "
     "(train your own: python train.py)"
 )
 FEW = "--n 2 --steps 3"
@@ -43,46 +43,37 @@ def box(tiny_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "pretrained"
     folder.mkdir()
-    monkeypatch.setattr(run_folder, "PRETRAINED", folder / "faces.safetensors")
     shutil.copy(checkpoints_of(tiny_run, "snapshots")[-1], folder / "faces.safetensors")
-    # Other weights, which draw other images.
-    for name in ("faces-guide", "another"):
-        shutil.copy(checkpoints_of(tiny_run)[0], folder / f"{name}.safetensors")
+    recipe = folder / "people.toml"
+    recipe.write_text('model = "faces.safetensors"\nsteps = 3')
+    monkeypatch.setattr(run_folder, "PRETRAINED", recipe)
     return folder
 
 
 def card_row(path, name):
     """Return the value of a row in the card of a model."""
-    name_of_card = "README.md" if path == pretrained.PRETRAINED else f"{path.stem}.md"
-    card = (path.parent / name_of_card).read_text()
+    card = path.with_suffix(".md").read_text()
     return re.search(rf"^\| {name} \| `?(.+?)`? \|$", card, re.MULTILINE)[1]
 
 
 def test_without_a_run_the_box_is_sampled_and_evaluated_and_says_so(
     box, tiny_run, tmp_path, capsys
 ):
-    call(sample, FEW)
+    call(sample, "--n 2")
     printed = capsys.readouterr().out
     assert TAKEN in printed
     assert f"\n{box / 'faces.safetensors'}: EMA weights" in printed
-    (path,) = box.glob("samples/faces-*-ddpm-3-trailing-small-float32-seed0-n2/grid.png")
+    [path] = Path("samples").glob("faces-*-seed0-n2/grid.png")
     drawn = Image.open(path)
 
     call(sample, checkpoints_of(tiny_run, "snapshots")[-1], FEW, "--out", tmp_path / "a")
     assert drawn.tobytes() == Image.open(tmp_path / "a" / "grid.png").tobytes()
 
-    # The model is taken by its name: neither for another experiment, nor another file.
-    assert newest_run(Path("runs"), "fa") == box / "faces.safetensors"
-    with refused(r"no run of an experiment another\*", CheckpointError):
-        newest_run(Path("runs"), "another")
-    for script, flags in (
-        (evaluate, "--images 2 --t-stride 50"),
-        (edit, "vary 0 --steps 3"),
-    ):
+    for script, flags in ((evaluate, "--images 2 --t-stride 50"), (edit, "vary 0")):
         call(script, flags)
         assert TAKEN in capsys.readouterr().out
-    assert list(box.glob("evaluation/faces-bpd-*.json"))
-    assert list(box.glob("samples/*/variations-0-*.png"))
+    assert list(Path("evaluation").glob("faces-bpd-*.json"))
+    assert list(Path("samples").glob("*/variations-0-*.png"))
 
 
 def test_only_sampling_works_without_the_photos(pictures, tmp_path, monkeypatch, capsys):
@@ -92,7 +83,9 @@ def test_only_sampling_works_without_the_photos(pictures, tmp_path, monkeypatch,
     run = train_tiny("FFHQ", tmp_path / "runs", name="ffhq-64")
     shutil.rmtree(photos)
     boxed = shutil.copy(checkpoints_of(run)[-1], tmp_path / "ffhq-64.safetensors")
-    monkeypatch.setattr(run_folder, "PRETRAINED", boxed)
+    recipe = tmp_path / "people.toml"
+    recipe.write_text('model = "ffhq-64.safetensors"')
+    monkeypatch.setattr(run_folder, "PRETRAINED", recipe)
 
     monkeypatch.chdir(tmp_path / "runs")
     # A run of another experiment does not count.
@@ -100,7 +93,7 @@ def test_only_sampling_works_without_the_photos(pictures, tmp_path, monkeypatch,
     call(sampleFFHQ, "--steps 3")
     assert "runs: no run of an experiment ffhq* with a checkpoint" in capsys.readouterr().out
     shutil.rmtree(other)
-    [folder] = (tmp_path / "samples").iterdir()
+    [folder] = Path("samples").iterdir()
     assert {"grid.png", "denoising.gif"} <= {path.name for path in folder.iterdir()}
     # It has five columns and four rows.
     grid = Image.open(folder / "grid.png")
@@ -119,8 +112,11 @@ def test_only_sampling_works_without_the_photos(pictures, tmp_path, monkeypatch,
 def test_a_run_is_boxed_with_a_guide_and_a_card(trained, pictures, tmp_path, monkeypatch):
     boxed = tmp_path / "pretrained" / "faces.safetensors"
     guide = boxed.with_name("faces-guide.safetensors")
-    monkeypatch.setattr(pretrained, "PRETRAINED", boxed)
-    monkeypatch.setitem(FLAGS, "faces", "--sampler ddim --steps 4 --guide 3")
+    recipe = boxed.with_name("people.toml")
+    boxed.parent.mkdir()
+    recipe.write_text('model = "faces.safetensors"\nsampler = "ddim"\nsteps = 4\nguide = 3')
+    boxed.touch()
+    monkeypatch.setattr(pretrained, "PRETRAINED", recipe)
     monkeypatch.setitem(GUIDE_STEPS, "faces", 3)
     monkeypatch.setattr(pretrained, "SAMPLE_COUNT", 3)
     run = trained("--diffusion.snapshot-every 3")
@@ -160,7 +156,7 @@ def test_a_run_is_boxed_with_a_guide_and_a_card(trained, pictures, tmp_path, mon
     assert shown == pytest.approx(correlations.max(axis=1).mean(), abs=1e-3)
 
     # What is written by hand stays.
-    card = boxed.with_name("README.md")
+    card = boxed.with_suffix(".md")
     card.write_text(card.read_text().replace("80 images", "9 images") + "\n## By hand\n\nDiscs\n")
     call(pretrained, run)
     assert card_row(boxed, "length") == "10 steps, 80 images"
@@ -177,15 +173,12 @@ def test_a_run_is_boxed_with_a_guide_and_a_card(trained, pictures, tmp_path, mon
         with refused(r"is no snapshot of step 3 and of the images of"):
             call(pretrained, run, path)
 
-    # A model without flags of its own enlarges, and has the size for it.
-    base = boxed.rename(boxed.with_name("base.safetensors"))
-    guide.rename(base.with_name("base-guide.safetensors"))
-    monkeypatch.setattr(pretrained, "PRETRAINED", base)
-    for module in (pretrained, saved_model):
-        monkeypatch.setattr(module, "BASE", base)
-    monkeypatch.setattr(pretrained, "ENLARGERS", [boxed])
-    monkeypatch.setitem(FLAGS, "base", FLAGS["faces"])
-    monkeypatch.delitem(FLAGS, "faces")
+    # A model without a guide enlarges, and has the size for it.
+    boxed.rename(boxed.with_name("base.safetensors"))
+    recipe.write_text(
+        'model = "base.safetensors"\nsampler = "ddim"\nsteps = 4\nenlarge = ["base.safetensors"]'
+    )
+    monkeypatch.delitem(GUIDE_STEPS, "faces")
     with refused(r"it must draw \(3, 32, 32\)"):
         call(pretrained, run)
     with refused("faces enlarges, without a guide"):
@@ -194,26 +187,29 @@ def test_a_run_is_boxed_with_a_guide_and_a_card(trained, pictures, tmp_path, mon
     size = "--model.image-size 32 --model.lowest-resolution-size 16"
     large = train_tiny(pictures, tmp_path / "large", size)
     call(pretrained, large)
-    command = "pretrained/base.safetensors --sampler ddim --steps 4 --guide 3 --enlarge"
-    card = boxed.with_suffix(".md").read_text()
-    assert f"`python sample.py {command} pretrained/faces.safetensors --precision" in card
+    command = "python sample.py pretrained/people.toml --precision float32 -n 3"
+    assert card_row(boxed, "measured on").startswith(f"3 samples of seed 0: `{command} ")
 
 
 def test_the_real_model_is_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert newest_run(Path("runs")) == newest_run(Path("runs"), "ffhq") == PRETRAINED
-    for model in (BASE, *ENLARGERS):
+    base, flags = read_recipe(PRETRAINED)
+    enlargers = [Path(word.partition("=")[2]) for word in flags["enlarge"]]
+    drawn_by = {path: "sample.py pretrained/people.toml" for path in enlargers}
+    alone = flags | {"guide": [f"--guide={GUIDE_STEPS[base.stem]}"], "enlarge": []}
+    drawn_by[base] = " ".join(word for words in alone.values() for word in words)
+    drawn_by[base.with_name("ffhq-64.safetensors")] = GUIDED
+    for model, command in drawn_by.items():
         saved = load_weights(model)
         assert saved.provenance["experiment"] == model.stem
         assert saved.digest[:16] in card_row(model, "source")
+        assert command in card_row(model, "measured on")
         files = {"file": model}
-        if model.stem in FLAGS:
+        if model.stem in GUIDE_STEPS:
             files["guide"] = guide_beside(model)
             step = load_weights(files["guide"]).provenance["step"]
             assert step == GUIDE_STEPS[model.stem]
-            assert f"--guide {step} " in FLAGS[model.stem]
-        drawn_by = FLAGS.get(model.stem, f"pretrained/{BASE.name} {FLAGS[BASE.stem]} --enlarge")
-        assert drawn_by in card_row(model, "measured on")
         for kind, path in files.items():
             assert card_row(model, kind) == path.name
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -222,11 +218,9 @@ def test_the_real_model_is_found_from_any_folder(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_real_models_draw_readmes_first_picture():
-    command = f".venv/bin/python sample.py pretrained/{BASE.name} {FLAGS[BASE.stem]}"
-    command += "".join(f" --enlarge pretrained/{path.name}" for path in ENLARGERS)
     readme = (ROOT / "README.md").read_text()
-    assert f"{command}\n" in readme.split("## Start")[1].split("\n## ")[0]
-    samples = generate(open_cascade(*ENLARGERS), range(2))
+    assert ".venv/bin/python sample.py\n" in readme.split("## Start")[1].split("\n## ")[0]
+    samples = generate(open_saved(PRETRAINED, "--device cpu"), range(2))
     drawn = np.array(grid_of(to_uint8(samples), 2)).astype(float)
     shown = pixels_of(ROOT / "figures" / "people.webp").astype(float)
     # The picture was drawn in bfloat16. The people of the second row differ more.

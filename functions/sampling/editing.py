@@ -8,10 +8,13 @@ arXiv:2201.09865). After each step the known pixels, noised to the new level, re
 the mask. A single pass leaves seams, because the masked pixels are computed before the noise of the
 known ones is drawn. So each step is repeated: the state is noised back to the level before it.
 RePaint's jumps back have length 10, for 250 steps.
+
+All of this happens at the size of the model. What the enlargers then draw is shown.
 """
 
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,6 +27,7 @@ from tqdm import tqdm
 from data.batches import batches_of
 from data.decode import fit_image, fit_mask, open_image_file, to_pixels
 from data.pixels import to_model_range, to_uint8
+from functions.enlarging import Keeping, Known
 from functions.samplers import ddim_invert, ddim_sample
 from functions.sampling.generation import ImageSampler, generate, step_bar
 from functions.support.errors import UserError
@@ -34,6 +38,8 @@ from functions.support.pictures import save_grid, save_strip
 MIXTURE_COUNT = 9
 # A row of a figure has this many variations, after the image itself.
 VARIATION_COUNT = 8
+# An inpainting has this many steps, or all if there are fewer, unless --steps says otherwise.
+INPAINTING_STEPS = 50
 # Grey that fills the mask in the picture of the known pixels.
 GREY = 128
 
@@ -105,14 +111,17 @@ def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
 
 
 def inpaint(
-    image_sampler: ImageSampler, x_0: Tensor, mask: Tensor, resample: int, indices: Sequence[int]
+    image_sampler: ImageSampler, known: Known, resample: int, indices: Sequence[int]
 ) -> Tensor:
     """Inpaint by RePaint's Algorithm 1, with jumps of length 1: each step is done `resample` times.
 
-    x_0 is (C, H, W) in [-1, 1], on the sampler's device. `mask`, (H, W) bool, is true where pixels
-    are sampled. Returns one result for each index: (B, C, H, W). The sampler's options are those
-    that `require_full_noise` lets pass.
+    The known image is in [-1, 1], on the sampler's device, for its size (C, H, W), and its mask is
+    true where pixels are sampled. Returns one result for each index: (B, C, H, W). The sampler's
+    options are those that `require_full_noise` lets pass.
     """
+    x_0, mask = known.at_size()
+    # Of an image that is larger, pixels at the edge of the mask are known in part.
+    keeping = replace(image_sampler, denoiser=Keeping(image_sampler.denoiser, known))
     scheduler = image_sampler.scheduler
     # A step leads from timestep t to s.
     steps = list(pairwise(image_sampler.times))
@@ -125,10 +134,9 @@ def inpaint(
             if repeat > 0:
                 beta = scheduler.step_beta(t, s)
                 x = (1 - beta) ** 0.5 * x + beta**0.5 * noise()
-            unknown = image_sampler.take_steps(x, [t, s], noise)
+            unknown = keeping.take_steps(x, [t, s], noise)
             # At s = -1, the clean image, this is x_0 itself.
-            known = scheduler.q_sample(x_0, s, noise())
-            x = torch.where(mask, unknown, known)
+            x = torch.where(mask, unknown, scheduler.q_sample(x_0, s, noise()))
     return x
 
 
@@ -179,40 +187,54 @@ def inpaint_image(
 ) -> np.ndarray:
     """Inpaint a uint8 image (H, W, C) `count` times where the mask, bool (H, W), is true.
 
-    Returns the image, its known pixels on grey, and the results: (2 + count, H, W, C).
+    H and W are those of enlarged samples. What is known of the image is kept at every size. Returns
+    the image, its known pixels on grey, and the results: (2 + count, H, W, C).
     """
     device = image_sampler.device
     x_0 = to_model_range(image[None])[0].to(device)
-    device_mask = torch.from_numpy(mask).to(device)
-    results = [
-        to_uint8(inpaint(image_sampler, x_0, device_mask, resample, indices))
-        for indices in batches_of(range(count), image_sampler.batch_size)
-    ]
-    known = np.where(mask[..., None], np.uint8(GREY), image)
-    return np.concatenate([[image, known], *results])
+    sizes = [Known(x_0, torch.from_numpy(mask).to(device))]
+    for _ in image_sampler.enlargers:
+        sizes.insert(0, sizes[0].halved())
+    smallest, *larger = sizes
+    results = []
+    for indices in batches_of(range(count), image_sampler.batch_size):
+        images = inpaint(image_sampler, smallest, resample, indices)
+        images = image_sampler.enlarge(images, indices, "inpainting details", larger)
+        results.append(to_uint8(images))
+    pixels_left = np.where(mask[..., None], np.uint8(GREY), image)
+    return np.concatenate([[image, pixels_left], *results])
 
 
 def save_mixtures(args: Namespace, image_sampler: ImageSampler, folder: Path) -> None:
     """Save a figure of mixtures of two images: a row for each depth, or with --exact of noises."""
-    ends = torch.stack([read_x_0(image_sampler, text) for text in args.images])
+    (first, shown_first), (second, shown_second) = (
+        read_image(image_sampler, text) for text in args.images
+    )
+    ends = torch.stack([first, second])
     path = edited_path(args, folder, "interpolation")
     weights = torch.linspace(0, 1, MIXTURE_COUNT, device=image_sampler.device)
     rows = {}
     if args.exact:
         _, mixtures = interpolate_exactly(image_sampler, ends, weights)
         print_errors(mixtures[[0, -1]] - ends)
-        rows[image_sampler.times[0]] = torch.cat([ends[:1], mixtures, ends[1:]])
+        rows[image_sampler.times[0]] = mixtures
     else:
         for t in tqdm(times_of(image_sampler, args.depths), "interpolation", unit="row"):
             batches = weights.split(image_sampler.batch_size)
-            mixtures = [interpolate_images(image_sampler, ends, t, batch) for batch in batches]
-            rows[t] = torch.cat([ends[:1], *mixtures, ends[1:]])
+            rows[t] = torch.cat([mixtures_at(image_sampler, ends, t, batch) for batch in batches])
+    rows = {t: torch.cat([shown_first, row.cpu(), shown_second]) for t, row in rows.items()}
     save_rows(rows, ["A", *(f"{weight:.3g}" for weight in weights), "B"], path)
+
+
+def mixtures_at(image_sampler: ImageSampler, ends: Tensor, t: int, weights: Tensor) -> Tensor:
+    """Return `interpolate_images`, enlarged with the same noise: (L, C, H, W), on the CPU."""
+    images = interpolate_images(image_sampler, ends, t, weights)
+    return image_sampler.enlarge(images, [0], "interpolation details")
 
 
 def save_inversion(args: Namespace, image_sampler: ImageSampler, folder: Path) -> None:
     """Save a figure of an image, its noise, and what is sampled from this noise."""
-    x_0 = read_x_0(image_sampler, args.images[0])[None]
+    x_0 = read_image(image_sampler, args.images[0])[0][None]
     path = edited_path(args, folder, "inversion")
     noise, again = interpolate_exactly(image_sampler, x_0, x_0.new_zeros(1))
     print_errors(again - x_0)
@@ -230,13 +252,15 @@ def print_errors(differences: Tensor) -> None:
 
 def save_variations(args: Namespace, image_sampler: ImageSampler, folder: Path) -> None:
     """Save a figure of an image and its variations, with a row for each depth."""
-    x_0 = read_x_0(image_sampler, args.images[0])
+    x_0, shown = read_image(image_sampler, args.images[0])
     path = edited_path(args, folder, "variations")
     rows = {}
     for t in tqdm(times_of(image_sampler, args.depths), "variations", unit="row"):
-        batches = batches_of(range(VARIATION_COUNT), image_sampler.batch_size)
-        results = [variations(image_sampler, x_0, t, indices) for indices in batches]
-        rows[t] = torch.cat([x_0[None], *results])
+        results = []
+        for indices in batches_of(range(VARIATION_COUNT), image_sampler.batch_size):
+            images = variations(image_sampler, x_0, t, indices)
+            results.append(image_sampler.enlarge(images, indices, "variation details"))
+        rows[t] = torch.cat([shown, *results])
     save_rows(rows, ["A", *map(str, range(VARIATION_COUNT))], path)
 
 
@@ -248,26 +272,33 @@ def times_of(image_sampler: ImageSampler, depths: list[float]) -> list[int]:
 def save_inpaintings(args: Namespace, image_sampler: ImageSampler, folder: Path) -> None:
     """Save a grid of an image, its known pixels, and its inpaintings."""
     require_full_noise(image_sampler)
-    image, mask = read_with_mask(args.images[0], args.mask, image_sampler.shape)
+    shape = image_sampler.enlarged_shape()
+    image, mask = read_with_mask(args.images[0], args.mask, shape)
     path = edited_path(args, folder, "inpainting")
     pictures = inpaint_image(image_sampler, image, mask, args.resample, args.n)
     save_grid(pictures, path, columns=min(len(pictures), 8))
     print(f"wrote {path}")
 
 
-def read_x_0(image_sampler: ImageSampler, text: str) -> Tensor:
-    """Return the image that the command line names: (C, H, W) in [-1, 1], on the sampler's device.
+def read_image(image_sampler: ImageSampler, text: str) -> tuple[Tensor, Tensor]:
+    """Return the image that the command line names, at the model's size and as it is shown.
 
-    `text` is the index of an image of the seed, which is sampled, or an image file. Raises
-    UserError for an unreadable file.
+    The first is (C, H, W) in [-1, 1], on the sampler's device, and the second is (1, C, H, W) on
+    the CPU, enlarged. `text` is the index of an image of the seed, which is sampled as sample.py
+    does, or an image file. Raises UserError for an unreadable file.
     """
     if text.isdecimal():
-        images = generate(image_sampler, [int(text)])
+        indices = [int(text)]
+        purpose = "details"
+        small = generate(replace(image_sampler, enlargers=()), indices)
     else:
         hint = "; give an image file, or the index (0, 1, ...) of an image that the seed generates"
         pixels = fit_image(open_image_file(text, hint), image_sampler.shape)
-        images = to_model_range(pixels[None])
-    return images[0].to(image_sampler.device)
+        indices = [0]
+        purpose = "file details"
+        small = to_model_range(pixels[None])
+    small = small.to(image_sampler.device)
+    return small[0], image_sampler.enlarge(small, indices, purpose)
 
 
 def edited_path(args: Namespace, folder: Path, kind: str) -> Path:

@@ -12,16 +12,17 @@ from tqdm import tqdm
 from config import DiffusionConfig
 from data.batches import batches_of
 from functions.denoiser import Predictor
-from functions.enlarging import enlarge, enlarging_times
+from functions.enlarging import Known, enlarge, enlarging_times
 from functions.guidance import Guided
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import SAMPLERS, OnStep
 from functions.sampling.options import SamplerOptions
+from functions.sampling.recipes import model_of
 from functions.saved.checkpoint import Checkpoint, SavedModel
 from functions.saved.loading import open_model
 from functions.saved.run_folder import checkpoints_of, newest_run, step_of
 from functions.support import processes
-from functions.support.device import choose_device, set_deterministic
+from functions.support.device import choose_device, set_deterministic, warn_if_busy
 from functions.support.errors import UserError
 from functions.support.random_numbers import image_noise
 from functions.support.settings import fields_with
@@ -31,6 +32,8 @@ from functions.timesteps import sampling_times
 # are not faster, and when memory runs out, Linux kills the process without an error.
 GPU_BATCH = 64
 CPU_BATCH = 16
+# After so many seconds it is said if other programs keep the cores busy.
+CHECKED_SECONDS = 10
 # The temperature scales the noise that is added above this log-SNR. Below it, the noise decides
 # what is in the picture: with less of it there, faces are bald, in front of empty backgrounds.
 COOLED_LOG_SNR = -1.0
@@ -63,6 +66,10 @@ class ImageSampler:
         # This raises the error.
         _ = self.times
 
+    def __str__(self) -> str:
+        """Return all settings but those that the models bring, with the seed."""
+        return f"{self.options}, seed {self.seed}, {self.precision}"
+
     @property
     def scheduler(self) -> NoiseScheduler:
         return self.denoiser.scheduler
@@ -80,19 +87,23 @@ class ImageSampler:
         """Return the sampler's timestep nearest to `depth`, from 0 (the image) to 1 (noise)."""
         return min(self.times, key=lambda t: abs(t + 1 - depth * self.scheduler.timesteps))
 
-    def enlarged_shape(self, count: int) -> tuple[int, int, int]:
-        """Return the shape of images after so many enlargements."""
+    def enlarged_shape(self, count: int | None = None) -> tuple[int, int, int]:
+        """Return the shape of images after so many enlargements, by default all."""
+        factor = 2 ** (len(self.enlargers) if count is None else count)
         channels, height, width = self.shape
-        return channels, height * 2**count, width * 2**count
+        return channels, height * factor, width * factor
 
     @property
     def step_count(self) -> int:
         """Return the number of steps. Each makes one network call, or two with a guide."""
         return len(self.times) - 1
 
-    def noise(self, indices: Sequence[int], purpose: str = "image") -> Callable[[], Tensor]:
+    def noise(
+        self, indices: Sequence[int], purpose: str = "image", enlargements: int = 0
+    ) -> Callable[[], Tensor]:
         """Return what draws the noise of these images: first x_T, then that of the steps."""
-        return image_noise(self.seed, indices, self.shape, self.device, purpose)
+        shape = self.enlarged_shape(enlargements)
+        return image_noise(self.seed, indices, shape, self.device, purpose)
 
     def denoise(self, x_t: Tensor, t: int, noise: Callable[[], Tensor]) -> Tensor:
         """Denoise states (B, C, H, W) at t, one of the sampler's timesteps, to images."""
@@ -131,26 +142,51 @@ class ImageSampler:
                 self.on_step(k, t, x, x_0)
 
         noise = self.noise(indices)
-        sampler = replace(self, on_step=on_step)
-        images = sampler.take_steps(noise(), self.times, noise)
-        for k, model in enumerate(self.enlargers, start=1):
-            shape = self.enlarged_shape(k)
-            details = image_noise(self.seed, indices, shape, self.device, f"details {k}")
-            images = enlarge(model, images, details, lambda *step: bar.update(len(indices)))
+        images = replace(self, on_step=on_step).take_steps(noise(), self.times, noise)
+        return self.enlarge(images, indices, on_step=lambda *step: bar.update(len(indices)))
+
+    def enlarge(
+        self,
+        images: Tensor,
+        indices: Sequence[int],
+        purpose: str = "details",
+        known: Sequence[Known | None] = (),
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Let the enlargers draw images (B, C, H, W) at twice their size each, on the CPU.
+
+        Args:
+            indices: those of the details' noise; a single one for the same noise in all images.
+            purpose: the noise of another purpose is other noise.
+            known: for each enlarger the pixels that it must keep.
+        """
+        known = known or [None] * len(self.enlargers)
+        for k, (model, kept) in enumerate(zip(self.enlargers, known, strict=True), start=1):
+            details = self.noise(indices, f"{purpose} {k}", k)
+            images = enlarge(model, images, details, kept, on_step)
         return images.cpu()
 
 
-def open_sampler(args: argparse.Namespace, name_prefix: str = "") -> ImageSampler:
-    """Load the checkpoint that the flags name, and return a sampler for it.
+def open_drawing(args: argparse.Namespace) -> ImageSampler:
+    """Load the model, the guide and the enlargers that the flags of sampling name.
 
-    The flags are those of `add_sampling_flags`. The newest intact checkpoint of the run is loaded.
-    Without a run in the flags, the newest run whose name begins with `name_prefix` is used. The
-    sampler has no guide yet. Raises UserError for flags that the machine or the model cannot
-    satisfy.
+    Raises UserError for models that do not fit each other, and as `open_sampler` does.
+    """
+    image_sampler = guided(open_sampler(args))
+    for path in args.enlarge:
+        image_sampler = enlarged(image_sampler, path)
+    return image_sampler
+
+
+def open_sampler(args: argparse.Namespace) -> ImageSampler:
+    """Load the model that the flags of sampling name, or the model of their recipe, alone.
+
+    The newest intact checkpoint of a run is loaded; without RUN that of the newest run. Raises
+    UserError for flags that the machine or the model cannot satisfy.
     """
     device = choose_device(args.device)
     set_deterministic(False)
-    path = args.checkpoint or processes.on_main(newest_run, args.runs, name_prefix)
+    path = model_of(args.checkpoint or processes.on_main(newest_run, args.runs))
     saved, denoiser = open_model(path, device, args.precision)
     processes.print_main(f"{saved.path}: {saved}")
 
@@ -297,4 +333,16 @@ def step_bar(image_sampler: ImageSampler, count: int, shown: bool) -> tqdm:
     """Return a progress bar for the steps of `count` images."""
     details = sum(len(enlarging_times(model.scheduler)) - 1 for model in image_sampler.enlargers)
     total = count * (image_sampler.step_count + details)
-    return tqdm(desc="sampling", total=total, unit="step", unit_scale=True, disable=not shown)
+    return StepBar(desc="sampling", total=total, unit="step", unit_scale=True, disable=not shown)
+
+
+class StepBar(tqdm):
+    """A progress bar that says once, if it is so, that other programs keep the cores busy."""
+
+    is_checked = False
+
+    def update(self, n: float = 1) -> None:
+        super().update(n)
+        if not (self.disable or self.is_checked) and self.format_dict["elapsed"] > CHECKED_SECONDS:
+            self.is_checked = True
+            warn_if_busy("start again")

@@ -7,12 +7,13 @@ from argparse import ArgumentParser
 from dataclasses import dataclass
 from pathlib import Path
 
+from functions.enlarging import ENLARGING_STEPS
 from functions.samplers import SAMPLERS, VARIANCES
 from functions.saved.run_folder import RUNS
 from functions.support.command_line import finite, fraction, positive
 from functions.support.device import DTYPES
 from functions.support.errors import UserError
-from functions.timesteps import SPACINGS
+from functions.timesteps import FIRST_LOG_SNR, SPACINGS
 
 # The default weight w of a guide. Samples are garish from 3 on.
 GUIDANCE = 1.5
@@ -72,6 +73,9 @@ class SamplerOptions:
     def settings(self) -> dict[str, str | int | float]:
         """Return the options that determine the pixels, with the names of their flags."""
         settings = {"sampler": self.sampler, "steps": self.steps or "all", **self.arguments}
+        if settings["spacing"] == "logsnr":
+            # Earlier versions spaced them evenly from T - 1 on, and had no such entry.
+            settings["first_log_snr"] = FIRST_LOG_SNR
         if self.temperature != 1:
             settings["temperature"] = self.temperature
         if self.guide:
@@ -109,7 +113,8 @@ def add_model_flags(parser: ArgumentParser) -> None:
         type=Path,
         metavar="RUN",
         help="A run folder, a checkpoint, an exported file, or a diffusers folder or its name. "
-        "Default: the newest run, or pretrained/ffhq-64.safetensors if there is none.",
+        "Or a recipe (docs/sampling.md), of which evaluate.py and --export use the model alone. "
+        "Default: the newest run, or pretrained/people.toml if there is none.",
     )
     add_place_flags(parser)
 
@@ -163,8 +168,8 @@ def add_sampling_flags(parser: ArgumentParser) -> None:
     group.add_argument(
         "--spacing",
         choices=SPACINGS,
-        help="How the timesteps are spaced: trailing is even in t, logsnr is even in log-SNR. "
-        "Default: the sampler's.",
+        help="How the timesteps are spaced: trailing is even in t; logsnr is even in log-SNR, from "
+        f"{FIRST_LOG_SNR:g} on after the first step. Default: the sampler's.",
     )
     group.add_argument(
         "--guide",
@@ -198,4 +203,14 @@ def add_sampling_flags(parser: ArgumentParser) -> None:
         choices=VARIANCES,
         help="The variance of ddpm's noise: small is the posterior variance; large is beta, which "
         "suits sampling over all timesteps. Default: small, or over all timesteps the model's.",
+    )
+    group.add_argument(
+        "--enlarge",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="MODEL",
+        help="Then draw the details of each image at twice its size, by a model of that size, in "
+        f"{ENLARGING_STEPS} steps, without guide and temperature. The flag can be repeated: each "
+        "model doubles the size. Default: no.",
     )

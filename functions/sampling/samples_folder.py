@@ -30,6 +30,8 @@ MANIFEST = "samples.json"
 # These show several images. The manifest's SHOWN has their indices, or None without pictures.
 PICTURES = ("grid.png", "strip.png", "progressive.png", "denoising.gif")
 SHOWN = "grid"
+# The most characters in the name of a default folder.
+NAME_LENGTH = 70
 # About this many steps are recorded for the figures. An animation shows all of them.
 RECORDED_STEPS = 40
 # A figure of the denoising has at most this many columns and rows.
@@ -44,16 +46,32 @@ def image_path(folder: Path, i: int) -> Path:
     return folder / f"{i:05d}.png"
 
 
-def samples_folder(image_sampler: ImageSampler, shown: list[int] | None = None) -> Path:
-    """Return a folder in the model's run whose name has all settings and `shown`."""
+def drawing_settings(image_sampler: ImageSampler) -> dict[str, str | int | float]:
+    """Return all that determines the pixels of all samples in a folder, for its manifest."""
     saved = image_sampler.saved
-    options = image_sampler.options.settings.values()
-    seed = f"seed{image_sampler.seed}"
-    words = [saved.name, saved.digest[:8], *options, image_sampler.precision, seed]
-    if shown:
-        first = shown == [*range(len(shown))]
-        words.append(f"n{len(shown)}" if first else f"images{sha256(str(shown))[:8]}")
-    return processes.on_main(results_folder, saved, "samples") / "-".join(map(str, words))
+    return {
+        "experiment": saved.provenance["experiment"],
+        "checkpoint": saved.digest,
+        "weights": saved.kind,
+        # evaluate.py compares the images with the training images of this split.
+        "split": saved.config["diffusion"].get("split", "reference"),
+        "seed": image_sampler.seed,
+        "precision": image_sampler.precision,
+        **image_sampler.options.settings,
+        # Without --steps, the options say "all".
+        "steps": image_sampler.step_count,
+    }
+
+
+def samples_folder(image_sampler: ImageSampler, shown: list[int] | None = None) -> Path:
+    """Return the default folder for samples, whose name has a hash of all settings and `shown`."""
+    saved = image_sampler.saved
+    digest = sha256(json.dumps([drawing_settings(image_sampler), shown], sort_keys=True))
+    ending = f"-{digest[:8]}-seed{image_sampler.seed}"
+    if shown and shown == [*range(len(shown))]:
+        ending += f"-n{len(shown)}"
+    name = saved.name[: NAME_LENGTH - len(ending)] + ending
+    return processes.on_main(results_folder, saved, "samples") / name
 
 
 def image_indices(folder: Path) -> set[int]:

@@ -53,14 +53,21 @@ def open_model(
     return saved, rebuild(saved, device, dtype)
 
 
-def downloaded(path: Path) -> Path:
-    """Return the path, or for a name such as google/ddpm-cifar10-32 its folder in diffusers' cache.
+def is_hub_name(path: Path) -> bool:
+    """Return whether a path that does not exist can be a name such as google/ddpm-cifar10-32.
 
-    A path in a folder that exists is no such name, nor is one with the name of a run. Raises
-    UserError for a model that is not in the cache and cannot be downloaded.
+    A path in a folder that exists is no such name, nor is one with the name of a run.
     """
     is_path = path.parent.exists() or path.suffix == ".safetensors"
-    if len(path.parts) != 2 or is_path or RUN_NAME.fullmatch(path.name):
+    return len(path.parts) == 2 and not is_path and not RUN_NAME.fullmatch(path.name)
+
+
+def downloaded(path: Path) -> Path:
+    """Return the path, or for a name on a model hub its folder in diffusers' cache.
+
+    Raises UserError for a model that is not in the cache and cannot be downloaded.
+    """
+    if not is_hub_name(path):
         return path
     diffusers = import_diffusers()
     print(f"{path}: no such path; diffusers takes it from its cache, or downloads it", flush=True)

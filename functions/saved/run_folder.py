@@ -35,9 +35,8 @@ CHECKPOINT_NAME = re.compile(r"step-\d{8}\.safetensors")
 # A training that is killed while it writes leaves such files in its run folder. The last ones are
 # those of safetensors.
 TRAINING_LEFTOVERS = (".*.tmp", "*/.*.tmp", "*/.tmp*")
-# The trained model that comes with the repository is read when there is no run. Its guide is
-# beside it.
-PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained" / "ffhq-64.safetensors"
+# This recipe comes with the repository, with its models beside it. It is used when there is no run.
+PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained" / "people.toml"
 
 
 def new_folder(runs: Path, name: str) -> Path:
@@ -129,28 +128,37 @@ def runs_of(runs: Path, prefix: str = "") -> list[Path]:
 def newest_run(runs: Path, prefix: str = "") -> Path:
     """Return the newest run that has a checkpoint.
 
-    If no run has one, return the model PRETRAINED, and print so. It replaces neither runs with
-    another prefix nor those of a folder that the user names. Else raise CheckpointError.
+    If no run has one, return the recipe PRETRAINED, and print so; but not for a folder of runs that
+    the user names. Then raise CheckpointError.
     """
     for run in reversed(runs_of(runs, prefix)):
         if checkpoints_of(run):
             return run
     target = f"run of an experiment {prefix}*" if prefix else "run"
-    if PRETRAINED.exists() and PRETRAINED.name.startswith(prefix) and runs == RUNS:
+    problem = f"{runs}: no {target} with a checkpoint here yet"
+    if PRETRAINED.exists() and runs == RUNS:
         # Without a prefix, the preset that trains in minutes is meant.
-        command = f"train.py {PRETRAINED.stem}" if prefix else "train.py"
+        command = f"train.py {prefix}-64" if prefix else "train.py"
         print(
-            f"{runs}: no {target} with a checkpoint here yet; using pretrained/{PRETRAINED.name}, "
-            f"which comes with the repository (train your own: python {command})"
+            f"{problem}; using pretrained/{PRETRAINED.name}, which comes with the repository "
+            f"(train your own: python {command})"
         )
         return PRETRAINED
-    raise CheckpointError(
-        f"{runs}: no {target} with a checkpoint here yet; train one first, or name a checkpoint"
-    )
+    raise CheckpointError(f"{problem}; train one first, or name a checkpoint")
+
+
+def is_recipe(path: Path) -> bool:
+    """Return whether a path is that of a recipe (functions/sampling/recipes.py)."""
+    return path.suffix == ".toml"
 
 
 def results_folder(saved: SavedModel, kind: str) -> Path:
-    """Return the folder for results of a kind: in a checkpoint's run, or next to an export."""
+    """Return the folder for results of a kind: in a checkpoint's run, or next to an export.
+
+    Those of the models that come with the repository go into the working directory.
+    """
+    if saved.path.absolute().parent == PRETRAINED.parent:
+        return Path(kind)
     # Nothing is written to a diffusers folder, so the results of its model go into a new folder.
     if saved.path.is_dir():
         return Path("samples") / f"{saved.name}-{timestamp()}"
@@ -163,8 +171,10 @@ def results_folder(saved: SavedModel, kind: str) -> Path:
 def find_checkpoints(path: Path) -> list[Path]:
     """Return the checkpoints of a run, newest first, or the path of a file or a diffusers folder.
 
-    Raises CheckpointError for any other folder.
+    Raises CheckpointError for any other folder, and for a recipe.
     """
+    if is_recipe(path):
+        raise CheckpointError(f"{path} is a recipe, and no model; name a model, such as one of its")
     checkpoints = checkpoints_of(path)
     if checkpoints:
         return checkpoints[::-1]

@@ -51,6 +51,12 @@ def save_grid(images: np.ndarray, path: Path, columns: int | None = None) -> Ima
     return grid
 
 
+def enlarged_pixels(images: np.ndarray, size: int) -> np.ndarray:
+    """Return images (N, H, W, C) at `size`, a multiple of theirs: each pixel becomes a square."""
+    factor = size // images.shape[1]
+    return images.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
 def save_gif(frames: Iterable[np.ndarray], path: Path, columns: int | None = None) -> None:
     """Write an animated GIF. Each frame is the grid of one batch, (N, H, W, C)."""
     grids = [grid_of(frame, columns) for frame in frames]

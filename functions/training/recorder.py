@@ -15,7 +15,7 @@ from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.options import SamplerOptions
 from functions.saved.run_folder import delete_old, last_checkpoint, locked, new_folder, path_of
 from functions.support import processes
-from functions.support.device import seconds_without_core
+from functions.support.device import warn_if_busy
 from functions.support.errors import UserError, quoted, short
 from functions.support.files import write_text
 from functions.support.pictures import save_grid
@@ -28,8 +28,6 @@ from functions.training.validation import validation_losses
 MOST_SKIPPED = 20
 # After so many steps of a process, a training on a CPU looks whether other programs slow it down.
 CHECKED_STEP = 10
-# They do if threads wait for cores for longer than this fraction of the time that they have one.
-BUSY = 0.1
 
 
 class Recorder:
@@ -116,7 +114,7 @@ class Recorder:
         )
         self.bar.update()
         if run.step == self.checked_step and run.device.type == "cpu" and processes.is_main():
-            self.warn_if_busy()
+            warn_if_busy(f"continue with: python train.py --resume {quoted(run.folder)}")
 
         # The clock stops here, so that images_per_second is the speed of training only.
         with run.window.paused():
@@ -152,22 +150,6 @@ class Recorder:
                 f"continue with: python train.py --resume {quoted(run.folder)}"
             )
         return stopped
-
-    def warn_if_busy(self) -> None:
-        """Print what to do if the threads of this process have often waited for a core; on Linux.
-
-        A single thread just takes longer. Several have to wait for one whose core is busy, again
-        and again in each step. Their number is the user's, because the bits depend on it.
-        """
-        threads = torch.get_num_threads()
-        waited = seconds_without_core()
-        if threads > 1 and waited > BUSY * time.process_time():
-            tqdm.write(
-                f"warning: other programs keep the cores busy: PyTorch's {threads} threads have "
-                f"waited {waited:.0f} seconds for them. Fewer threads are often several times "
-                f"faster: press Ctrl-C, and continue with OMP_NUM_THREADS={threads // 2} "
-                f"python train.py --resume {quoted(self.run.folder)}"
-            )
 
     def log(self, grad_norm: Tensor, validating: bool) -> None:
         """Write a row of metrics; raise UserError if too many steps were skipped."""

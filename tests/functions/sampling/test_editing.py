@@ -4,6 +4,7 @@ Inpainting is compared with the exact mean and covariance of its chain. The data
 Gaussian pixels, for which the ideal network is known, too.
 """
 
+import json
 import re
 from dataclasses import replace
 from itertools import pairwise
@@ -18,6 +19,7 @@ import edit
 import sample
 from data.decode import fit_image, open_image_file
 from functions.denoiser import Denoiser
+from functions.enlarging import Known
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import ddpm_sample
 from functions.sampling import editing
@@ -31,7 +33,15 @@ from functions.sampling.editing import (
 from functions.sampling.generation import ImageSampler
 from functions.sampling.options import SamplerOptions
 from functions.timesteps import sampling_times
-from tests.conftest import CPU, call, image_sampler_of, normal, pixels_of, refused
+from tests.conftest import (
+    CPU,
+    call,
+    image_sampler_of,
+    normal,
+    pixels_of,
+    refused,
+    train_tiny,
+)
 from tests.functions.known_denoisers import white
 
 SCHEDULER = NoiseScheduler(1000)
@@ -106,7 +116,7 @@ def test_samples_have_the_mean_and_covariance_of_the_chain():
     options = SamplerOptions("ddpm", steps=10, clip_x_0=False)
     denoiser = Denoiser(Ideal(), SCHEDULER)
     sampler = ImageSampler(denoiser, options, tuple(IMAGE.shape), 0, CPU)
-    answers = inpaint(sampler, IMAGE, ANEW, 4, range(N // CHANNELS)).flatten(0, 1)
+    answers = inpaint(sampler, Known(IMAGE, ANEW), 4, range(N // CHANNELS)).flatten(0, 1)
     assert torch.equal(answers[:, 0], IMAGE[0, 0].expand(N, 2))
 
     new = answers[:, 1].double()
@@ -187,6 +197,47 @@ def test_the_script_paints_what_is_erased_and_keeps_the_rest(photo, grey_run, sa
     assert not np.array_equal(first, second)
     for answer in (known, first, second):
         assert np.array_equal(answer[~anew], image[~anew])
+
+
+@pytest.fixture(scope="module")
+def enlarging(pictures, tmp_path_factory):
+    """Return the flag --enlarge with a run of images of 32 px."""
+    size = "--model.image-size 32 --model.lowest-resolution-size 16"
+    return f"--enlarge {train_tiny(pictures, tmp_path_factory.mktemp('large'), size)}"
+
+
+def test_an_enlarged_inpainting_keeps_what_is_not_erased(photo, tiny_run, enlarging, saved):
+    """The photo is read at the size of the enlarged images."""
+    call(
+        edit, "inpaint erased.png", tiny_run, "--steps 4 --n 3 --batch-size 2 --out out", enlarging
+    )
+    shown, known, *answers = saved.call_args.args[0]
+    image, anew = read_with_mask("erased.png", None, (3, 32, 32))
+    assert np.array_equal(shown, image)
+    assert (known[anew] == 128).all()
+    assert len(answers) == 3
+    for answer in answers:
+        assert np.array_equal(answer[~anew], image[~anew])
+        assert not np.array_equal(answer[anew], image[anew])
+
+
+def test_enlarged_images_of_the_seed_are_those_of_sample(tiny_run, enlarging, tmp_path, saved):
+    """Both ends of a row are, and what comes back of them is enlarged with noise of its own."""
+    common = [tiny_run, "--steps 5 --batch-size 4 --device cpu", enlarging, "--out", tmp_path]
+    call(sample, *common, "--individual --indices 1,3")
+    own = {i: pixels_of(tmp_path / f"0000{i}.png").astype(float) for i in (1, 3)}
+    call(edit, "interpolate 1 3", *common, "--depths 0,1")
+    columns = [*saved.call_args.args[0].values()]
+    assert columns[0].shape == (2, 32, 32, 3)
+    for column, i in ((0, 1), (10, 3)):
+        assert abs(columns[column] - own[i]).max() <= 1
+    # At depth 0 the mixture with all of an end is that end, but for its details.
+    assert 0 < abs(columns[1][0] - own[1]).mean() < abs(columns[1][0] - own[3]).mean() / 2
+
+    call(edit, "vary 3", *common, "--depths 0")
+    columns = [*saved.call_args.args[0].values()]
+    assert abs(columns[0] - own[3]).max() <= 1
+    assert not np.array_equal(columns[1], columns[2])
 
 
 # They give one end, a mixture, and the other end.
@@ -287,10 +338,12 @@ def test_the_script_says_by_how_much_images_come_back_changed(
     columns, path, rows = saved.call_args.args
     columns = [*columns.values()]
     assert rows == ["t = 100"]
-    # The folder's name has the settings.
-    assert path.parent.name.endswith(f"-ddim-{steps}-trailing-0.0-float32-seed0")
+    # The folder's manifest has the settings, which are printed, too.
+    settings = json.loads((path.parent / "samples.json").read_text())
+    assert settings.items() >= {"sampler": "ddim", "steps": steps, "eta": 0.0}.items()
 
     output = capsys.readouterr()
+    assert f": sampler ddim, steps {steps}, spacing trailing, eta 0.0, seed 0" in output.out
     # The bar counts the steps of both ways.
     assert "100%" in output.err
     printed = re.findall(r"([\d.]+) of 255 levels off", output.out)

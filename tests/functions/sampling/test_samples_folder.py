@@ -3,6 +3,7 @@
 The processes are real ones of sample.py.
 """
 
+import json
 import os
 import re
 import signal
@@ -108,7 +109,11 @@ def test_a_folder_of_other_settings_is_refused(tiny_run, tmp_path):
     for run, flags, changed in (
         ("checkpoints/step-00000005.safetensors", "--seed 1", ["checkpoint", "seed"]),
         ("", "--sampler ddim", ["sampler", "eta", "variance"]),
-        ("", "--precision bfloat16 --steps 4 --spacing logsnr", ["precision", "steps", "spacing"]),
+        (
+            "",
+            "--precision bfloat16 --steps 4 --spacing logsnr",
+            ["precision", "steps", "spacing", "first_log_snr"],
+        ),
         ("", "--guide 5", ["guide", "guidance"]),
     ):
         for folder in (single, pictures):
@@ -127,17 +132,42 @@ def test_a_folder_of_other_settings_is_refused(tiny_run, tmp_path):
     assert names == {"grid", "strip", "progressive", "00000", "00001", "00002"}
 
 
-def test_settings_and_images_are_in_the_name_of_the_folder(unfinished):
+def test_a_hash_of_settings_and_images_is_in_the_name_of_the_folder(unfinished):
     """So commands of other settings write into other folders, but single images into one."""
-    for command in ("2", "2 -n 3", "2 --indices 2,1", "3", "2 --individual", "2 --individual -n 3"):
+    commands = ["2", "2 -n 3", "2 --indices 2,1", "3", "2 --individual", "2 --individual -n 3"]
+    for command in (*commands, "2 --eta 1 --sampler ddim", "2 --seed 1", "2 --guide 5"):
         call(sample, unfinished, "--device cpu --steps", command)
-    folders = {path.name: sorted(path.iterdir()) for path in unfinished.glob("samples/*-2-*")}
-    (start,) = {name.split("-seed0")[0] for name in folders}
-    assert re.fullmatch(r"step-00000007-[0-9a-f]{8}-ddpm-2-trailing-small-float32", start)
-    ends = sorted(name.removeprefix(start) for name in folders)
-    assert ends == ["-seed0", "-seed0-images22e7e927", "-seed0-n3", "-seed0-n36"]
-    assert len(folders[f"{start}-seed0"]) == 37
-    assert len([*unfinished.glob("samples/*/grid.png")]) == 4
+    folders = [*unfinished.glob("samples/*-seed*")]
+    ends = [re.fullmatch(r"step-00000007-[0-9a-f]{8}-(.*)", path.name)[1] for path in folders]
+    assert sorted(ends) == ["seed0", "seed0", "seed0-n3", *["seed0-n36"] * 4, "seed1-n36"]
+    # One of those without a number of images has single ones.
+    assert sorted(len([*path.iterdir()]) for path in folders if path.name.endswith("seed0")) == [
+        2,
+        37,
+    ]
+    assert len([*unfinished.glob("samples/*/grid.png")]) == 7
+
+
+def test_the_name_of_the_folder_is_not_too_long(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exported = tmp_path / f"{100 * 'x'}.safetensors"
+    call(sample, tiny_run, "--export", exported)
+    call(sample, exported, "--steps 2 -n 1 --seed 123456")
+    [folder] = (tmp_path / "samples").iterdir()
+    assert re.fullmatch(r"x+-[0-9a-f]{8}-seed123456-n1", folder.name)
+    assert len(folder.name) == 70
+
+
+def test_a_folder_that_an_earlier_version_began_with_logsnr_is_refused(tiny_run, tmp_path):
+    """The name had the meaning of other timesteps, and the manifest no log-SNR."""
+    command = [tiny_run, "--sampler dpm++ --steps 3 -n 1 --individual --out", tmp_path]
+    call(sample, *command)
+    manifest = tmp_path / "samples.json"
+    settings = json.loads(manifest.read_text())
+    assert settings.pop("first_log_snr") == -9
+    manifest.write_text(json.dumps(settings))
+    with refused(r"\(first_log_snr was None, is now -9"):
+        call(sample, *command)
 
 
 @pytest.mark.parametrize("kind", ["--individual", "--gif"])

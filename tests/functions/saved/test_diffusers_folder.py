@@ -335,7 +335,7 @@ def test_a_name_is_taken_from_the_cache_of_diffusers(folder, tmp_path, monkeypat
 
     call(sample, "me/faces --n 1 --steps 2")
     assert "me/faces: no such path; diffusers takes it from its cache" in capsys.readouterr().out
-    assert len([*Path("samples").glob("me--faces-*/*me--faces-*-ddpm-2-*-seed0-n1/grid.png")]) == 1
+    assert len([*Path("samples").glob("me--faces-*/*me--faces-*-seed0-n1/grid.png")]) == 1
     with refused("me/others is no path, and diffusers cannot download it"):
         call(sample, "me/others")
     # A name in a folder that is there is a path.

@@ -6,7 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import sample
 import train
+from functions.sampling import generation
+from functions.support import device
 from functions.training import cost, recorder
 from tests.conftest import call, train_tiny
 
@@ -59,8 +62,14 @@ def test_what_does_not_fit_the_length_of_the_run_or_of_the_schedule_is_warned_of
 def test_busy_cores_are_named_with_what_to_do(threads, share, warns, trained, monkeypatch, capsys):
     """The threads wait for cores for this share of the time in which they have one."""
     monkeypatch.setattr(recorder, "CHECKED_STEP", 3)
-    monkeypatch.setattr(recorder, "seconds_without_core", lambda: share * time.process_time())
+    monkeypatch.setattr(device, "seconds_without_core", lambda: share * time.process_time())
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     run = trained()
-    advice = f"continue with OMP_NUM_THREADS=1 python train.py --resume {run}"
+    printed = capsys.readouterr().out
+    advice = "type export OMP_NUM_THREADS=1, and continue with: python train.py --resume {run}"
+    assert printed.count(advice.format(run=run)) == warns
+
+    monkeypatch.setattr(generation, "CHECKED_SECONDS", 0)
+    call(sample, run, "--steps 3 --n 2")
+    advice = "type export OMP_NUM_THREADS=1, and start again"
     assert capsys.readouterr().out.count(advice) == warns
