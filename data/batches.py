@@ -48,11 +48,15 @@ def indices_of_steps(
 class ImageFeeder:
     """Images (N, S, S, C) uint8, memory-mapped or not, that are fed to a device in batches.
 
-    A CUDA device keeps all if there is room. Otherwise the CPU gathers each batch.
+    With them goes what the network gets beside them, `inputs`: (N, ...) by name. A CUDA device
+    keeps all images if there is room. Otherwise the CPU gathers each batch.
     """
 
-    def __init__(self, images: np.ndarray, device: torch.device):
+    def __init__(
+        self, images: np.ndarray, device: torch.device, inputs: dict[str, np.ndarray] | None = None
+    ):
         self.device = device
+        self.inputs = inputs or {}
         self.on_cuda = device.type == "cuda"
 
         # Gathering from a plain array is faster, because np.memmap does bookkeeping in every call.
@@ -64,19 +68,29 @@ class ImageFeeder:
             if self.images.nbytes <= FREE_MEMORY_FRACTION * free_bytes:
                 self.resident = torch.tensor(self.images, device=device)
 
-    def gather(self, indices: np.ndarray) -> Tensor:
-        """Return the images with indices (B,) int64 as uint8 (B, S, S, C) on the device."""
+    def gather(self, indices: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the images with indices (B,) int64, uint8 (B, S, S, C), and their inputs (B, ...).
+
+        All are on the device.
+        """
+        inputs = {name: self.on_device(values[indices]) for name, values in self.inputs.items()}
         if self.resident is not None:
-            return self.resident[torch.from_numpy(indices)]
-        batch = torch.from_numpy(self.images[indices])
+            return self.resident[torch.from_numpy(indices)], inputs
+        return self.on_device(self.images[indices]), inputs
+
+    def on_device(self, values: np.ndarray) -> Tensor:
+        """Copy an array to the device."""
+        batch = torch.from_numpy(values)
         if self.on_cuda:
             # The CPU does not wait for this copy. PyTorch's allocator of pinned memory reuses the
             # buffer only after it is done.
             return batch.pin_memory().to(self.device, non_blocking=True)
         return batch.to(self.device)
 
-    def feed(self, batches_of_indices: Iterable[np.ndarray]) -> Iterator[Tensor]:
-        """Yield the images of each batch of indices on the device, in order."""
+    def feed(
+        self, batches_of_indices: Iterable[np.ndarray]
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Yield the images of each batch of indices on the device, and their inputs, in order."""
         # A thread gathers the next batch while the device works on this one.
         with ThreadPoolExecutor(max_workers=1) as executor:
             gathered = None

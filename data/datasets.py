@@ -1,13 +1,15 @@
 """Load data sets by name, and split them into training and validation images."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 
 import numpy as np
 
 from data.packed import ImageSet, open_packed
-from data.sources import ARCHIVES, TORCHVISION, Source, find_source, read_torchvision_set
+from data.sources import ARCHIVES, TORCHVISION, Member, Source, find_source, read_torchvision_set
 from functions.support.errors import UserError, short
 from functions.support.files import sha256
 
@@ -40,15 +42,22 @@ class Split:
     train_ids_hash: str
     val_ids_hash: str
     pixels_hash: str
+    # A hash of the labels' names and of each image's label; "" without labels.
+    labels_hash: str
 
 
 def load_images(
-    dataset_name: str, image_size: int, max_bad_images: int = 0, channels: int = 3
+    dataset_name: str,
+    image_size: int,
+    max_bad_images: int = 0,
+    channels: int = 3,
+    inputs: Sequence[str] = (),
 ) -> ImageSet:
     """Load all images of a data set at image_size x image_size pixels, prepared on first use.
 
     The embedded set is "emoji_faces"; "emoji_people" are the people in it. "FFHQ", "CIFAR10" and
-    "MNIST" are in data/. Any other name is a path. Raises UserError or OSError.
+    "MNIST" are in data/. Any other name is a path. `inputs` are keys of INPUTS. Raises UserError or
+    OSError.
     """
     source = locate(dataset_name)
     source.channels = channels
@@ -59,7 +68,59 @@ def load_images(
         ids = [pack.ids[i] for i in indices]
         summary = f"{dataset_name}: {len(ids):,} of the images of {pack.summary}"
         pack = replace(pack, images=pack.images[indices], ids=ids, names=ids, summary=summary)
-    return replace(pack, name=dataset_name)
+    pack = replace(pack, name=dataset_name)
+    for name in inputs:
+        pack = INPUTS[name](pack, source)
+    return pack
+
+
+def with_labels(image_set: ImageSet, source: Source) -> ImageSet:
+    """Return the set with the label of each image, from 0 on in the order of their names.
+
+    Raises UserError for an image without one, and for fewer than two labels.
+    """
+    members = [source.members[image_id] for image_id in image_set.ids]
+    labels = [None if source.rule == "FFHQ" else label_of(member, source) for member in members]
+    if None in labels:
+        member = members[labels.index(None)]
+        raise UserError(
+            f"{short(image_set.name)} has no label for {short(member.name)}: folders are labels, "
+            "or the column label of a parquet file; FFHQ has none"
+        )
+    # Numbers are sorted as such.
+    names = sorted({*labels}, key=lambda name: (int(name) if name.isdecimal() else inf, name))
+    if len(names) < 2:
+        raise UserError(f"{short(image_set.name)} has one label, {short(names[0])}; two are needed")
+    indices = {name: index for index, name in enumerate(names)}
+    label = np.array([indices[name] for name in labels])
+    counts = np.bincount(label)
+    summary = f"{image_set.summary}; {len(names)} labels of {counts.min():,} to {counts.max():,}"
+    return replace(
+        image_set,
+        summary=f"{summary} images",
+        inputs=image_set.inputs | {"label": label},
+        label_names=tuple(names),
+    )
+
+
+# What a network can get of each image beside x_t and t, by the names of its arguments: each a
+# function (image set, source) -> image set, which adds it to `inputs`.
+INPUTS = {"label": with_labels}
+
+
+def label_of(member: Member, source: Source) -> str | None:
+    """Return an image's label: that of its row, or the nearest folder that has it, if any.
+
+    Neither archives count nor folders that say on which side of the split images are.
+    """
+    if member.label:
+        return member.label()
+    splits = source.rule in HELD_OUT_FOLDERS
+    for folder in reversed(member.name.split("/")[:-1]):
+        is_side = splits and SIDE.fullmatch(f"{folder.lower()}/")
+        if not is_side and Path(folder).suffix.lower() not in ARCHIVES:
+            return folder
+    return None
 
 
 def locate(dataset_name: str) -> Source:
@@ -163,7 +224,14 @@ def split_images(image_set: ImageSet, split: str) -> Split:
         hash_ids([ids[i] for i in train_indices]),
         hash_ids([ids[i] for i in val_indices]),
         image_set.pixels_hash,
+        hash_labels(image_set),
     )
+
+
+def hash_labels(image_set: ImageSet) -> str:
+    """Return a short hash of the labels' names and of each image's label, or "" without labels."""
+    names = image_set.label_names
+    return hash_ids([*names, *image_set.inputs["label"]]) if names else ""
 
 
 def hash_ids(ids: list) -> str:

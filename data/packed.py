@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -49,6 +49,10 @@ class ImageSet:
     summary: str = ""
     # There is one [name, reason] for each image that was left out.
     bad_images: list | tuple = ()
+    # What the network gets beside x_t and t: (N, ...) by the names of its arguments.
+    inputs: dict[str, np.ndarray] = field(default_factory=dict)
+    # The names of the labels in `inputs`.
+    label_names: tuple[str, ...] = ()
 
 
 def open_packed(source: Source, image_size: int, max_bad_images: int) -> ImageSet:

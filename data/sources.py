@@ -4,6 +4,7 @@ Archives are read in place, so the name of a member never becomes a path on this
 and MNIST are read by torchvision, which can also download them.
 """
 
+import json
 import os
 import re
 import zipfile
@@ -11,7 +12,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -45,6 +46,8 @@ class Member(NamedTuple):
     stamp: int | tuple[int, int]
     # The function returns a file's bytes, or uint8 (H, W, C).
     read: Callable[[], bytes | np.ndarray]
+    # The function returns the label of a row, or None. Of a file, folders say it (`label_of`).
+    label: Callable[[], str | None] | None = None
 
 
 @dataclass
@@ -232,7 +235,27 @@ def list_parquet(path: Path) -> list[Member]:
         return row["bytes"] if row else b""
 
     stamp = stamp_of(path)
-    return [Member(None, stamp, partial(read, i)) for i in range(file.metadata.num_rows)]
+    # Only a set with labels reads them.
+    labels = cache(lambda: class_column(file))
+    return [
+        Member(None, stamp, partial(read, i), lambda i=i: labels()[i])
+        for i in range(file.metadata.num_rows)
+    ]
+
+
+def class_column(file: Any) -> list[str | None]:
+    """Return the labels of a `ParquetFile`, by the names of Hugging Face's metadata, if any."""
+    if "label" not in file.schema_arrow.names:
+        return [None] * file.metadata.num_rows
+    values = file.read(["label"]).column(0).to_pylist()
+    metadata = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
+    feature = metadata.get("info", {}).get("features", {}).get("label")
+    names = dict(enumerate(feature.get("names", []) if isinstance(feature, dict) else []))
+    # Hugging Face has -1 where there is no label. A list of several is none.
+    return [
+        str(names.get(value, value)) if isinstance(value, (int, str)) and value != -1 else None
+        for value in values
+    ]
 
 
 # Only the newest columns are kept in memory, because a set may have many shards. There are two of
@@ -283,7 +306,7 @@ def read_torchvision_set(name: str, folder: Path, download: bool = False) -> Sou
 
     try:
         dataset = getattr(datasets, name)
-        train, test = (dataset(folder, train, download=download).data for train in (True, False))
+        train, test = (dataset(folder, train, download=download) for train in (True, False))
     except READ_ERRORS as error:
         raise UserError(
             f"{name} cannot be read from {folder} ({short(error)}). Delete a damaged copy, and put "
@@ -291,15 +314,18 @@ def read_torchvision_set(name: str, folder: Path, download: bool = False) -> Sou
             "there is a network."
         ) from None
 
-    images = np.concatenate([train, test])
-    # MNIST has no dimension for its one channel.
+    images = np.concatenate([train.data, test.data])
+    labels = np.concatenate([train.targets, test.targets])
+    # MNIST has no dimension for its one channel, and calls its classes "5 - five".
     images = images.reshape(*images.shape[:3], -1)
+    names = [name.partition(" - ")[0] for name in train.classes]
     members = {
         i: Member(
             f"{'train' if i < len(train) else 'test'}/{i}",
             zlib.crc32(image.tobytes()),
             image.copy,
+            partial(str, names[label]),
         )
-        for i, image in enumerate(images)
+        for i, (image, label) in enumerate(zip(images, labels, strict=True))
     }
     return Source(folder / name, members, Counter())

@@ -88,7 +88,8 @@ def test_batches_of_a_memory_map_come_in_order_as_copies(tmp_path, device, keep)
 
     indices = [epoch_order(50, 0, epoch)[:7] for epoch in range(6)]
 
-    for expected, batch in zip(indices, feeder.feed(iter(indices)), strict=True):
+    for expected, (batch, inputs) in zip(indices, feeder.feed(iter(indices)), strict=True):
+        assert inputs == {}
         assert batch.dtype == torch.uint8
         assert batch.device.type == device
         assert_array_equal(batch.cpu().numpy(), IMAGES[expected])

@@ -16,6 +16,8 @@ from tests.data.packing import random_pixels
 
 DIGITS = random_pixels(47, 28, 28, 1)
 PHOTOS = random_pixels(107, 32, 32, 3)
+# Of each image, the class
+LABELS = np.arange(107, dtype=np.uint8) * 3 % 10
 
 
 @pytest.fixture
@@ -35,11 +37,14 @@ def mnist(data_folder):
     """Write 40 training and 7 test images as MNIST's four files; return their folder."""
     folder = data_folder / "MNIST" / "raw"
     folder.mkdir(parents=True)
-    for part, digits in (("train", DIGITS[:40]), ("t10k", DIGITS[40:])):
+    for part, digits, labels in (
+        ("train", DIGITS[:40], LABELS[:40]),
+        ("t10k", DIGITS[40:], LABELS[40:47]),
+    ):
         count = len(digits)
         for kind, data in (
             ("images-idx3", idx(2051, count, 28, 28, content=digits)),
-            ("labels-idx1", idx(2049, count, content=np.zeros(count, np.uint8))),
+            ("labels-idx1", idx(2049, count, content=labels)),
         ):
             (folder / f"{part}-{kind}-ubyte").write_bytes(data)
     return folder
@@ -60,10 +65,13 @@ def cifar10(data_folder, monkeypatch):
     rows = PHOTOS.transpose(0, 3, 1, 2).reshape(107, -1)
     names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
     files = [
-        write(name, {"data": rows[20 * i : 20 * i + 20], "labels": []})
+        write(
+            name,
+            {"data": rows[20 * i : 20 * i + 20], "labels": LABELS[20 * i : 20 * i + 20].tolist()},
+        )
         for i, name in enumerate(names)
     ]
-    meta = write("batches.meta", {"label_names": []})
+    meta = write("batches.meta", {"label_names": [f"kind {i}" for i in range(10)]})
     monkeypatch.setattr(CIFAR10, "train_list", files[:5])
     monkeypatch.setattr(CIFAR10, "test_list", files[5:])
     monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": meta[1]})
@@ -83,8 +91,10 @@ def test_images_come_as_they_were_and_those_of_the_test_files_validate(
     request.getfixturevalue(name.lower())
     size, channels = images.shape[2:]
 
-    image_set = datasets.load_images(name, size, channels=channels)
+    image_set = datasets.load_images(name, size, channels=channels, inputs=["label"])
     assert_array_equal(image_set.images, images)
+    assert image_set.inputs["label"].tolist() == LABELS[: len(images)].tolist()
+    assert image_set.label_names[3] == ("3" if name == "MNIST" else "kind 3")
     assert image_set.ids == list(range(len(images)))
     for split_name in ("reference", "official"):
         split = datasets.split_images(image_set, split_name)
