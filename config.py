@@ -127,10 +127,12 @@ def experiments() -> dict[str, "Experiment"]:
         image_size=128,
     )
 
-    # MNIST's digits, in grey. They are not mirrored, because most mirrored digits are no digits.
+    # MNIST's digits, in grey, with labels. They are not mirrored, because most mirrored digits are
+    # no digits.
     mnist = faces_v.override(
         dataset_name="MNIST",
         use_augmentation=False,
+        labels=True,
         epochs=1,
         lowest_resolution_size=7,
         dim_multiply=(1, 2, 4),
@@ -318,6 +320,12 @@ class DiffusionConfig:
     rotation_free_end: float = setting(0.1, at_most=1)
     # Up to this many unreadable images are skipped and listed. More are an error.
     max_bad_images: int = changeable(0, at_least=0)
+    # Give the network each image's label: its folder, or the class of MNIST, CIFAR10 or a parquet
+    # file. `sample.py --label` then chooses what is drawn.
+    labels: bool = False
+    # The probability that training drops an image's label, so that the network draws without one,
+    # too, as --cfg needs (Ho and Salimans 2022).
+    label_dropout: float = setting(0.1, at_most=1)
 
     # Noise schedule
 
@@ -454,6 +462,8 @@ class ModelConfig:
     # Details of the network: "ho", as in the code of Ho et al. 2020; or "diffusers", as in that
     # library's default networks (docs/other-models.md).
     dialect: str = choice("ho", "diffusers")
+    # The number of labels, which the data decide; 0 without labels.
+    label_count: int = setting(0, at_least=0, no_flag=True)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -503,6 +513,14 @@ class ModelConfig:
     def dims(self) -> tuple[int, ...]:
         """The number of channels of each level."""
         return tuple(self.base_dim * multiplier for multiplier in self.dim_multiply)
+
+
+def input_names(diffusion: dict) -> list[str]:
+    """Return what the network of such a `DiffusionConfig` gets of each image beside x_t and t.
+
+    Each is a row of INPUTS in data/datasets.py.
+    """
+    return ["label"] if diffusion.get("labels") else []
 
 
 def build_network(config: ModelConfig) -> UNet:

@@ -145,8 +145,10 @@ def evaluate_bits(args: Namespace) -> None:
     # The measurement may take hours. So an error of the folder comes first.
     folder.mkdir(parents=True, exist_ok=True)
 
-    def load_x_0(index: int) -> torch.Tensor:
-        return to_model_range(image_set.images[[index]]).to(device)
+    def load(index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        inputs = image_set.inputs.items()
+        given = {name: torch.from_numpy(values[[index]]).to(device) for name, values in inputs}
+        return to_model_range(image_set.images[[index]]).to(device), given
 
     options = BoundOptions(
         args.t_stride,
@@ -156,7 +158,7 @@ def evaluate_bits(args: Namespace) -> None:
         image_sampler.options.clip_x_0,
     )
     indices = evenly_spaced(split.val_indices, args.images)
-    result = measure_bits_per_dim(image_sampler.denoiser, load_x_0, indices, options)
+    result = measure_bits_per_dim(image_sampler.denoiser, load, indices, options)
     numbers = result.numbers()
     # Two results that differ in one of these cannot be compared.
     settings = {

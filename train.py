@@ -80,21 +80,24 @@ def train(run: TrainingRun) -> bool:
         for step in range(run.step, run.total_steps):  # 1: repeat
             # All random numbers of a step follow from the seed and the step.
             draws = run.draw(step)
-            # 2: images x_0 of this process, in [-1, 1]
-            x_0 = run.augment(to_model_range(next(batches)), draws, step)
+            # 2: images x_0 of this process, in [-1, 1], and what else the network gets, if anything
+            images, inputs = next(batches)
+            x_0, inputs = run.augment(to_model_range(images), inputs, draws, step)
             t = draws.t  # 3: timesteps, uniform in 0 .. T-1, the paper's 1 .. T
             eps = draws.noise  # 4: standard normal noise
 
             # 5: the gradient of || eps - eps_theta(x_t, t) ||^2, accumulated over passes.
             # `denoising_loss` noises x_0 to x_t (Eq. 4), and returns one number for each image.
             losses = []
-            parts = [whole.split(config.batch_size) for whole in (x_0, t, eps)]
-            for places, x_0_part, t_part, eps_part in zip(passes, *parts, strict=True):
+            wholes = (x_0, t, eps, *inputs.values())
+            parts = [whole.split(config.batch_size) for whole in wholes]
+            for places, x_0_part, t_part, eps_part, *others in zip(passes, *parts, strict=True):
                 # Each pass seeds its dropout, so that a resumed run repeats it.
                 place = step * config.effective_batch + places[0]
                 torch.manual_seed(seed_of(config.seed, "dropout", place))
                 with processes.gradient_sync(network, last=places is passes[-1]):
-                    loss = denoising_loss(denoiser, x_0_part, t_part, eps_part)
+                    given = denoiser.given(**dict(zip(inputs, others, strict=True)))
+                    loss = denoising_loss(given, x_0_part, t_part, eps_part)
                     # DDP averages over the processes, so the factor makes their mean a sum.
                     mean = loss.sum() * processes.count() / config.effective_batch
                     scaler.scale(mean).backward()

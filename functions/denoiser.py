@@ -8,7 +8,7 @@ has `scheduler` and `predict`: a `Denoiser`, or what wraps one, such as function
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,12 @@ class Predictor(ABC):
     def x_0_and_eps(self, x_t: Tensor, t: Timestep) -> tuple[Tensor, Tensor]:
         """Return x_0 and eps at (x_t, t), without clipping: (B, C, H, W) each."""
 
+    def given(self, **inputs: Tensor) -> "Predictor":
+        """Return the predictor with these inputs of its networks; this one has none."""
+        if inputs:
+            raise TypeError(f"{type(self).__name__} takes no {', '.join(inputs)}")
+        return self
+
     def predict(self, x_t: Tensor, t: Timestep, clip_x_0: bool = False) -> tuple[Tensor, Tensor]:
         """Return x_0 and eps at (x_t, t): (B, C, H, W) each.
 
@@ -90,6 +96,8 @@ class Denoiser(Predictor):
     objective: str = "eps"
     # The dtype of the network's matrix products and convolutions.
     precision: torch.dtype = torch.float32
+    # What the network gets beside x_t and t, by the names of its arguments.
+    inputs: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -102,7 +110,11 @@ class Denoiser(Predictor):
         half = self.precision != torch.float32
         # Autocast's cache of cast weights is off: no weight is used twice in a forward pass.
         with torch.autocast(x_t.device.type, self.precision, enabled=half, cache_enabled=False):
-            return self.network(x_t.float(), t).float()
+            return self.network(x_t.float(), t, **self.inputs).float()
+
+    def given(self, **inputs: Tensor) -> "Denoiser":
+        """Return the denoiser with these inputs of its network, (B, ...) or (1, ...) each."""
+        return replace(self, inputs=self.inputs | inputs)
 
     def x_0_and_eps(self, x_t: Tensor, t: Timestep) -> tuple[Tensor, Tensor]:
         t_batch = t

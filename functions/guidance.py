@@ -6,10 +6,11 @@ The guided x_0 lies on the line from the guide's x_0 through the model's x_0:
 
 With w > 1 it lies beyond the model's, further from the guide's. This helps if the guide makes the
 same errors as the model, but larger ones: autoguidance (Karras et al. 2024, arXiv:2406.02507).
-docs/better-than-the-model.md measures it.
+docs/better-than-the-model.md measures it. With the same model without its label as the guide it is
+classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -34,6 +35,11 @@ class Guided(Predictor):
     @property
     def scheduler(self) -> NoiseScheduler:
         return self.model.scheduler
+
+    def given(self, **inputs: Tensor) -> "Guided":
+        """Return both models with these inputs, as `Denoiser.given` does."""
+        model, guide = (each.given(**inputs) for each in (self.model, self.guide))
+        return replace(self, model=model, guide=guide)
 
     def x_0_and_eps(self, x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
         """Return the guided x_0 and its eps; t is one timestep for the whole batch."""

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Nesterov's momentum of Muon, as Jordan has it.
 MOMENTUM = 0.95
@@ -63,18 +63,31 @@ class Muon(Adam):
     A weight (out, in, k, k) is a matrix (out, in k k). The factor is scaled by
     0.2 sqrt(longer side), which gives it the RMS of Adam's updates (Liu et al. 2025,
     arXiv:2502.16982), so that both have the same learning rate. The state of a matrix is only its
-    momentum, under Adam's name `exp_avg`. Adam moves all other parameters.
+    momentum, under Adam's name `exp_avg`. Adam moves all other parameters, and the `tables`, whose
+    rows are no directions of one map.
 
     Newton-Schulz runs in `precision`, that of the network. PyTorch's Muon (2.13) takes matrices
     only, and runs it in bfloat16, which is slow on CPUs without instructions for it.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], lr: float, precision: torch.dtype):
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        lr: float,
+        precision: torch.dtype,
+        tables: Iterable[Tensor] = (),
+    ):
+        self.tables = {*tables}
         super().__init__([{"params": [*parameters], "precision": precision}], lr)
+
+    def is_matrix(self, p: Tensor) -> bool:
+        """Return whether Muon moves a parameter."""
+        is_large = p.ndim > 1 and min(len(p), p[0].numel()) >= SMALLEST_SIDE
+        return is_large and p not in self.tables
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
         state = super().new_state(p)
-        return {"exp_avg": state["exp_avg"]} if is_matrix(p) else state
+        return {"exp_avg": state["exp_avg"]} if self.is_matrix(p) else state
 
     @torch.no_grad()
     def step(self) -> None:
@@ -82,7 +95,7 @@ class Muon(Adam):
         gradients = {}
         stacks = defaultdict(list)
         for p in self.param_groups[0]["params"]:
-            if is_matrix(p) and p.grad is not None:
+            if self.is_matrix(p) and p.grad is not None:
                 gradients[p] = p.grad
                 stacks[p.shape].append(p)
                 # Adam leaves a parameter that has no gradient as it is.
@@ -122,13 +135,17 @@ class Muon(Adam):
         torch._foreach_sub_([p.movedim(1, -1) for p in weights], updates.unbind(), alpha=scale)
 
 
-# The values of a config's `optimizer`: (parameters, learning rate, precision of the network).
-OPTIMIZERS = {"adam": lambda parameters, lr, precision: Adam(parameters, lr), "muon": Muon}
+def muon(network: nn.Module, lr: float, precision: torch.dtype) -> Muon:
+    """Return Muon for a network, whose embeddings are tables."""
+    tables = [layer.weight for layer in network.modules() if isinstance(layer, nn.Embedding)]
+    return Muon(network.parameters(), lr, precision, tables)
 
 
-def is_matrix(p: Tensor) -> bool:
-    """Return whether a parameter is a matrix to Muon."""
-    return p.ndim > 1 and min(len(p), p[0].numel()) >= SMALLEST_SIDE
+# The values of a config's `optimizer`: (network, learning rate, the network's precision).
+OPTIMIZERS = {
+    "adam": lambda network, lr, precision: Adam(network.parameters(), lr),
+    "muon": muon,
+}
 
 
 def orthogonal_factor(matrices: Tensor, eps: float, precision: torch.dtype) -> Tensor:

@@ -46,6 +46,7 @@ class UNet(nn.Module):
         dropout: probability inside each residual block.
         norm_groups: groups of each GroupNorm. They must divide every level's channels.
         dialect: "ho", the paper's network; or "diffusers" (`Dialect` in models/blocks.py).
+        label_count: the number of labels; 0 for the paper's network, which gets none.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         norm_groups: int = 32,
         dialect: str = "ho",
+        label_count: int = 0,
     ):
         super().__init__()
         levels = len(dim_multiply)
@@ -120,6 +122,10 @@ class UNet(nn.Module):
 
         self.norm_out = norm(dim)
         self.conv_out = nn.Conv2d(dim, channels, 3, padding=1)
+        self.label_embedding = None
+        if label_count:
+            # The last row is for no label.
+            self.label_embedding = nn.Embedding(label_count + 1, 4 * base_dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -132,13 +138,21 @@ class UNet(nn.Module):
                 initialise = nn.init.zeros_ if is_last else nn.init.xavier_uniform_
                 initialise(layer.weight)
                 nn.init.zeros_(layer.bias)
+            elif isinstance(layer, nn.Embedding):
+                nn.init.zeros_(layer.weight)
 
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """Predict the noise, or v, in x_t (B, channels, H, W) at timesteps t (B,) int64, 0 .. T-1.
 
-        The result has the shape of x_t, and the dtype of the last layer, which autocast may lower.
+        A network with labels gets them as (B,) int64, or (1,) for all; None means no label. The
+        result has the shape of x_t, and the dtype of the last layer, which autocast may lower.
         """
         time_embedding = self.time_embedding(t)  # (B, 4 base_dim)
+        if self.label_embedding:
+            # As in ADM (Dhariwal and Nichol 2021), a label's embedding is added to that of t.
+            no_label = self.label_embedding.num_embeddings - 1
+            label = t.new_full((1,), no_label) if label is None else label
+            time_embedding = time_embedding + self.label_embedding(label)
         h = self.conv_in(x_t)  # (B, base_dim, H, W)
 
         skips = [h]

@@ -71,22 +71,23 @@ def evenly_spaced(indices: np.ndarray, count: int | None) -> np.ndarray:
 @torch.no_grad()
 def measure_bits_per_dim(
     denoiser: Predictor,
-    load_x_0: Callable[[int], Tensor],
+    load: Callable[[int], tuple[Tensor, dict[str, Tensor]]],
     indices: np.ndarray,
     options: BoundOptions,
 ) -> BitsPerDim:
     """Measure the variational bound (Eq. 5) of the N held-out images with these indices.
 
-    `load_x_0` maps an index to x_0 (1, C, H, W) in [-1, 1], on the model's device. Raises UserError
-    for fewer than two images, which have no standard error.
+    `load` maps an index to x_0 (1, C, H, W) in [-1, 1], on the model's device, and the inputs of
+    its network (1, ...). Raises UserError for fewer than two images, which have no standard error.
     """
     if len(indices) < 2:
         raise UserError(f"bits/dim needs two held-out images or more; there are {len(indices)}")
     lengths = strata_lengths(denoiser.scheduler.timesteps, options.t_stride)
-    results = [
-        image_terms(denoiser, load_x_0(index), index, lengths, options)
-        for index in tqdm(indices.tolist(), "bits/dim", unit="image")
-    ]
+    results = []
+    for index in tqdm(indices.tolist(), "bits/dim", unit="image"):
+        x_0, inputs = load(index)
+        given = denoiser.given(**inputs)
+        results.append(image_terms(given, x_0, index, lengths, options))
     prior, terms = torch.stack(results, dim=1).numpy()
     # L_T of an image is the same in all columns, because it does not depend on t.
     return BitsPerDim(lengths.numpy(), prior[:, 0], terms)

@@ -150,6 +150,11 @@ class SavedModel:
         return build_scheduler(self.config["diffusion"])
 
     @property
+    def label_names(self) -> list[str]:
+        """Return the names of the labels that the model knows; none if it was trained without."""
+        return self.provenance.get("label_names", [])
+
+    @property
     def name(self) -> str:
         """Return the model's name, for the names of its results."""
         return self.provenance["experiment"] if self.path.is_dir() else self.path.stem

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from config import build_network
+from config import build_network, input_names
 from data.datasets import ImageSet, Split, load_images, split_images
 from functions.denoiser import Denoiser
 from functions.saved.checkpoint import SavedModel, copy_tensors, load_weights
@@ -119,9 +119,10 @@ def load_and_split(saved: SavedModel, name: str | None = None) -> tuple[ImageSet
             "with evaluate.py --data NAME"
         )
     # The config of another project's model lacks the fields that have a default here.
-    shape = saved.model.image_size, diffusion.get("max_bad_images", 0), saved.model.channels
+    model = saved.model
+    facts = model.image_size, diffusion.get("max_bad_images", 0), model.channels
     try:
-        image_set = load_images(dataset_name, *shape)
+        image_set = load_images(dataset_name, *facts, input_names(diffusion))
     except UserError as error:
         if name:
             raise
@@ -130,4 +131,9 @@ def load_and_split(saved: SavedModel, name: str | None = None) -> tuple[ImageSet
             f"this needs the images that {saved.path} was trained on: {error}; or name others with "
             "evaluate.py --data NAME"
         ) from error
+    if [*image_set.label_names] != saved.label_names:
+        raise UserError(
+            f"{dataset_name} has other labels than those of {saved.path}: "
+            f"{short(', '.join(saved.label_names))}"
+        )
     return image_set, split_images(image_set, diffusion.get("split", "reference"))

@@ -157,7 +157,7 @@ def results_folder(saved: SavedModel, kind: str) -> Path:
 
     Those of the models that come with the repository go into the working directory.
     """
-    if saved.path.absolute().parent == PRETRAINED.parent:
+    if saved.path.parent.resolve() == PRETRAINED.parent:
         return Path(kind)
     # Nothing is written to a diffusers folder, so the results of its model go into a new folder.
     if saved.path.is_dir():

@@ -89,6 +89,8 @@ def add_config_flags(parser: ArgumentParser, prefix: str, config_class: type) ->
     )
     comments = field_comments(config_class)
     for field in fields(config_class):
+        if "no_flag" in field.metadata:
+            continue
         parse, metavar = FLAG_TYPES[field.type]
         choices = field.metadata.get("choices", [metavar])
         sentences = comments.get(field.name, "")

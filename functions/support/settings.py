@@ -27,6 +27,7 @@ def setting(default: Any = MISSING, **marks: Any) -> Any:
         at least 1 and another number at least 0.
     choices: the values that fit.
     changeable: a resumed run may change the value.
+    no_flag: the program sets the value, and not the command line.
     fixed_by_weights: weights work only with the value with which they were trained.
     """
     return field(default=default, metadata=marks)

@@ -79,7 +79,9 @@ def fit_to_weights(preset: Experiment, initial: SavedModel, given: dict) -> Expe
             f"image_size is {size}; it must be {own_size} or {2 * own_size} {reason}: their own "
             "size, or twice that, to which they grow. Give the size as --model.image-size"
         )
-    network = network | {"dropout": given.get("dropout", preset.model.dropout)}
+    # The data decide the number of labels.
+    dropout = given.get("dropout", preset.model.dropout)
+    network = network | {"dropout": dropout, "label_count": 0}
     experiment = preset.override(**given | needed | network)
     try:
         asked = experiment.override(**given)

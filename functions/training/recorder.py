@@ -200,13 +200,17 @@ class Recorder:
         """Draw a grid of samples, always from the same noise, and write it to a file."""
         run = self.run
         config = self.config
+        # All labels, in turn
+        label_names = run.image_set.label_names
+        steps = min(config.grid_steps, config.timesteps_diff)
         sampler = ImageSampler(
             run.sample_denoiser,
-            SamplerOptions(config.grid_sampler, min(config.grid_steps, config.timesteps_diff)),
+            SamplerOptions(config.grid_sampler, steps, label=label_names),
             run.experiment.model.image_shape,
             config.seed,
             run.device,
             config.batch_size,
+            label_names=label_names,
         )
 
         with run.sample_denoiser.evaluating():

@@ -9,7 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from config import ConfigError, DiffusionConfig, Experiment, build_network, build_scheduler
+from config import (
+    ConfigError,
+    DiffusionConfig,
+    Experiment,
+    build_network,
+    build_scheduler,
+    input_names,
+)
 from data.augmentation import augment
 from data.batches import ImageFeeder, indices_of_steps
 from data.datasets import load_images, split_images
@@ -36,6 +43,8 @@ from functions.training.draws import StepDraws, training_draws
 from functions.training.metrics import TrainingWindow
 from models.growing import grown_weights
 
+# The weight of a network that has a row for each label (models/unet.py)
+LABEL_TABLE = "label_embedding.weight"
 # With a terminal SNR above this, x_T still shows the image. In the paper's 1000 steps it is 4e-5.
 VISIBLE_SNR = 1e-3
 
@@ -79,7 +88,11 @@ class TrainingRun:
         # Data. Each process has its share of every effective batch.
         model = experiment.model
         self.image_set = load_images(
-            config.dataset_name, model.image_size, config.max_bad_images, model.channels
+            config.dataset_name,
+            model.image_size,
+            config.max_bad_images,
+            model.channels,
+            input_names(vars(config)),
         )
         self.split = split_images(self.image_set, config.split)
         self.steps_per_epoch = len(self.split.train_indices) // config.effective_batch
@@ -98,7 +111,10 @@ class TrainingRun:
             )
         if checkpoint:
             self.check_resumption()
-        self.feeder = ImageFeeder(self.image_set.images, device)
+        # The data decide how many labels the network knows.
+        label_count = len(self.image_set.label_names)
+        self.experiment = experiment = experiment.override(label_count=label_count)
+        self.feeder = ImageFeeder(self.image_set.images, device, self.image_set.inputs)
         self.window = TrainingWindow(device, config.effective_batch)
 
         # The network, and all that the steps change
@@ -107,14 +123,14 @@ class TrainingRun:
         precision = choose_precision(config.precision, device, earlier)
         # This seed is for the initial weights. Every later draw has another seed.
         torch.manual_seed(config.seed)
-        self.model = build_network(model).to(device, memory_format=fast_layout(device))
+        self.model = build_network(experiment.model).to(device, memory_format=fast_layout(device))
         scheduler = build_scheduler(vars(config))
         self.denoiser = Denoiser(self.model, scheduler, config.objective, precision)
         self.ema_model = None
         if config.ema_decay > 0:
             self.ema_model = copy.deepcopy(self.model).eval().requires_grad_(False)
         optimizer = OPTIMIZERS[config.optimizer]
-        self.optimizer = optimizer(self.model.parameters(), config.learning_rate, precision)
+        self.optimizer = optimizer(self.model, config.learning_rate, precision)
         # Gradients of float16 underflow unless the loss is scaled; elsewhere the scaler does
         # nothing.
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
@@ -126,6 +142,8 @@ class TrainingRun:
             "split_rule": self.split.rule,
             "train_ids_hash": self.split.train_ids_hash,
             "pixels_hash": self.split.pixels_hash,
+            "labels_hash": self.split.labels_hash,
+            "label_names": list(self.image_set.label_names),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             # This describes the model whose weights the run started from. None: random weights.
             "initial": self.earlier_provenance.get("initial"),
@@ -153,7 +171,13 @@ class TrainingRun:
         return replace(self.denoiser, network=self.ema_model or self.model)
 
     def check_resumption(self) -> None:
-        """Raise ConfigError if no step is left to do, or if ids or pixels are not the run's."""
+        """Raise ConfigError if no step is left, or if ids, pixels or labels are not the run's."""
+        # Runs of earlier versions had no labels.
+        if self.earlier_provenance.get("labels_hash", "") != self.split.labels_hash:
+            raise ConfigError(
+                f"{self.folder} was trained with other labels than {self.config.dataset_name} has; "
+                "it cannot continue with these"
+            )
         for name in ("train_ids_hash", "pixels_hash"):
             if self.earlier_provenance[name] != getattr(self.split, name):
                 # Runs of earlier versions do not say their rule.
@@ -180,7 +204,13 @@ class TrainingRun:
 
         Raises CheckpointError when they do not fit.
         """
-        weights = initial.weights
+        weights = dict(initial.weights)
+        own = self.model.state_dict()
+        # The rows of the table are those of its labels. Of other labels it is new.
+        if initial.label_names != self.provenance["label_names"]:
+            weights.pop(LABEL_TABLE, None)
+        if LABEL_TABLE in own:
+            weights.setdefault(LABEL_TABLE, own[LABEL_TABLE])
         description = f"{initial.path}: {initial}"
         own_size = initial.model.image_size
         if own_size < self.experiment.model.image_size:
@@ -191,13 +221,16 @@ class TrainingRun:
         if images := initial.config["diffusion"].get("dataset_name"):
             rule = initial.provenance.get("split_rule", "unknown")
             description += f"; trained on {short(images)} (held out then: {rule})"
-        copy_tensors(weights, self.model.state_dict(), initial.path)
+        copy_tensors(weights, own, initial.path)
         if self.ema_model:
             self.ema_model.load_state_dict(self.model.state_dict())
         self.provenance["initial"] = description
 
-    def batches(self) -> Iterator[Tensor]:
-        """Yield this process's images of each step that is left: uint8 (B, S, S, C)."""
+    def batches(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Yield this process's images of each step that is left, and their inputs.
+
+        Images are uint8 (B, S, S, C), and the inputs of the network (B, ...) by name.
+        """
         indices = indices_of_steps(
             self.split.train_indices,
             self.config.seed,
@@ -219,16 +252,22 @@ class TrainingRun:
         )
         return StepDraws(*(draw[self.share.start : self.share.stop] for draw in draws))
 
-    def augment(self, x_0: Tensor, draws: StepDraws, step: int) -> Tensor:
-        """Flip and rotate x_0 (B, C, H, W), if the config says so."""
+    def augment(
+        self, x_0: Tensor, inputs: dict[str, Tensor], draws: StepDraws, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Flip and rotate x_0 (B, C, H, W), if the config says so, and drop some labels."""
         config = self.config
+        if "label" in inputs:
+            no_label = self.experiment.model.label_count
+            dropped = draws.label_drop < config.label_dropout
+            inputs = inputs | {"label": inputs["label"].masked_fill(dropped, no_label)}
         if not config.use_augmentation:
-            return x_0
+            return x_0, inputs
         angle = None
         # Rotation is off at the end of a run, so that the network unlearns its tilt.
         if config.max_rotation and step / self.total_steps < 1 - config.rotation_free_end:
             angle = config.max_rotation * draws.rotation
-        return augment(x_0, draws.flip, angle)
+        return augment(x_0, draws.flip, angle), inputs
 
     def parts(self) -> dict[str, Tensors]:
         """Return the run's own tensors that the steps change, by a checkpoint's parts and names."""

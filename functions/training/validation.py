@@ -18,7 +18,7 @@ from functions.support.random_numbers import generator_of, image_noise
 @torch.no_grad()
 def validation_losses(
     denoisers: list[Denoiser],
-    gather: Callable[[np.ndarray], Tensor],
+    gather: Callable[[np.ndarray], tuple[Tensor, dict[str, Tensor]]],
     indices: np.ndarray,
     config: DiffusionConfig,
 ) -> list[list[float]]:
@@ -29,7 +29,8 @@ def validation_losses(
     same objective, and errors of eps between all runs.
 
     The denoisers have the same schedule. `gather` takes image indices (B,) and returns uint8
-    (B, H, W, C) on the denoisers' device. The processes share the batches, and all get the means.
+    (B, H, W, C) on the denoisers' device, and the inputs of the network. The processes share the
+    batches, and all get the means.
     """
     timesteps = denoisers[0].scheduler.timesteps
     count = config.validation_samples
@@ -44,7 +45,8 @@ def validation_losses(
     total = torch.zeros(len(denoisers), 6, dtype=torch.float64)
     batches = batches_of(range(count), config.batch_size)
     for positions in batches[processes.rank() :: processes.count()]:
-        x_0 = to_model_range(gather(all_indices[positions]))
+        images, inputs = gather(all_indices[positions])
+        x_0 = to_model_range(images)
         t = all_t[positions].to(x_0.device)
         quarters = 4 * t // timesteps
         # The noise of a triple depends on its position among all triples, not on its batch.
@@ -53,7 +55,7 @@ def validation_losses(
 
         for i, denoiser in enumerate(denoisers):
             with denoiser.evaluating():
-                losses = denoising_loss(denoiser, x_0, t, eps)
+                losses = denoising_loss(denoiser.given(**inputs), x_0, t, eps)
                 errors = eps_errors(denoiser, losses, t)
             by_quarter = [losses * (quarters == q) for q in range(4)]
             total[i] += torch.stack([losses, errors, *by_quarter]).sum(dim=1).cpu()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from functions.optimizers import Muon, is_matrix, orthogonal_factor
+from functions.optimizers import OPTIMIZERS, Muon, orthogonal_factor
 from tests.small_training import same
 
 RATE = 1e-2
@@ -41,9 +41,11 @@ def moved(scale):
     before = copy.deepcopy(layers)
     torch.manual_seed(1)
     draw_gradients(layers, scale)
-    muon(layers).step()
+    optimizer = muon(layers)
+    optimizer.step()
     pairs = zip(layers.parameters(), before.parameters(), strict=True)
-    return torch.cat([(new - old).flatten() for new, old in pairs if is_matrix(new)]).detach()
+    changes = [(new - old).flatten() for new, old in pairs if optimizer.is_matrix(new)]
+    return torch.cat(changes).detach()
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (16, 144), (64, 16)])
@@ -76,7 +78,8 @@ def test_matrices_move_as_those_of_pytorch_and_the_rest_as_adams():
     layers = network()
     theirs = copy.deepcopy(layers)
     optimizer = muon(layers, torch.bfloat16)
-    flat = {p: nn.Parameter(p.detach().flatten(1)) for p in theirs.parameters() if is_matrix(p)}
+    matrices = [p for p in theirs.parameters() if optimizer.is_matrix(p)]
+    flat = {p: nn.Parameter(p.detach().flatten(1)) for p in matrices}
     assert len(flat) == 3
     theirs_muon = torch.optim.Muon(
         flat.values(), lr=RATE, weight_decay=0, adjust_lr_fn="match_rms_adamw"
@@ -131,3 +134,19 @@ def test_a_skipped_step_changes_nothing():
     draw_gradients(layers, torch.nan)
     optimizer.step()
     assert same([layers.state_dict(), optimizer.state_dict()["state"]], before)
+
+
+def test_adam_moves_a_table_of_any_size():
+    """The truth is PyTorch's Adam, of a table alone that would be a matrix by its shape."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Embedding(21, 64), nn.Linear(64, 64))
+    alone = copy.deepcopy(network[0])
+    optimizer = OPTIMIZERS["muon"](network, RATE, torch.float32)
+    theirs = torch.optim.Adam(alone.parameters(), lr=RATE, fused=True)
+    for _ in range(3):
+        draw_gradients(network)
+        alone.weight.grad = network[0].weight.grad.clone()
+        optimizer.step()
+        theirs.step()
+    assert torch.equal(network[0].weight, alone.weight)
+    assert set(optimizer.state[network[1].weight]) == {"exp_avg"}

@@ -41,7 +41,8 @@ def measure(denoiser, x_0, indices=None, **options):
     """Measure all images x_0, or those with these indices."""
     indices = np.arange(len(x_0)) if indices is None else indices
     options = {"t_stride": 1, "batch_size": 64, "variance": "small", "clip_x_0": True, **options}
-    return measure_bits_per_dim(denoiser, lambda i: x_0[[i]], indices, BoundOptions(**options))
+    options = BoundOptions(**options)
+    return measure_bits_per_dim(denoiser, lambda i: (x_0[[i]], {}), indices, options)
 
 
 def expected_terms(scheduler, variance):

@@ -226,12 +226,8 @@ def test_what_only_a_folder_decides(folder, tmp_path, monkeypatch, capsys):
 
     # Results are not written into the folder, which is not ours.
     assert sorted(folder.rglob("*")) == before
-    for name in (
-        "*-*/theirs-*-ddpm-all-trailing-large-False-float32-seed0-n2/grid.png",
-        "*-*/theirs-*-ddpm-5-trailing-small-False-float32-seed0-n2/grid.png",
-        "*-*/theirs-bpd-*.json",
-    ):
-        assert len([*Path("samples").glob(name)]) == 1
+    for name, count in (("*-*/theirs-*-seed0-n2/grid.png", 2), ("*-*/theirs-bpd-*.json", 1)):
+        assert len([*Path("samples").glob(name)]) == count
 
 
 @pytest.mark.slow

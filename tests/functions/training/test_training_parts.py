@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from config import EXPERIMENTS, Experiment
 from data.augmentation import augment
+from data.batches import ImageFeeder
 from data.datasets import load_images
 from functions.denoiser import Denoiser
 from functions.ema import update_ema
@@ -99,6 +100,7 @@ def test_draws_have_their_distributions():
         (draws.noise.square(), 1, 2),
         (draws.flip.float(), 0.5, 0.25),
         (draws.rotation, 0, 1 / 3),
+        (draws.label_drop, 0.5, 1 / 12),
     ):
         assert abs(values.mean() - mean) < 4 * math.sqrt(variance / values.numel())
 
@@ -118,7 +120,7 @@ def test_validation_is_the_mean_over_fixed_triples_whatever_the_batch_size():
 
     def images_of(indices):
         seen_indices.extend(indices)
-        return images[indices]
+        return images[indices], {}
 
     def measure(**changes):
         """Return loss and error of eps on images 3, 5 and 9, of each network."""
@@ -156,8 +158,8 @@ def test_the_loss_of_a_quarter_is_the_mean_of_its_triples(count, expected, monke
     )
     config = replace(EXPERIMENTS["faces"].diffusion, validation_samples=count, batch_size=4)
     denoiser = Denoiser(LittleMemory(None, 0), NoiseScheduler(1000))
-    images = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
-    [(*_, q0, q1, q2, q3)] = validation_losses([denoiser], images.__getitem__, np.arange(2), config)
+    gather = ImageFeeder(np.zeros((2, 4, 4, 3), np.uint8), CPU).gather
+    [(*_, q0, q1, q2, q3)] = validation_losses([denoiser], gather, np.arange(2), config)
     assert [q0, q1, q2, q3] == pytest.approx(expected, nan_ok=True)
 
     log = MetricsLog(tmp_path)
@@ -169,9 +171,9 @@ def test_the_loss_of_a_quarter_is_the_mean_of_its_triples(count, expected, monke
 def test_a_run_validates_on_the_images_that_are_held_out(tiny_run, pictures):
     """They are 4 of the 50 pictures."""
     config = Experiment.from_dict(newest(tiny_run)["config"]).diffusion
-    images = torch.tensor(load_images(pictures, 16).images)
+    gather = ImageFeeder(load_images(pictures, 16).images, CPU).gather
     [(loss, _, *quarters)] = validation_losses(
-        [load_denoiser(tiny_run)], images.__getitem__, np.array(HELD_OUT), config
+        [load_denoiser(tiny_run)], gather, np.array(HELD_OUT), config
     )
     row = read_metrics(tiny_run / "metrics.csv")[-1]
     assert row["val_loss_ema"] == pytest.approx(loss, rel=1e-5)
@@ -327,4 +329,6 @@ def test_learning_rate_warms_up_and_decays_and_rotation_stops_for_the_last_tenth
     draws = training_draws(0, 0, 4, (3, 8, 8), 1000, CPU)
     for step, angle in ((0, 3), (500, 3), (899, 3), (900, 0), (999, 0)):
         expected = augment(draws.noise, draws.flip, angle * draws.rotation)
-        assert torch.equal(TrainingRun.augment(run, draws.noise, draws, step), expected)
+        x_0, inputs = TrainingRun.augment(run, draws.noise, {}, draws, step)
+        assert torch.equal(x_0, expected)
+        assert inputs == {}
