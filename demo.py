@@ -42,6 +42,8 @@ except ImportError:
 STEPS = 20
 # Each step of an inpainting is done this many times, as in edit.py.
 RESAMPLE = 10
+# The options that a sampler does not leave to another one
+OWN = {"spacing": None, "eta": None, "variance": None, "temperature": 1.0}
 # The width and height of the image to paint over, in pixels.
 SIDE = 512
 # The page uses fonts of the machine, so that it downloads none.
@@ -82,20 +84,31 @@ def tab(
     shown in the page as one sentence.
     """
 
+    names = image_sampler.label_names
+    begun = image_sampler.options
+    of_labels = names and [
+        gr.Dropdown(["", *names], value="".join(begun.label[:1]), label="Label"),
+        gr.Number(begun.cfg, label="Guidance by the label", info="Empty: none. 1: no effect."),
+    ]
+
     def call(progress=PROGRESS, *values):
         seed, name, steps, *rest = values
+        of_label, rest = rest[: len(of_labels)], rest[len(of_labels) :]
         options = replace(with_sampler(image_sampler.options, name), steps=steps)
+        label, cfg = of_label or ("", None)
+        options = replace(options, label=(label,) if label else (), cfg=cfg if label else None)
         # An empty field gives None.
-        return work(replace(image_sampler, options=options, seed=seed or 0), *rest)
+        chosen = replace(image_sampler, options=options, seed=seed or 0)
+        return work(chosen.for_edits(), *rest)
 
-    options = image_sampler.options
-    name = options.sampler if options.sampler in samplers else samplers[0]
+    name = begun.sampler if begun.sampler in samplers else samplers[0]
     return gr.Interface(
         call,
         [
             gr.Number(image_sampler.seed, label="Seed", precision=0),
             gr.Radio(samplers, value=name, label="Sampler"),
-            gr.Number(options.steps, label="Steps", info="Empty: all timesteps.", precision=0),
+            gr.Number(begun.steps, label="Steps", info="Empty: all timesteps.", precision=0),
+            *of_labels,
             *inputs,
         ],
         gr.Image(show_label=False, format="png", height=560, buttons=["download"]),
@@ -107,10 +120,7 @@ def tab(
 
 def with_sampler(options: SamplerOptions, name: str) -> SamplerOptions:
     """Return the options with this sampler; of another one's own options none is left."""
-    if name == options.sampler:
-        return options
-    own = {"spacing": None, "eta": None, "variance": None, "temperature": 1.0}
-    return replace(options, sampler=name, **own)
+    return options if name == options.sampler else replace(options, sampler=name, **OWN)
 
 
 def draw_tab(image_sampler: ImageSampler) -> gr.Interface:
@@ -145,11 +155,9 @@ def paint_tab(image_sampler: ImageSampler) -> gr.Interface:
         height=600,
     )
     count = gr.Slider(1, 8, 4, step=1, precision=0, label="How many")
-    options = image_sampler.options
-    # RePaint needs ddpm.
-    if options.sampler != "ddpm":
-        steps = min(INPAINTING_STEPS, image_sampler.scheduler.timesteps)
-        options = replace(with_sampler(options, "ddpm"), steps=steps)
+    # RePaint needs ddpm, with all of its noise.
+    steps = min(INPAINTING_STEPS, image_sampler.scheduler.timesteps)
+    options = replace(image_sampler.options, sampler="ddpm", steps=steps, **OWN)
     return tab(replace(image_sampler, options=options), paint, ["ddpm"], count, editor)
 
 

@@ -18,7 +18,7 @@ from dataclasses import replace
 from functions.sampling.editing import INPAINTING_STEPS, VERBS
 from functions.sampling.generation import open_drawing
 from functions.sampling.options import add_out_flag, add_sampling_flags
-from functions.sampling.recipes import parse_drawing
+from functions.sampling.recipes import OF_SAMPLER, parse_drawing
 from functions.sampling.samples_folder import drawing_settings, open_folder, samples_folder
 from functions.support.command_line import Parser, fraction, positive, run_script
 from functions.support.errors import UserError
@@ -31,11 +31,10 @@ EXACT_FLAGS = {
     "eta": (None, 0.0),
     "temperature": (1.0,),
     "guide": (None,),
+    "cfg": (None,),
     "enlarge": ([],),
     "precision": ("auto", "float32"),
 }
-# What an inpainting, which needs ddpm, uses of a recipe beside the model.
-INPAINTING_KEYS = {"guide", "guidance", "enlarge", "precision", "batch-size"}
 
 
 def main() -> None:
@@ -49,7 +48,7 @@ def main() -> None:
         image_sampler = replace(image_sampler, options=options)
     print(f"{args.verb}: {image_sampler}")
     folder = args.out or samples_folder(image_sampler)
-    VERBS[args.verb](args, image_sampler, folder)
+    VERBS[args.verb](args, image_sampler.for_edits(), folder)
     if not args.out:
         open_folder(folder, drawing_settings(image_sampler))
 
@@ -116,7 +115,9 @@ def parse_flags() -> argparse.Namespace:
         help="How many inpaintings to sample. Default: %(default)s.",
     )
 
-    args = parse_drawing(parser, wanted=keys_of_recipe)
+    args = parse_drawing(parser, keeps=keeps_of_recipe)
+    if len(args.label) > 1:
+        raise UserError("an edit has one --label")
     if args.exact:
         args.default_steps = EXACT_STEPS
         for flag, values in EXACT_FLAGS.items():
@@ -129,11 +130,9 @@ def parse_flags() -> argparse.Namespace:
     return args
 
 
-def keys_of_recipe(args: argparse.Namespace) -> set[str] | None:
-    """Return which keys of a recipe are used beside its model; None means all."""
-    if args.exact:
-        return set()
-    return INPAINTING_KEYS if args.verb == "inpaint" else None
+def keeps_of_recipe(args: argparse.Namespace, key: str) -> bool:
+    """Return whether a key of a recipe is used: an inpainting needs ddpm."""
+    return not args.exact and (args.verb != "inpaint" or key not in {"sampler", *OF_SAMPLER})
 
 
 def add_verb(verbs, name: str, image_count: int, help: str) -> argparse.ArgumentParser:

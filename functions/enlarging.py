@@ -32,19 +32,22 @@ class Known:
     image: Tensor
     # Where it is unknown: (H, W) bool.
     mask: Tensor
-    # From H to the size S at which it is used: (S, H) float64; None for H itself.
+    # From H to the size S at which it is used, (S, H), and back, (H, S); None for H itself.
     shrink: Tensor | None = None
+    stretch: Tensor | None = None
 
     def halved(self) -> "Known":
         """Return the same for half the size, as Lanczos shrinks the image."""
-        previous = torch.eye(len(self.mask)).double() if self.shrink is None else self.shrink
-        return replace(self, shrink=shrinking(len(previous) // 2) @ previous)
+        size = len(self.mask) if self.shrink is None else len(self.shrink)
+        shrink = shrinking(size // 2).to(self.image)
+        shrink = shrink if self.shrink is None else shrink @ self.shrink
+        return replace(self, shrink=shrink, stretch=torch.linalg.pinv(shrink))
 
     def at_size(self) -> tuple[Tensor, Tensor]:
         """Return the image (C, S, S), and the mask (S, S) of pixels that depend on unknown ones."""
         if self.shrink is None:
             return self.image, self.mask
-        shrink = self.shrink.to(self.image)
+        shrink = self.shrink
         reach = (shrink != 0).to(shrink)
         return shrink @ self.image @ shrink.mT, reach @ self.mask.to(shrink) @ reach.mT > 0
 
@@ -56,10 +59,8 @@ class Known:
         """
         if self.shrink is None:
             return torch.where(self.mask, images, self.image)
-        shrink = self.shrink.to(images)
-        stretch = torch.linalg.pinv(self.shrink).to(images)
-        large = torch.where(self.mask, stretch @ images @ stretch.mT, self.image)
-        return shrink @ large @ shrink.mT
+        large = torch.where(self.mask, self.stretch @ images @ self.stretch.mT, self.image)
+        return self.shrink @ large @ self.shrink.mT
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,8 @@ def enlarge(
     """Return images (B, C, 2S, 2S) that shrink to `small` (B, C, S, S), but for clipping.
 
     `model` draws images of that size, and `noise()` their next standard normal noise, of one for
-    all or of each. What is known is so of all images; next to it they shrink only nearly to the
-    small ones.
+    all or of each. All images get the same known pixels. Near the mask's edge they do not shrink
+    exactly to the small ones.
     """
     times = enlarging_times(model.scheduler)
     shrink = shrinking(small.shape[-1])

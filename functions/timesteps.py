@@ -12,6 +12,9 @@ Steps = int | Sequence[int] | None
 # Below this log-SNR, where the standard deviation of the noise is 90 times the image's factor, x_0
 # hardly moves. From -7 on, samples without fresh noise would lose 14% of details that vary most.
 FIRST_LOG_SNR = -9.0
+# Above this, T - 1 is so near that the steps are even from there. Linear betas have -10.1: their
+# networks of eps need the calls, and samples of `faces` got worse without.
+FAR_LOG_SNR = -12.0
 
 
 def sampling_times(scheduler: NoiseScheduler, steps: Steps, spacing: str = "trailing") -> list[int]:
@@ -48,10 +51,7 @@ def logsnr(scheduler: NoiseScheduler, steps: int) -> list[int]:
     From T - 1 on, or, if that is far below FIRST_LOG_SNR, from there on, after T - 1.
     """
     first, last = torch.logit(scheduler.alphas_cumprod[[-1, 0]]).tolist()
-    below = FIRST_LOG_SNR - first
-    # With few steps the next one from T - 1 on is above FIRST_LOG_SNR anyway.
-    is_near = steps > 2 and below < (last - FIRST_LOG_SNR) / (steps - 2)
-    if below <= 0 or is_near:
+    if first > FAR_LOG_SNR:
         log_snr = torch.linspace(first, last, steps, dtype=torch.float64)
     else:
         even = torch.linspace(FIRST_LOG_SNR, last, steps - 1, dtype=torch.float64)

@@ -221,3 +221,28 @@ def test_it_listens_to_this_machine_alone(served_run):
     port = int(served_run.strip("/").split(":")[-1])
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.2", port))
+
+
+def test_a_model_with_labels_has_fields_for_them(pictures, tmp_path, monkeypatch):
+    """An empty label draws without one, and then the weight has no effect."""
+    import demo
+
+    data = tmp_path / "data"
+    for name in ("a", "b"):
+        shutil.copytree(pictures, data / name)
+    run = train_tiny(data, tmp_path / "runs", "--diffusion.labels true --diffusion.epochs 1")
+    shown = []
+
+    def interface(call, inputs, *_, **__):
+        shown.append([field.value for field in inputs])
+        return call
+
+    monkeypatch.setattr(demo.gr, "Interface", interface)
+    begun = sampler_of(run, "--sampler dpm++ --steps 4 --label b --cfg 2")
+    submit = demo.tab(begun, lambda image_sampler: image_sampler, [*SAMPLERS])
+    assert shown == [[0, "dpm++", 4, "b", 2.0]]
+    drawing = submit(None, 0, "dpm++", 4, "a", 3)
+    assert drawing.denoiser.weight == 3
+    assert drawing.denoiser.model.inputs["label"].tolist() == [0]
+    plain = submit(None, 0, "dpm++", 4, "", 3)
+    assert plain.denoiser.inputs == {}

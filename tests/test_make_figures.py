@@ -2,6 +2,7 @@
 
 import contextlib
 import runpy
+import shutil
 import sys
 from unittest import mock
 
@@ -21,7 +22,7 @@ def run_here(call, check, cwd, env):
 
 
 @pytest.mark.slow
-def test_every_picture_is_drawn_from_a_run_of_eight_steps(trained, tmp_path, monkeypatch):
+def test_every_picture_is_drawn_from_a_run_of_eight_steps(trained, pictures, tmp_path, monkeypatch):
     # The people have 811 training images. An earlier snapshot is the guide, of step 2 too.
     flags = (
         "--diffusion.dataset-name emoji_people --diffusion.batch-size 100 --diffusion.epochs 1 "
@@ -35,13 +36,17 @@ def test_every_picture_is_drawn_from_a_run_of_eight_steps(trained, tmp_path, mon
     size = "--model.image-size 32 --model.lowest-resolution-size 16"
     large = train_tiny("emoji_people", tmp_path / "large", flags, size)
     recipe = tmp_path / "people.toml"
-    recipe.write_text(f'model = "{run}"\nsteps = 2\nenlarge = ["{large}"]')
+    for path in (recipe, recipe.with_name("people-varied.toml")):
+        path.write_text(f'model = "{run}"\nsteps = 2\nenlarge = ["{large}"]')
     monkeypatch.setattr(make_figures, "PRETRAINED", recipe)
     # An inpainting does each step ten times.
     command, pattern = make_figures.COMMANDS["inpainting.png"]
     few = command.replace("--steps 50", "--steps 2"), pattern
     monkeypatch.setitem(make_figures.COMMANDS, "inpainting.png", few)
-    call(make_figures, run, run, run)
+    for name in ("a", "b"):
+        shutil.copytree(pictures, tmp_path / "labelled" / name)
+    digits = train_tiny(tmp_path / "labelled", tmp_path / "digits", "--diffusion.labels true")
+    call(make_figures, run, run, run, digits)
 
     for path in folder.iterdir():
         # It has more than one colour.

@@ -194,7 +194,8 @@ def test_a_run_is_boxed_with_a_guide_and_a_card(trained, pictures, tmp_path, mon
 def test_the_real_model_is_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert newest_run(Path("runs")) == newest_run(Path("runs"), "ffhq") == PRETRAINED
-    base, flags = read_recipe(PRETRAINED)
+    recipe, flags = read_recipe(PRETRAINED)
+    base = recipe.model
     enlargers = [Path(word.partition("=")[2]) for word in flags["enlarge"]]
     drawn_by = {path: "sample.py pretrained/people.toml" for path in enlargers}
     alone = flags | {"guide": [f"--guide={GUIDE_STEPS[base.stem]}"], "enlarge": []}

@@ -23,7 +23,7 @@ from functions.saved.loading import open_model
 from functions.saved.run_folder import checkpoints_of, newest_run, step_of
 from functions.support import processes
 from functions.support.device import choose_device, set_deterministic, warn_if_busy
-from functions.support.errors import UserError
+from functions.support.errors import UserError, short
 from functions.support.random_numbers import image_noise
 from functions.support.settings import fields_with
 from functions.timesteps import sampling_times
@@ -59,6 +59,8 @@ class ImageSampler:
     on_step: OnStep | None = None
     # Each of them then draws the images at twice their size. They do not call `on_step`.
     enlargers: tuple[Predictor, ...] = ()
+    # The names of the model's labels
+    label_names: Sequence[str] = ()
     # Where the denoiser comes from; a training, which draws grids, has not saved it.
     saved: SavedModel | None = None
 
@@ -67,7 +69,7 @@ class ImageSampler:
         _ = self.times
 
     def __str__(self) -> str:
-        """Return all settings but those that the models bring, with the seed."""
+        """Return the options, the seed and the precision."""
         return f"{self.options}, seed {self.seed}, {self.precision}"
 
     @property
@@ -142,8 +144,29 @@ class ImageSampler:
                 self.on_step(k, t, x, x_0)
 
         noise = self.noise(indices)
-        images = replace(self, on_step=on_step).take_steps(noise(), self.times, noise)
+        sampler = replace(self, denoiser=self.given(indices), on_step=on_step)
+        images = sampler.take_steps(noise(), self.times, noise)
         return self.enlarge(images, indices, on_step=lambda *step: bar.update(len(indices)))
+
+    def given(self, indices: Sequence[int]) -> Predictor:
+        """Return the denoiser with the inputs that its network gets for these images, if any.
+
+        With `cfg` it is guided by the denoiser without a label.
+        """
+        inputs = {
+            name: torch.tensor(values, device=self.device)
+            for name, values in self.options.inputs_of(indices, self.label_names).items()
+        }
+        denoiser = self.denoiser.given(**inputs)
+        if self.options.cfg is None:
+            return denoiser
+        others = {name: values for name, values in inputs.items() if name != "label"}
+        return Guided(denoiser, self.denoiser.given(**others), self.options.cfg)
+
+    def for_edits(self) -> "ImageSampler":
+        """Return the sampler whose denoiser has the inputs of image 0 in all that it draws."""
+        options = replace(self.options, label=(), cfg=None)
+        return replace(self, denoiser=self.given([0]), options=options)
 
     def enlarge(
         self,
@@ -198,6 +221,7 @@ def open_sampler(args: argparse.Namespace) -> ImageSampler:
     if args.sampler == "ddpm" and args.steps in (None, diffusion["timesteps_diff"]):
         chosen["variance"] = args.variance or diffusion.get("variance")
     options = SamplerOptions(**chosen, clip_x_0=diffusion.get("clip_x_0", True))
+    check_labels(options, saved)
 
     batch_size = args.batch_size or (CPU_BATCH if device.type == "cpu" else GPU_BATCH)
     return ImageSampler(
@@ -208,8 +232,23 @@ def open_sampler(args: argparse.Namespace) -> ImageSampler:
         device,
         batch_size,
         str(denoiser.precision).removeprefix("torch."),
+        label_names=saved.label_names,
         saved=saved,
     )
+
+
+def check_labels(options: SamplerOptions, saved: SavedModel) -> None:
+    """Raise UserError for labels that the model does not have, and for `cfg` without one."""
+    if not options.label and options.cfg is None:
+        return
+    known = ", ".join(repr(short(name)) for name in saved.label_names)
+    if not known:
+        raise UserError(f"{saved.path} was trained without labels; --label and --cfg need some")
+    if not options.label:
+        raise UserError(f"--cfg needs a --label: {known}")
+    for name in options.label:
+        if name not in saved.label_names:
+            raise UserError(f"{short(name)!r} is no label of {saved.path}, which has {known}")
 
 
 def guided(image_sampler: ImageSampler) -> ImageSampler:
@@ -227,6 +266,8 @@ def guided(image_sampler: ImageSampler) -> ImageSampler:
     path = processes.on_main(find_guide, options.guide, saved)
     saved_guide, guide = open_model(path, image_sampler.device, image_sampler.precision)
     processes.print_main(f"guide {saved_guide.path}: {saved_guide}")
+    if options.label and saved_guide.label_names != saved.label_names:
+        raise UserError(f"{saved_guide.path} cannot guide {saved.path}: it has other labels")
     # Both networks get the same x_t and t, so t must mean the same amount of noise to both.
     same_shape = saved_guide.model.image_shape == image_sampler.shape
     alphas_cumprod = model.scheduler.alphas_cumprod
@@ -333,7 +374,9 @@ def step_bar(image_sampler: ImageSampler, count: int, shown: bool) -> tqdm:
     """Return a progress bar for the steps of `count` images."""
     details = sum(len(enlarging_times(model.scheduler)) - 1 for model in image_sampler.enlargers)
     total = count * (image_sampler.step_count + details)
-    return StepBar(desc="sampling", total=total, unit="step", unit_scale=True, disable=not shown)
+    bar = StepBar(desc="sampling", total=total, unit="step", unit_scale=True, disable=not shown)
+    bar.is_checked = image_sampler.device.type != "cpu"
+    return bar
 
 
 class StepBar(tqdm):

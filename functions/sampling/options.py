@@ -3,7 +3,9 @@
 `SamplerOptions()` is the default of sample.py: Algorithm 2 over all timesteps.
 """
 
+import csv
 from argparse import ArgumentParser
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from functions.saved.run_folder import RUNS
 from functions.support.command_line import finite, fraction, positive
 from functions.support.device import DTYPES
 from functions.support.errors import UserError
-from functions.timesteps import FIRST_LOG_SNR, SPACINGS
+from functions.timesteps import SPACINGS
 
 # The default weight w of a guide. Samples are garish from 3 on.
 GUIDANCE = 1.5
@@ -40,6 +42,10 @@ class SamplerOptions:
     # by the digest of the guide's weights.
     guide: str | None = None
     guidance: float | None = None
+    # The names of labels, of which image i gets number i mod K, and the weight of classifier-free
+    # guidance.
+    label: tuple[str, ...] = ()
+    cfg: float | None = None
     # Those of the models that enlarge the images. `enlarged` sets them.
     enlarger_digests: tuple[str, ...] = ()
     # This has no flag. It is False for a few models from diffusers folders.
@@ -57,6 +63,8 @@ class SamplerOptions:
             raise UserError("--temperature scales the noise of steps, and these add none (--eta)")
         if self.guidance is not None and not self.guide:
             raise UserError("--guidance needs a --guide")
+        if self.cfg is not None and self.guide:
+            raise UserError("--cfg and --guide exclude each other: the model without label guides")
 
     @property
     def arguments(self) -> dict[str, str | float]:
@@ -73,23 +81,39 @@ class SamplerOptions:
     def settings(self) -> dict[str, str | int | float]:
         """Return the options that determine the pixels, with the names of their flags."""
         settings = {"sampler": self.sampler, "steps": self.steps or "all", **self.arguments}
-        if settings["spacing"] == "logsnr":
-            # Earlier versions spaced them evenly from T - 1 on, and had no such entry.
-            settings["first_log_snr"] = FIRST_LOG_SNR
         if self.temperature != 1:
             settings["temperature"] = self.temperature
         if self.guide:
             settings["guide"] = self.guide
             settings["guidance"] = self.guide_weight
+        if self.label:
+            settings["label"] = [*self.label]
+        if self.cfg is not None:
+            settings["cfg"] = self.cfg
         if self.enlarger_digests:
             settings["enlargers"] = "+".join(self.enlarger_digests)
         if not self.clip_x_0:
             settings["clip_x_0"] = False
         return settings
 
+    def inputs_of(self, indices: Sequence[int], label_names: Sequence[str]) -> dict[str, list]:
+        """Return what the network gets beside x_t and t for images with these indices, by name.
+
+        `label_names` are those of the model.
+        """
+        if not self.label:
+            return {}
+        labels = [label_names.index(name) for name in self.label]
+        return {"label": [labels[i % len(labels)] for i in indices]}
+
     def __str__(self) -> str:
         """Return a text such as "sampler dpm++, steps 20, spacing logsnr, eta 1.0"."""
         return ", ".join(f"{name} {value}" for name, value in self.settings.items())
+
+
+def label_list(text: str) -> tuple[str, ...]:
+    """Parse a flag's value: names with commas between them, and quotes where names have some."""
+    return tuple(next(csv.reader([text], skipinitialspace=True)))
 
 
 def add_place_flags(parser: ArgumentParser) -> None:
@@ -132,18 +156,23 @@ def add_sampling_flags(parser: ArgumentParser) -> None:
     """Add the flags of sampling, which include the model flags."""
     add_model_flags(parser)
     parser.add_argument(
-        "--precision",
-        default="auto",
-        choices=("auto", *DTYPES),
-        help="The number format that the network computes in. auto is that of the model's "
-        "training, or float32 if the device has no instructions for it. Default: %(default)s.",
-    )
-    parser.add_argument(
         "--seed",
         type=int,
         default=0,
         help="The seed of the noise. The noise of image i depends only on the seed and i; another "
         "batch size changes its pixels only by rounding. Default: %(default)s.",
+    )
+    add_drawing_flags(parser)
+
+
+def add_drawing_flags(parser: ArgumentParser) -> None:
+    """Add the flags of sampling that a recipe can have, too."""
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        choices=("auto", *DTYPES),
+        help="The number format that the network computes in. auto is that of the model's "
+        "training, or float32 if the device has no instructions for it. Default: %(default)s.",
     )
     parser.add_argument(
         "--batch-size",
@@ -168,8 +197,8 @@ def add_sampling_flags(parser: ArgumentParser) -> None:
     group.add_argument(
         "--spacing",
         choices=SPACINGS,
-        help="How the timesteps are spaced: trailing is even in t; logsnr is even in log-SNR, from "
-        f"{FIRST_LOG_SNR:g} on after the first step. Default: the sampler's.",
+        help="How the timesteps are spaced: trailing is even in t, logsnr is even in log-SNR where "
+        "it matters (docs/sampling.md). Default: the sampler's.",
     )
     group.add_argument(
         "--guide",
@@ -187,6 +216,21 @@ def add_sampling_flags(parser: ArgumentParser) -> None:
         f"from that of the guide. Default: {GUIDANCE}.",
     )
     group.add_argument(
+        "--label",
+        type=label_list,
+        default=(),
+        metavar="NAME,NAME,...",
+        help="The labels to draw, of a model that was trained with labels. Image i gets the label "
+        "i mod K of these K. Default: no label.",
+    )
+    group.add_argument(
+        "--cfg",
+        type=finite,
+        metavar="W",
+        help="Classifier-free guidance, instead of a guide: move each x_0 away from that without "
+        "the label. 1 is the model alone. Default: no.",
+    )
+    group.add_argument(
         "--eta",
         type=fraction,
         help="How much noise each step adds, from 0 (none) to 1. Default: the sampler's.",
@@ -195,8 +239,8 @@ def add_sampling_flags(parser: ArgumentParser) -> None:
         "--temperature",
         type=fraction,
         default=1.0,
-        help="Multiply the noise of the later steps by this, from 0 to 1. With 0.7 more faces of "
-        "ffhq-32 were clear, with less detail (docs/sampling.md). Default: %(default)s.",
+        help="Multiply the noise of the later steps by this, from 0 to 1. With 0.6 more faces of "
+        "ffhq-32 are clear, with less detail (docs/sampling.md). Default: %(default)s.",
     )
     group.add_argument(
         "--variance",

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from functions.sampling.options import add_sampling_flags
+from functions.sampling.options import add_drawing_flags
 from functions.saved.loading import is_hub_name
 from functions.saved.run_folder import is_recipe, newest_run
 from functions.support import processes
@@ -22,31 +22,28 @@ from functions.support.files import check_file
 
 # The keys whose values are paths, among other things.
 PARTS = ("model", "guide", "enlarge")
-# These belong to a command, not to a way of drawing.
-NO_KEYS = {"checkpoint", "runs", "device", "seed"}
 # Another --sampler than the recipe's drops these, which are meant for that one.
 OF_SAMPLER = {"steps", "spacing", "eta", "variance", "temperature"}
-# The sampler of a recipe that names none.
-DDPM = ["--sampler=ddpm"]
 
 
 class RecipeParser(Parser):
-    """A parser of the flags of sampling whose errors name the recipe that has them."""
+    """A parser of the words of a recipe, whose errors name the file."""
 
     def __init__(self, path: Path):
         super().__init__(add_help=False)
         self.path = path
-        add_sampling_flags(self)
+        self.add_argument("--model", required=True, type=Path)
+        add_drawing_flags(self)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.path}: {message}")
+        raise UserError(f"{self.path}: {short(message)}")
 
 
 def parse_drawing(
     parser: ArgumentParser,
     words: Sequence[str] | None = None,
     name_prefix: str = "",
-    wanted: Callable[[Namespace], set[str] | None] = lambda args: None,
+    keeps: Callable[[Namespace, str], bool] = lambda args, key: True,
 ) -> Namespace:
     """Parse a command line with flags of sampling, after those of its recipe if RUN is a recipe.
 
@@ -56,33 +53,36 @@ def parse_drawing(
 
     Args:
         words: the command line, by default the script's. A verb is the first of them.
-        wanted: returns which keys of a recipe are used beside `model`; None means all.
+        keeps: (flags, key) -> whether this key of a recipe is used, beside `model`.
     """
     words = sys.argv[1:] if words is None else [*words]
     args = parser.parse_args(words)
     path = args.checkpoint or processes.on_main(newest_run, args.runs, name_prefix)
     if is_recipe(path):
-        path, flags = read_recipe(path)
-        keys = wanted(args)
-        unused = overridden(args, words, flags)
-        if keys is not None:
-            unused |= flags.keys() - keys
-        kept = [word for key, values in flags.items() if key not in unused for word in values]
+        recipe, flags = read_recipe(path)
+        path = recipe.model
+        unused = overridden(args, words, recipe)
+        used = [key for key in flags if key not in unused and keeps(args, key)]
+        kept = [word for key in used for word in flags[key]]
         place = 1 if hasattr(args, "verb") else 0
         args = parser.parse_args([*words[:place], *kept, *words[place:]])
     args.checkpoint = path
     return args
 
 
-def overridden(args: Namespace, words: Sequence[str], flags: dict[str, list[str]]) -> set[str]:
-    """Return which keys of a recipe, whose flags these are, the given words make void."""
+def overridden(args: Namespace, words: Sequence[str], recipe: Namespace) -> set[str]:
+    """Return which keys of a recipe the given words make void, beside those that they replace."""
     given = {word.partition("=")[0] for word in words}
     unused = set()
-    if "--sampler" in given and [f"--sampler={args.sampler}"] != flags.get("sampler", DDPM):
+    if "--sampler" in given and args.sampler != recipe.sampler:
         unused |= OF_SAMPLER
     if "--eta" in given and not args.eta:
         # Without noise, there is none that a temperature could scale.
         unused.add("temperature")
+    if "--cfg" in given:
+        unused |= {"guide", "guidance"}
+    if "--guide" in given:
+        unused.add("cfg")
     if "--enlarge" in given:
         unused.add("enlarge")
     return unused
@@ -90,47 +90,37 @@ def overridden(args: Namespace, words: Sequence[str], flags: dict[str, list[str]
 
 def model_of(path: Path) -> Path:
     """Return the path of a recipe's model, or the path itself."""
-    return read_recipe(path)[0] if is_recipe(path) else path
+    return read_recipe(path)[0].model if is_recipe(path) else path
 
 
-def read_recipe(path: Path) -> tuple[Path, dict[str, list[str]]]:
-    """Read a recipe: the path of its model, and by key the flags that say the rest of it.
+def read_recipe(path: Path) -> tuple[Namespace, dict[str, list[str]]]:
+    """Read a recipe: its values, as parsed, and the flags of each key but `model`.
 
     Raises UserError for a file that is no recipe, or whose parts do not exist.
     """
     check_file(path)
     try:
         # Editors on Windows may begin the file with a byte-order mark.
-        recipe = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+        values = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         hint = "TOML in UTF-8 is needed, with / and not \\ in paths"
         raise UserError(f"{path}: {short(error)}; {hint}") from error
-
-    parser = RecipeParser(path)
-    keys = {name.replace("_", "-") for name in vars(parser.parse_args([])).keys() - NO_KEYS}
-    for key in recipe.keys() - keys - {"model"}:
-        names = ", ".join(["model", *sorted(keys)])
-        raise UserError(f"{path}: {short(key)!r} is no key of a recipe, which can have {names}")
-    if "model" not in recipe:
-        raise UserError(f"{path}: it names no model")
-    values = {key: values_of(path, key, value) for key, value in recipe.items()}
-    [model] = values.pop("model")
-    flags = {key: [f"--{key}={value}" for value in each] for key, each in values.items()}
-    # The flags' own parsing checks the values.
-    parser.parse_args([flag for each in flags.values() for flag in each])
-    return Path(model), flags
-
-
-def values_of(path: Path, key: str, value: object) -> list[str]:
-    """Return a key's value, or those of the list `enlarge`, as a command line has them."""
-    kinds = (str,) if key in ("model", "enlarge") else (str, int, float)
-    values = value if key == "enlarge" and isinstance(value, list) else [value]
-    if (key == "enlarge" and values is not value) or any(
-        type(each) not in kinds for each in values
-    ):
-        hint = ', which is a list, such as ["a.safetensors"]' if key == "enlarge" else ""
-        raise UserError(f"{path}: {short(value)} cannot be {key}{hint}")
-    return [located(path, key, str(each)) if key in PARTS else str(each) for each in values]
+    flags = {}
+    for key, value in values.items():
+        flags[key] = []
+        for each in value if key == "enlarge" and isinstance(value, list) else [value]:
+            if type(each) not in (str, int, float):
+                raise UserError(f"{path}: {key} cannot be {short(each)}")
+            word = located(path, key, str(each)) if key in PARTS else each
+            flags[key].append(f"--{key}={word}")
+    # The flags' own parsing checks names and values.
+    recipe = RecipeParser(path).parse_args([word for words in flags.values() for word in words])
+    for key, value in values.items():
+        parsed = getattr(recipe, key.replace("-", "_"))
+        if isinstance(value, str) and isinstance(parsed, (int, float)):
+            raise UserError(f"{path}: {key} cannot be the text {short(value)!r}; write a number")
+    del flags["model"]
+    return recipe, flags
 
 
 def located(path: Path, key: str, name: str) -> str:

@@ -25,6 +25,7 @@ from functions.support import processes
 from functions.support.errors import UserError, short
 from functions.support.files import read_json, sha256, write_text
 from functions.support.pictures import save_strip
+from functions.timesteps import FIRST_LOG_SNR
 
 MANIFEST = "samples.json"
 # These show several images. The manifest's SHOWN has their indices, or None without pictures.
@@ -49,6 +50,10 @@ def image_path(folder: Path, i: int) -> Path:
 def drawing_settings(image_sampler: ImageSampler) -> dict[str, str | int | float]:
     """Return all that determines the pixels of all samples in a folder, for its manifest."""
     saved = image_sampler.saved
+    settings = image_sampler.options.settings
+    if settings["spacing"] == "logsnr":
+        # Earlier versions had other timesteps, and no such entry.
+        settings["first_log_snr"] = FIRST_LOG_SNR
     return {
         "experiment": saved.provenance["experiment"],
         "checkpoint": saved.digest,
@@ -57,7 +62,7 @@ def drawing_settings(image_sampler: ImageSampler) -> dict[str, str | int | float
         "split": saved.config["diffusion"].get("split", "reference"),
         "seed": image_sampler.seed,
         "precision": image_sampler.precision,
-        **image_sampler.options.settings,
+        **settings,
         # Without --steps, the options say "all".
         "steps": image_sampler.step_count,
     }

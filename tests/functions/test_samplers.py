@@ -181,10 +181,9 @@ def test_trailing_times_are_even():
 @pytest.mark.parametrize(
     ("beta_end", "steps", "start"),
     [
-        (20, 101, -9),
-        # With few steps the second one is above -9, wherever the first one is.
-        (20, 12, None),
-        # Here the log-SNR of T - 1 is above -9.
+        (26, 101, -9),
+        # Those of T - 1 are -10 and -7.5.
+        (20, 101, None),
         (15, 101, None),
     ],
 )
@@ -197,7 +196,7 @@ def test_logsnr_times_are_even_in_the_log_snr(beta_end, steps, start):
     scheduler = NoiseScheduler(T, 0.1 / T, beta_end / T, rescale_betas=False)
     alpha_bar = np.cumprod(1 - np.linspace(0.1, beta_end, T) / T)
     log_snr = np.log(alpha_bar / (1 - alpha_bar))
-    assert (log_snr[-1] < -9) == (beta_end == 20)
+    assert (log_snr[-1] < -12) == (beta_end == 26)
 
     times = sampling_times(scheduler, steps, "logsnr")
     assert len(times) == steps + 1
@@ -217,6 +216,7 @@ def test_one_or_two_logsnr_times_begin_at_the_end_of_the_noise():
     assert sampling_times(scheduler, 1, "logsnr") == [999, -1]
     _, second, _ = sampling_times(scheduler, 2, "logsnr")
     assert scheduler.log_snr(second) == pytest.approx(-9, abs=0.1)
+    assert sampling_times(scheduler, 20, "logsnr")[:4] == [999, second, 987, 978]
 
 
 def test_no_steps_are_refused():

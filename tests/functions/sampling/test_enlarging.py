@@ -89,7 +89,7 @@ def test_a_pixel_that_is_known_of_a_small_image_depends_on_no_unknown_one():
         # They are put into images, of which the others stay nearly as they are if all agrees.
         kept = known.put_into(small[1:])
         assert_close(kept[0][:, ~unknown], small[0][:, ~unknown], rtol=0, atol=1e-5)
-        nothing = Known(image, torch.ones_like(mask), known.shrink)
+        nothing = replace(known, mask=torch.ones_like(mask))
         assert_close(nothing.put_into(small), small, rtol=0, atol=1e-4)
     # The mask is above the middle, and its reach of 3 pixels at each size ends there.
     assert not known.at_size()[1][6:].any()

@@ -1,0 +1,412 @@
+"""Labels, from a data set to samples: what they are, what training does, and what is drawn."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+import edit
+import evaluate
+import sample
+import train
+from config import EXPERIMENTS, ConfigError
+from data.datasets import load_images, split_images
+from functions.denoiser import Denoiser
+from functions.enlarging import Keeping, Known
+from functions.evaluation.bits_per_dim import evenly_spaced
+from functions.guidance import GUIDED_LOG_SNR, Guided
+from functions.noise_scheduler import NoiseScheduler
+from functions.sampling import editing
+from functions.sampling.options import SamplerOptions, add_sampling_flags
+from functions.saved.loading import load_denoiser, load_model
+from functions.saved.run_folder import checkpoints_of
+from functions.support.command_line import Parser
+from functions.training.draws import training_draws
+from functions.training.run import LABEL_TABLE, TrainingRun
+from models.unet import UNet
+from tests.conftest import (
+    CPU,
+    ONE_LEVEL,
+    SMALL_MODEL,
+    TINY,
+    call,
+    during,
+    image_sampler_of,
+    newest,
+    normal,
+    pixels_of,
+    refused,
+    terminate,
+    train_tiny,
+)
+from tests.functions.support.test_processes import two
+from tests.small_training import same
+
+LABELS = "--diffusion.labels true --diffusion.label-dropout 0.5"
+FEW = "--steps 4 --device cpu"
+
+
+@pytest.fixture(scope="module")
+def coloured(tmp_path_factory):
+    """Return a folder of 40 plain pictures in folders of their colour, 10 to 16 in each."""
+    folder = tmp_path_factory.mktemp("coloured")
+    rng = np.random.default_rng(0)
+    colours = {"2": (230, 30, 30), "10": (30, 230, 30), "blue": (30, 30, 230)}
+    for i in range(40):
+        name = [*colours][min(i // 10, 2) if i < 30 else rng.integers(3)]
+        (folder / "a" / name).mkdir(parents=True, exist_ok=True)
+        noisy = np.clip(colours[name] + rng.normal(0, 20, (16, 16, 3)), 0, 255)
+        Image.fromarray(noisy.astype(np.uint8)).save(folder / "a" / name / f"{i:03d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def labelled_run(coloured, tmp_path_factory):
+    """Return a run whose samples have the colours of their labels."""
+    flags = "--diffusion.epochs 40 --diffusion.learning-rate 1e-2 --diffusion.ema-decay 0.9"
+    flags += (
+        " --diffusion.objective v --diffusion.sample-every 1000 --diffusion.validate-every 1000"
+    )
+    return train_tiny(coloured, tmp_path_factory.mktemp("labelled"), LABELS, flags)
+
+
+def test_the_nearest_folder_is_the_label_and_numbers_are_sorted_as_such(coloured, capsys):
+    plain = load_images(coloured, 16)
+    labelled = load_images(coloured, 16, inputs=["label"])
+    assert labelled.label_names == ("2", "10", "blue")
+    for name, label in zip(labelled.names, labelled.inputs["label"], strict=True):
+        assert f"/{labelled.label_names[label]}/" in f"/{name}"
+    counts = np.bincount(labelled.inputs["label"])
+    assert labelled.summary == f"{plain.summary}; 3 labels of {min(counts)} to {max(counts)} images"
+    # What a run compares is as before, but for the labels themselves.
+    splits = [split_images(each, "reference") for each in (plain, labelled)]
+    assert splits[0].train_ids_hash == splits[1].train_ids_hash
+    assert (splits[0].labels_hash, len(splits[1].labels_hash)) == ("", 16)
+    assert plain.inputs == {}
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (["a.png", "b.png"], "has no label for .*: folders are labels"),
+        (["1/a.png", "b.png"], "has no label for b.png"),
+        (["1/a.png", "1/b.png"], "has one label, 1; two are needed"),
+        # These folders say which images are held out.
+        (["train/a.png", "val/b.png"], "has no label for train/a.png"),
+        (["train/1/a.png", "train/2/c.png", "val/1/b.png"], None),
+        (["train/a.png", "cat/b.png"], None),
+        (["1/train/a.png", "2/train/b.png", "1/val/c.png"], None),
+    ],
+)
+def test_without_labels_one_sentence_says_what_they_are(names, sentence, tmp_path):
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    if sentence:
+        with refused(sentence):
+            load_images(tmp_path, 8, inputs=["label"])
+    else:
+        assert len(load_images(tmp_path, 8, inputs=["label"]).label_names) == 2
+
+
+def test_a_row_has_the_class_of_its_column(tmp_path):
+    """By the names of Hugging Face's metadata, else by its number."""
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    image = {"bytes": (tmp_path / "a.png").read_bytes(), "path": None}
+    info = {"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}
+    for name, labels, metadata, expected in (
+        ("named", [1, 0, 1], info, ("cat", "dog")),
+        ("numbers", [7, 0, 7], {}, ("0", "7")),
+    ):
+        table = pa.table({"image": [image] * 3, "label": labels})
+        table = table.replace_schema_metadata({"huggingface": json.dumps(metadata)})
+        parquet.write_table(table, tmp_path / f"{name}.parquet")
+        image_set = load_images(tmp_path / f"{name}.parquet", 8, inputs=["label"])
+        assert image_set.label_names == expected
+        assert image_set.inputs["label"].tolist() == [1, 0, 1]
+    # Neither a shard nor a list of classes is a label, and without labels nobody asks.
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for name, columns in (("a", {}), ("b", {"label": [[0, 1], [1]]})):
+        parquet.write_table(pa.table({"image": [image] * 2, **columns}), shards / f"{name}.parquet")
+    assert len(load_images(shards, 8).ids) == 4
+    with refused("has no label for a.parquet/0"):
+        load_images(shards, 8, inputs=["label"])
+
+
+def test_names_with_commas_are_quoted():
+    """So are those of ImageNet."""
+    parser = Parser()
+    add_sampling_flags(parser)
+    assert parser.parse_args(["--label", '"dog, wet", cat']).label == ("dog, wet", "cat")
+
+
+def test_the_embedding_is_added_to_that_of_t_and_begins_at_zero():
+    """The truth is the network whose time embedding has it in its last bias."""
+    torch.manual_seed(0)
+    network = UNet(**SMALL_MODEL, label_count=3)
+    torch.manual_seed(0)
+    plain = UNet(**SMALL_MODEL)
+    for parameter in plain.parameters():
+        parameter.data.add_(0.03 * torch.randn_like(parameter))
+    network.load_state_dict(plain.state_dict(), strict=False)
+    x_t, t = normal(0, 4, 3, 16, 16), torch.tensor([1, 2, 3, 4])
+    labels = torch.tensor([0, 1, 2, 3])
+    assert torch.equal(network(x_t, t, labels), plain(x_t, t))
+
+    network.label_embedding.weight.data.normal_()
+    rows = network.label_embedding.weight.detach()
+    assert rows.shape == (4, 32)
+    bias = plain.time_embedding.linear_2.bias
+    before = bias.data.clone()
+    for label in range(4):
+        bias.data = before + rows[label]
+        expected = plain(x_t, t)
+        assert_close(network(x_t, t, torch.tensor([label])), expected)
+        assert_close(network(x_t, t, labels)[label], expected[label])
+    # The last row is for no label.
+    assert_close(network(x_t, t), expected)
+
+
+def test_labels_are_dropped_by_place_and_purpose():
+    """Other processes and batch sizes drop the same ones, and other draws stay as they were."""
+    draws = training_draws(0, 5, 400, (3, 1, 1), 10, CPU)
+    config = replace(EXPERIMENTS["mnist"].diffusion, label_dropout=0.25)
+    run = type("Run", (), {"config": config, "experiment": EXPERIMENTS["mnist"]})
+    run.experiment = run.experiment.override(label_count=10)
+    labels = torch.arange(400) % 10
+    _, inputs = TrainingRun.augment(run, draws.noise, {"label": labels}, draws, 0)
+    dropped = inputs["label"] == 10
+    assert torch.equal(inputs["label"][~dropped], labels[~dropped])
+    # Within four standard errors
+    assert abs(dropped.float().mean() - 0.25) < 4 * (0.25 * 0.75 / 400) ** 0.5
+    assert torch.equal(dropped, draws.label_drop < 0.25)
+
+
+def test_samples_have_the_colours_of_their_labels(labelled_run, coloured, tmp_path, capsys):
+    """Image i has the label i mod K, so more images change none."""
+    call(sample, labelled_run, FEW, "--label blue,10 --n 8 --individual --out", tmp_path / "a")
+    assert "label ['blue', '10']" in capsys.readouterr().out
+    images = np.stack([pixels_of(path) for path in sorted((tmp_path / "a").glob("0*.png"))])
+    channels = images.mean((1, 2)).argmax(axis=1)
+    assert (channels == [2, 1] * 4).mean() > 0.8
+    call(sample, labelled_run, FEW, "--label blue,10 --n 3 --individual --out", tmp_path / "b")
+    assert (
+        np.abs(images[:3] - np.stack([*map(pixels_of, sorted((tmp_path / "b").glob("0*")))])).max()
+        <= 1
+    )
+    manifest = json.loads((tmp_path / "a" / "samples.json").read_text())
+    assert (manifest["label"], "cfg" in manifest) == (["blue", "10"], False)
+
+    # Guidance by the label makes the colour stronger.
+    mean = {}
+    for weight in (1, 4):
+        out = tmp_path / str(weight)
+        call(
+            sample, labelled_run, FEW, f"--label blue --cfg {weight} --n 8 --individual --out", out
+        )
+        images = np.stack([pixels_of(path) for path in sorted(out.glob("0*.png"))]).astype(float)
+        mean[weight] = images[..., 2].mean() - images[..., :2].mean()
+    assert mean[4] > mean[1] + 2
+    assert json.loads((tmp_path / "4" / "samples.json").read_text())["cfg"] == 4.0
+
+
+def test_guidance_by_the_label_is_the_line_through_both_predictions(network):
+    """It is so at middle noise; elsewhere the model with its label draws alone."""
+    labelled_net = UNet(**SMALL_MODEL, label_count=2)
+    for parameter in labelled_net.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    options = SamplerOptions(label=("b", "a"), cfg=2.5)
+    image_sampler = image_sampler_of(labelled_net, 1000, options)
+    guided = replace(image_sampler, label_names=["b", "a"]).given([0, 1, 2])
+    assert isinstance(guided, Guided)
+    x_t = normal(0, 3, 3, 16, 16)
+    labels = torch.tensor([0, 1, 0])
+    plain = Denoiser(labelled_net, NoiseScheduler(1000))
+    lowest, highest = GUIDED_LOG_SNR
+    for t in (0, 400, 999):
+        x_0, _ = guided.predict(x_t, t)
+        own, _ = plain.given(label=labels).predict(x_t, t)
+        without, _ = plain.predict(x_t, t)
+        inside = lowest <= plain.scheduler.log_snr(t) <= highest
+        assert inside == (t == 400)
+        assert_close(x_0, without + 2.5 * (own - without) if inside else own, rtol=1e-4, atol=1e-4)
+        assert not torch.equal(own, without)
+    # Without labels the sampler's model is as it was.
+    plain_sampler = image_sampler_of(labelled_net)
+    assert plain_sampler.given([0]) == plain_sampler.denoiser
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--label green", "'green' is no label of .*, which has '2', '10', 'blue'"),
+        ("--label 2,", "'' is no label of"),
+        ("--cfg 2", "--cfg needs a --label: '2', '10', 'blue'"),
+        ("--label 2 --cfg 2 --guide 30", "--cfg and --guide exclude each other"),
+    ],
+)
+def test_labels_that_cannot_be_drawn_are_one_sentence(flags, sentence, labelled_run):
+    with refused(sentence):
+        call(sample, labelled_run, FEW, flags)
+
+
+def test_a_model_without_labels_says_so(tiny_run, labelled_run):
+    with refused("was trained without labels; --label and --cfg need some"):
+        call(sample, tiny_run, FEW, "--label 2")
+    with refused("an edit has one --label"):
+        call(edit, "vary 0", labelled_run, FEW, "--label 2,blue")
+    with refused("--cfg has no effect on an inversion"):
+        call(edit, "invert 0", labelled_run, FEW, "--label 2 --cfg 2")
+
+
+def test_edits_have_one_label(labelled_run, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(editing, "save_strip", lambda columns, *_: shown.append(columns))
+    call(sample, labelled_run, FEW, "--label blue --cfg 2 --indices 1 --individual --out", tmp_path)
+    own = pixels_of(tmp_path / "00001.png").astype(float)
+    flags = "--label blue --cfg 2 --depths 1"
+    call(edit, "vary 1", labelled_run, FEW, flags, "--out", tmp_path)
+    original, *variations = shown.pop().values()
+    assert abs(original[0] - own).max() <= 1
+    # From pure noise, each has the label's colour.
+    assert sum(image[0].mean((0, 1)).argmax() == 2 for image in variations) >= 7
+    for command, flags in (("invert 1", ""), ("interpolate 0 1", "--exact")):
+        pictures = []
+        for label in ("blue", "2"):
+            call(edit, command, labelled_run, FEW, flags, "--label", label, "--out", tmp_path)
+            pictures.append(np.concatenate([*shown.pop().values()]))
+        assert not np.array_equal(*pictures)
+
+
+def test_held_out_images_are_measured_with_their_own_labels(labelled_run, monkeypatch, capsys):
+    seen = []
+    forward = UNet.forward
+
+    def record(self, x_t, t, label=None):
+        seen.append(label.tolist())
+        return forward(self, x_t, t, label)
+
+    monkeypatch.setattr(UNet, "forward", record)
+    call(evaluate, labelled_run, "--t-stride 200 --images 3")
+    config = load_model(checkpoints_of(labelled_run)[-1]).config["diffusion"]
+    image_set = load_images(config["dataset_name"], 16, inputs=["label"])
+    split = split_images(image_set, "reference")
+    indices = evenly_spaced(split.val_indices, 3)
+    calls = len(seen) // len(indices)
+    assert seen == [[image_set.inputs["label"][i]] for i in indices for _ in range(calls)]
+
+
+def test_a_run_goes_on_only_with_its_labels(coloured, tmp_path):
+    data = shutil.copytree(coloured, tmp_path / "data")
+    run = train_tiny(data, tmp_path / "runs", LABELS)
+    resume = ["--resume", run, "--device cpu --diffusion.epochs 3"]
+    moved = next((data / "a" / "2").iterdir())
+    # The images and their names are the same, and so are their ids.
+    target = data / "a" / "blue" / moved.name
+    moved.rename(target)
+    with refused("was trained with other labels than", ConfigError):
+        call(train, *resume)
+    target.rename(moved)
+    (data / "a" / "blue").rename(data / "a" / "azure")
+    with refused("was trained with other labels than", ConfigError):
+        call(train, *resume)
+    (data / "a" / "azure").rename(data / "a" / "blue")
+    call(train, *resume)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_and_two_processes_give_the_run_of_one(coloured, tmp_path):
+    """With two passes in a step: resumed to the bit, and shared up to rounding."""
+    flags = f"{LABELS} --diffusion.batch-size 4 --diffusion.gradient-accumulation 2"
+    whole = newest(train_tiny(coloured, tmp_path / "whole", flags, ONE_LEVEL))
+    with pytest.raises(SystemExit, match="75"), during(3, terminate):
+        train_tiny(coloured, tmp_path / "half", flags, ONE_LEVEL)
+    [half] = (tmp_path / "half").iterdir()
+    call(train, "--resume", half, "--device cpu")
+    assert same(newest(half)["ema"], whole["ema"])
+
+    words = ["--runs", tmp_path / "shared", "--diffusion.dataset-name", coloured, TINY, flags]
+    programs = two(tmp_path, "faces", *words, ONE_LEVEL, act=train.main)
+    assert [program.wait() for program in programs] == [0, 0], programs[1].printed
+    [shared] = (tmp_path / "shared").iterdir()
+    for name, tensor in newest(shared)["ema"].items():
+        assert_close(tensor, whole["ema"][name], rtol=1e-3, atol=1e-4)
+    assert whole["ema"][LABEL_TABLE].abs().max() > 0
+
+
+def test_weights_with_and_without_labels_begin_other_runs(
+    labelled_run, coloured, tiny_run, tmp_path
+):
+    """Of the same labels they keep the table, of others it is new, and without labels it goes."""
+    saved = load_model(checkpoints_of(labelled_run)[-1])
+    start = "--diffusion.epochs 1 --diffusion.learning-rate 1e-9 --diffusion.warmup-steps 4"
+
+    def begun(data, init, *flags):
+        folder = tmp_path / f"runs{len([*tmp_path.iterdir()])}"
+        run = train_tiny(data, folder, start, "--init", init, *flags)
+        return newest(run)
+
+    kept = begun(coloured, labelled_run, "--diffusion.labels true --diffusion.objective v")
+    assert_close(kept["ema"][LABEL_TABLE], saved.weights[LABEL_TABLE], rtol=0, atol=1e-5)
+    gone = begun(coloured, labelled_run, "--diffusion.objective v")
+    assert LABEL_TABLE not in gone["ema"]
+    other = shutil.copytree(coloured, tmp_path / "other")
+    (other / "a" / "blue").rename(other / "a" / "azure")
+    for data, init in ((other, labelled_run), (coloured, tiny_run)):
+        objective = "v" if init == labelled_run else "eps"
+        new = begun(data, init, f"--diffusion.labels true --diffusion.objective {objective}")
+        assert new["ema"][LABEL_TABLE].shape == (4, 32)
+        assert new["ema"][LABEL_TABLE].abs().max() < 1e-5
+    large = "--model.image-size 32 --diffusion.labels true --diffusion.objective v"
+    large += " --model.dim-multiply 1,1,2 --model.transformer-layers 2"
+    large += " --diffusion.log-snr-shift -1.386"
+    grown = begun(coloured, labelled_run, large)
+    assert_close(grown["ema"][LABEL_TABLE], saved.weights[LABEL_TABLE], rtol=0, atol=1e-5)
+
+
+def test_a_file_keeps_labels_and_a_folder_of_diffusers_has_none(labelled_run, tmp_path):
+    file = tmp_path / "exported.safetensors"
+    call(sample, labelled_run, "--export", file)
+    assert load_model(file).provenance["label_names"] == ["2", "10", "blue"]
+    call(sample, file, FEW, "--label blue --n 1 --out", tmp_path / "out")
+    with refused("DDPMPipeline passes no labels; export a .safetensors"):
+        call(sample, labelled_run, "--export", tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_grids_of_a_training_show_the_labels_in_turn(labelled_run, tmp_path):
+    """The truth is what sample.py draws with all labels, of the EMA weights after the last step."""
+    grid = pixels_of(
+        labelled_run / "samples" / f"step-{newest(labelled_run)['run']['step']:08}.png"
+    )
+    flags = "--sampler dpm++ --steps 4 --n 4 --label 2,10,blue --device cpu --precision float32"
+    call(sample, labelled_run, flags, "--out", tmp_path)
+    assert np.abs(grid.astype(float) - pixels_of(tmp_path / "grid.png")).max() <= 1
+
+
+def test_what_has_no_network_takes_no_inputs(labelled_run):
+    denoiser = load_denoiser(labelled_run)
+    assert denoiser.given(label=torch.tensor([1])).inputs["label"] == 1
+    assert denoiser.inputs == {}
+    image = torch.zeros(3, 16, 16)
+    keeping = Keeping(denoiser, Known(image, image[0] > 0))
+    assert keeping.given() is keeping
+    with pytest.raises(TypeError, match="Keeping takes no label"):
+        keeping.given(label=torch.tensor([1]))
+
+
+def test_a_guide_has_the_labels_of_the_model(labelled_run, coloured, tmp_path):
+    other = shutil.copytree(coloured, tmp_path / "other")
+    (other / "a" / "blue").rename(other / "a" / "azure")
+    guide = train_tiny(other, tmp_path / "runs", LABELS, "--diffusion.objective v")
+    with refused("cannot guide .*: it has other labels"):
+        call(sample, labelled_run, FEW, "--label 2 --guide", guide)
+    call(sample, labelled_run, FEW, "--n 1 --guide", guide, "--out", tmp_path / "out")
