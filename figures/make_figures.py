@@ -1,9 +1,9 @@
-"""Draw the pictures of README and docs/ from three real runs, and from the models in the box.
+"""Draw the pictures of README and docs/ from four real runs, and from the models in the box.
 
-`python -m figures.make_figures RUN_FACES RUN_FACES_V RUN_PEOPLE`
+`python -m figures.make_figures RUN_FACES RUN_FACES_V RUN_PEOPLE RUN_DIGITS`
 
-These are run folders of the experiments `faces`, `faces-v` and `ffhq-64`. No photo is needed, and
-none is drawn. The picture of demo.py is made by
+These are run folders of the experiments `faces`, `faces-v`, `ffhq-64` and `mnist`. No photo is
+needed, and none is drawn. The picture of demo.py is made by
 
 `python -m tests.browser`
 """
@@ -56,10 +56,11 @@ SCHEDULES = {
 
 GUIDE = f"--guide {GUIDE_STEPS['ffhq-64']}"
 
-# The name of a picture -> a command for the run PEOPLE or the recipe RECIPE, and a pattern of the
-# file that it writes. Images are samples of seed 0, by their indices.
+# The name of a picture -> a command for the run PEOPLE or the recipes CLEAR and VARIED, and a
+# pattern of the file that it writes. Images are samples of seed 0, by their indices.
 COMMANDS = {
-    "people.png": ("sample RECIPE", "grid.png"),
+    "people.png": ("sample CLEAR", "grid.png"),
+    "people_varied.png": ("sample VARIED", "grid.png"),
     "interpolation.png": (f"edit interpolate 6 19 PEOPLE {GUIDED}", "interpolation-*.png"),
     "variations.png": (f"edit vary 22 PEOPLE {GUIDED}", "variations-*.png"),
     "inpainting.png": (
@@ -72,6 +73,8 @@ COMMANDS = {
 # each one that is drawn again stays in the history of the repository.
 PLOTS = ("schedule.png", "unet.png", "losses.png")
 
+# The weights of classifier-free guidance that are compared.
+LABEL_WEIGHTS = (1, 3)
 # The weights of a guide that are compared.
 WEIGHTS = (1, 1.25, 1.5, 2, 3)
 
@@ -79,7 +82,7 @@ WEIGHTS = (1, 1.25, 1.5, 2, 3)
 def main() -> None:
     """Draw all figures into this folder."""
     parser = Parser(description=__doc__)
-    for name in ("FACES", "FACES_V", "PEOPLE"):
+    for name in ("FACES", "FACES_V", "PEOPLE", "DIGITS"):
         parser.add_argument(name, type=Path, metavar=f"RUN_{name}", help="A run folder.")
     runs = {name: run.resolve() for name, run in vars(parser.parse_args()).items()}
 
@@ -88,6 +91,7 @@ def main() -> None:
     draw_enlarged()
     draw_faces(runs["FACES"])
     draw_cure(runs["FACES"], runs["FACES_V"])
+    draw_labels(runs["DIGITS"])
 
     draw_cumulative_noise()
     draw_schedules()
@@ -320,6 +324,17 @@ def draw_cure(faces: Path, faces_v: Path) -> None:
     save_image(np.concatenate([left, margin, right], axis=1), FIGURES / "faces_and_faces_v.png")
 
 
+def draw_labels(run: Path) -> None:
+    """Draw a sample of each label, from the same noise in both rows, with each weight."""
+    flags = f"--sampler dpm++ --steps 20 --label {','.join(open_saved(run).label_names)}"
+    samplers = [open_saved(run, f"{flags} --cfg {weight}") for weight in LABEL_WEIGHTS]
+    names = samplers[0].label_names
+    rows = [draw_pixels(sampler, len(names)) for sampler in samplers]
+    titles = [f"w = {weight}" for weight in LABEL_WEIGHTS]
+    columns = dict(zip(names, np.stack(rows, axis=1), strict=True))
+    save_strip(columns, FIGURES / "labels.png", titles)
+
+
 def draw_pixels(image_sampler: ImageSampler, count: int) -> np.ndarray:
     """Return the first samples as uint8 images, (count, H, W, C)."""
     return to_uint8(generate(image_sampler, range(count)))
@@ -338,7 +353,8 @@ def draw_commands(run: Path, temporary: Path) -> None:
 
     # Modules are found from any folder.
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    named = {"PEOPLE": run, "RECIPE": PRETRAINED}
+    varied = PRETRAINED.with_name("people-varied.toml")
+    named = {"PEOPLE": run, "CLEAR": PRETRAINED, "VARIED": varied}
     for figure, (command, pattern) in COMMANDS.items():
         out = temporary / Path(figure).stem
         words = [named.get(word, word) for word in command.split()]

@@ -61,7 +61,7 @@ def main() -> None:
     files = {"file": (snapshot, boxed)}
     rows = {}
     # What cannot draw or enlarge is refused before it is copied.
-    model, recipe = read_recipe(PRETRAINED)
+    parts, recipe = read_recipe(PRETRAINED)
     if boxed.stem in GUIDE_STEPS:
         step = GUIDE_STEPS[boxed.stem]
         path = args.guide or find_guide(str(step), source)
@@ -73,9 +73,9 @@ def main() -> None:
         files["guide"] = path, guide_beside(boxed)
         rows["command of the guide"] = f"`{command_of(guide)}`, after {step:,} steps"
         flags = GUIDED
-        if boxed.stem == model.stem:
-            parts = recipe | {"guide": [f"--guide={step}"], "enlarge": []}
-            flags = " ".join(word for words in parts.values() for word in words)
+        if boxed.stem == parts.model.stem:
+            alone = recipe | {"guide": [f"--guide={step}"], "enlarge": []}
+            flags = " ".join(word for words in alone.values() for word in words)
         command = f"{boxed.name} {flags}"
         image_sampler = open_saved(
             snapshot, f"{flags} --guide {shlex.quote(str(path))} --device cpu"
