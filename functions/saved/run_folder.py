@@ -174,7 +174,7 @@ def find_checkpoints(path: Path) -> list[Path]:
     Raises CheckpointError for any other folder, and for a recipe.
     """
     if is_recipe(path):
-        raise CheckpointError(f"{path} is a recipe, and no model; name a model, such as one of its")
+        raise CheckpointError(f"{path} is a recipe, and no model; name one of its models")
     checkpoints = checkpoints_of(path)
     if checkpoints:
         return checkpoints[::-1]
