@@ -113,13 +113,14 @@ def test_a_run_is_boxed_with_a_guide_and_a_card(trained, pictures, tmp_path, mon
     boxed = tmp_path / "pretrained" / "faces.safetensors"
     guide = boxed.with_name("faces-guide.safetensors")
     recipe = boxed.with_name("people.toml")
-    boxed.parent.mkdir()
-    recipe.write_text('model = "faces.safetensors"\nsampler = "ddim"\nsteps = 4\nguide = 3')
-    boxed.touch()
     monkeypatch.setattr(pretrained, "PRETRAINED", recipe)
     monkeypatch.setitem(GUIDE_STEPS, "faces", 3)
     monkeypatch.setattr(pretrained, "SAMPLE_COUNT", 3)
+    # The folder has nothing but the run yet.
     run = trained("--diffusion.snapshot-every 3")
+    boxed.parent.mkdir()
+    recipe.write_text('model = "faces.safetensors"\nsampler = "ddim"\nsteps = 4\nguide = 3')
+    boxed.touch()
     source = load_weights(checkpoints_of(run)[-1])
     longer = Experiment.from_dict(source.config).override(epochs=7, dim_multiply=(2, 2))
     monkeypatch.setattr(pretrained, "EXPERIMENTS", {"faces": longer})

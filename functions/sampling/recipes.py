@@ -120,6 +120,8 @@ def read_recipe(path: Path) -> tuple[Namespace, dict[str, list[str]]]:
         if isinstance(value, str) and isinstance(parsed, (int, float)):
             raise UserError(f"{path}: {key} cannot be the text {short(value)!r}; write a number")
     del flags["model"]
+    # The page of demo.py has another default.
+    flags.setdefault("sampler", [f"--sampler={recipe.sampler}"])
     return recipe, flags
 
 

@@ -58,10 +58,11 @@ def recipe(tiny_run, large_run, tmp_path, monkeypatch):
     return path
 
 
-def parsed(recipe, flags=""):
+def parsed(recipe, flags="", **defaults):
     """Return what the flags of sampling are after this recipe."""
     parser = Parser()
     add_sampling_flags(parser)
+    parser.set_defaults(**defaults)
     return recipes.parse_drawing(parser, [str(recipe), *words(flags)])
 
 
@@ -253,3 +254,5 @@ def test_a_byte_order_mark_and_what_is_no_file_are_read(recipe):
     recipe.write_text('model = "google/ddpm-cifar10-32"')
     assert parsed(recipe).checkpoint == Path("google/ddpm-cifar10-32")
     assert parsed(recipe).enlarge == []
+    # The page has another default sampler than a recipe without one.
+    assert parsed(recipe, sampler="dpm++").sampler == "ddpm"
