@@ -73,8 +73,11 @@ class ChannelsLastNorm(torch.autograd.Function):
 
         # With m = mean and r = rstd, y = weight (x - m) r + bias. The sums S run over a group.
         weight, mean, rstd = weight.view(groups, -1), mean[:, :, None], rstd[:, :, None]
-        # Without m, which is rounded here, no large numbers cancel below.
-        rounded = mean.to(grad.dtype)
+        # Without m, which is rounded here, no large numbers cancel below. It keeps few of its bits:
+        # with all, x - m would be rounded the same way for all x between two powers of 2, and these
+        # errors would add up.
+        power = (-rstd.log2()).floor().exp2()
+        rounded = ((mean / power).round() * power).to(grad.dtype)
         mean = mean - rounded
         x = x - factors(rounded)
         of_grad, of_products = sums(grad), sums(grad * x)

@@ -49,3 +49,20 @@ def test_in_bfloat16_it_is_near_that_of_float64(channels, groups, mean, kind):
     for value, truth in zip(found, exact, strict=True):
         # bfloat16 has 8 bits, so it rounds by up to 0.4%.
         assert (value.double() - truth).norm() < 0.01 * truth.norm()
+
+
+@pytest.mark.parametrize("mean", [0, 0.1, 0.3, 0.6, 0.9, 2])
+def test_no_error_of_the_weights_gradient_adds_up_over_the_pixels(mean):
+    torch.manual_seed(0)
+    norm = GroupNorm(32, 64, 1e-6)
+    x = (mean + torch.randn(3, 64, 128, 128)).bfloat16()
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    # Where the gradient has the same sign, so would the errors.
+    grad = (1 + torch.randn_like(x)).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        norm(x).backward(grad)
+    exact = torch.nn.GroupNorm(32, 64, 1e-6).double()
+    exact(x.detach().double()).backward(grad.double())
+
+    error = norm.weight.grad.double() - exact.weight.grad
+    assert error.norm() < 0.01 * exact.weight.grad.norm()
