@@ -1,13 +1,17 @@
 """Decode image files of any colour mode to RGB or grey, or report why they cannot be used."""
 
+import errno
 import io
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data.pixels import picture_of
-from functions.support.errors import READ_ERRORS, UserError, short
+from functions.support.errors import UserError, short
 
 # By default Pillow tries dozens of other formats too. No data set uses these, and Pillow runs other
 # programs to read some of them.
@@ -18,8 +22,40 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 MAX_PIXELS = 8192 * 8192
 
 
+# What Pillow raises for damaged images; errors of types and attributes come from its writer of EXIF
+# data, when an image is turned.
+PILLOW_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    LookupError,
+    OverflowError,
+    TypeError,
+    AttributeError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+
+
 class BadImage(UserError):
-    """An image cannot be used. The message gives the reason and does not name the file."""
+    """An image, or an archive, cannot be used. The message gives the reason and names no file."""
+
+
+@contextmanager
+def parsing(verb: str, errors: tuple) -> Iterator[None]:
+    """Raise BadImage for a parser's errors. Only the parser is called in this context.
+
+    Errors of the disk are raised as they are.
+    """
+    try:
+        yield
+    except errors as error:
+        # An error of the disk has a number. That of a damaged file has none, or the one for a place
+        # that no file has.
+        if getattr(error, "errno", None) not in (None, errno.EINVAL):
+            raise
+        raise BadImage(f"cannot be {verb} ({type(error).__name__}: {short(error)})") from error
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -28,19 +64,20 @@ def open_image(data: bytes) -> Image.Image:
     Of an animation, the first frame is decoded. Raises BadImage for an image that is truncated,
     corrupt, larger than MAX_PIXELS, or none.
     """
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise BadImage(
-                f"it has {image.width:,} x {image.height:,} pixels; images of at most "
-                f"{MAX_PIXELS:,} can be read"
-            )
+    with parsing("decoded", PILLOW_ERRORS):
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except UnidentifiedImageError as error:
+            reason = f"not a {', '.join(FORMATS)} image" if data else "empty file"
+            raise BadImage(reason) from error
+    if image.width * image.height > MAX_PIXELS:
+        raise BadImage(
+            f"it has {image.width:,} x {image.height:,} pixels; images of at most "
+            f"{MAX_PIXELS:,} can be read"
+        )
+    with parsing("decoded", PILLOW_ERRORS):
         image.load()
         return ImageOps.exif_transpose(image)
-    except UnidentifiedImageError:
-        raise BadImage(f"not a {', '.join(FORMATS)} image" if data else "empty file") from None
-    except (Image.DecompressionBombError, *READ_ERRORS) as error:
-        raise BadImage(f"cannot be decoded ({type(error).__name__}: {short(error)})") from None
 
 
 def to_pixels(image: Image.Image, channels: int) -> np.ndarray:

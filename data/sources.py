@@ -5,8 +5,11 @@ and MNIST are read by torchvision, which can also download them.
 """
 
 import json
+import lzma
 import os
 import re
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections import Counter
@@ -18,8 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.decode import BadImage
-from functions.support.errors import READ_ERRORS, UserError, short
+from data.decode import BadImage, parsing
+from functions.support.errors import UserError, short
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
@@ -33,6 +36,29 @@ TORCHVISION = {
     "MNIST": "MNIST/raw, a folder with its four files, such as train-images-idx3-ubyte",
 }
 
+# What zipfile, NumPy and torchvision raise for files that are damaged, or none of theirs.
+ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    OverflowError,
+    struct.error,
+    lzma.LZMAError,
+    zlib.error,
+)
+NPZ_ERRORS = (*ZIP_ERRORS, tokenize.TokenError)
+TORCHVISION_ERRORS = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AssertionError,
+)
+
 # Files with which our scripts mark a folder whose pictures are no data, and a text in them
 RESULTS = {"config.json": '"diffusion": {', "samples.json": '"sampler": "'}
 
@@ -42,7 +68,8 @@ class Member(NamedTuple):
 
     # The name is the path inside the source. For a row of an array or a table it is a number.
     name: str
-    # The stamp changes when the content does. It is a CRC-32, or a file's size and time.
+    # A CRC-32 of the content, or a file's size and time. A file that is changed and keeps both is
+    # taken for the old one.
     stamp: int | tuple[int, int]
     # The function returns a file's bytes, or uint8 (H, W, C).
     read: Callable[[], bytes | np.ndarray]
@@ -73,8 +100,8 @@ class Source:
 def find_source(path: str | os.PathLike) -> Source:
     """Find the images at a path, and sort them by their ids.
 
-    Raises UserError when there is no image, or an archive cannot be read, and OSError when a folder
-    cannot be listed.
+    Raises UserError when there is no image, or an archive is damaged, and OSError when the disk
+    cannot be read.
     """
     path = Path(os.path.expanduser(path))
     members = []
@@ -172,17 +199,20 @@ def read_file(file: Path) -> bytes:
 def list_archives(archives: list[Path], root: Path, ignored: Counter) -> list[Member]:
     """List the images in archives, the shards of one set, at or below the path `root`.
 
-    Other files in them are counted in `ignored`. Raises UserError if one cannot be read.
+    Other files in them are counted in `ignored`. Raises UserError if one is damaged.
     """
     members = []
     for archive in archives:
         try:
             found = ARCHIVES[archive.suffix.lower()](archive)
-        except READ_ERRORS as error:
+        except BadImage as error:
             raise UserError(
-                f"{archive} cannot be read ({short(error)}). Either its download was cut short, or "
-                f"it is no {archive.suffix} file."
-            ) from None
+                f"{archive} {error}. Either its download was cut short, or it is no "
+                f"{archive.suffix} file."
+            ) from error
+        except OSError as error:
+            error.filename = error.filename or str(archive)
+            raise
         shard = f"{archive.relative_to(root).as_posix()}/" if archive != root else ""
         for name, *others in found:
             # Rows are numbered through all shards.
@@ -195,10 +225,16 @@ def list_archives(archives: list[Path], root: Path, ignored: Counter) -> list[Me
 
 def list_zip(path: Path) -> list[Member]:
     """List the files in a zip."""
-    archive = zipfile.ZipFile(path)
+    with parsing("read", ZIP_ERRORS):
+        archive = zipfile.ZipFile(path)
+
+    def read(info):
+        with parsing("read", ZIP_ERRORS):
+            return archive.read(info)
+
     return [
         # Some programs for Windows write backslashes.
-        Member(info.filename.replace("\\", "/"), info.CRC, partial(archive.read, info))
+        Member(info.filename.replace("\\", "/"), info.CRC, partial(read, info))
         for info in archive.infolist()
         if not info.filename.endswith(("/", "\\"))
     ]
@@ -206,14 +242,23 @@ def list_zip(path: Path) -> list[Member]:
 
 def list_npz(path: Path) -> list[Member]:
     """List the rows of the one uint8 array (N, H, W, 3) or (N, H, W, 1). All is kept in memory."""
+    with parsing("read", NPZ_ERRORS):
+        content = np.load(path)
+        # A .npy is an array itself.
+        values = [] if isinstance(content, np.ndarray) else [*content.values()]
+    if not values:
+        raise BadImage("cannot be read (it is no zip of arrays)")
     arrays = [
         array
-        for array in np.load(path).values()
-        # Arrays (N, 3, H, W) are none. Pillow knows pixels of up to four channels.
-        if array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] <= 4
+        for array in values
+        # A file of another kind is bytes. Arrays (N, 3, H, W) are no images. Pillow knows pixels of
+        # up to four channels.
+        if getattr(array, "dtype", None) == np.uint8 and array.ndim == 4 and array.shape[3] <= 4
     ]
     if len(arrays) != 1:
         raise UserError(f"{path} has {len(arrays)} uint8 arrays (N, H, W, 3), and must have one.")
+    if not arrays[0].size:
+        raise UserError(f"{path} has no pixel: its array's shape is {arrays[0].shape}.")
     stamp = stamp_of(path)
     return [Member(None, stamp, row.copy) for row in arrays[0]]
 
@@ -221,18 +266,25 @@ def list_npz(path: Path) -> list[Member]:
 def list_parquet(path: Path) -> list[Member]:
     """List the rows of the one column of encoded images, as Hugging Face's `Image` stores them."""
     try:
+        from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise UserError(f"{path} needs pyarrow: python -m pip install pyarrow") from None
-    file = ParquetFile(path)
+    except ImportError as error:
+        raise UserError(f"{path} needs pyarrow: python -m pip install pyarrow") from error
+    errors = (ArrowException, OSError, ValueError, LookupError)
+    with parsing("read", errors):
+        file = ParquetFile(path)
+        paths = [column.path for column in file.schema]
     # Such a column is a struct of `bytes` and `path`. That of a list of images has a longer path.
-    columns = [c.path for c in file.schema if re.fullmatch(r"[^.]+\.bytes", c.path)]
+    columns = [path for path in paths if re.fullmatch(r"[^.]+\.bytes", path)]
     if len(columns) != 1:
         raise UserError(f"{path} has {len(columns)} columns of encoded images, and must have one.")
 
     def read(i):
-        row = read_column(file, columns[0])[i].as_py()
-        return row["bytes"] if row else b""
+        with parsing("read", errors):
+            row = read_column(file, columns[0])[i].as_py()
+        # A column of this name may hold something else.
+        data = row["bytes"] if isinstance(row, dict) else None
+        return data if isinstance(data, bytes) else b""
 
     stamp = stamp_of(path)
     # Only a set with labels reads them.
@@ -304,15 +356,15 @@ def read_torchvision_set(name: str, folder: Path, download: bool = False) -> Sou
     # This import takes a second.
     from torchvision import datasets
 
+    dataset = getattr(datasets, name)
     try:
-        dataset = getattr(datasets, name)
         train, test = (dataset(folder, train, download=download) for train in (True, False))
-    except READ_ERRORS as error:
+    except TORCHVISION_ERRORS as error:
         raise UserError(
             f"{name} cannot be read from {folder} ({short(error)}). Delete a damaged copy, and put "
             f"there {TORCHVISION[name]}; python data/prepare.py {name} --download does so, where "
             "there is a network."
-        ) from None
+        ) from error
 
     images = np.concatenate([train.data, test.data])
     labels = np.concatenate([train.targets, test.targets])

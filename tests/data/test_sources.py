@@ -5,6 +5,7 @@ import os
 import sys
 import tarfile
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -201,6 +202,36 @@ def test_arrays_and_tables_without_one_set_of_images_are_refused(tmp_path):
             find_source(path)
 
 
+def test_an_array_without_a_pixel_is_refused(tmp_path):
+    path = write_npz(tmp_path / "set.npz", np.zeros((5, 0, 20, 3), np.uint8))
+    with refused(r"set.npz has no pixel: its array's shape is \(5, 0, 20, 3\)"):
+        find_source(path)
+
+
+def test_a_file_beside_the_array_does_no_harm(tmp_path):
+    path = write_npz(tmp_path / "set.npz")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("readme.txt", "These are ten images.")
+    assert_array_equal(load(path).images, IMAGES)
+
+
+def test_a_typo_in_a_reader_is_no_damaged_archive(tmp_path, monkeypatch):
+    path = write_zip(tmp_path / "set.zip")
+    members = [SimpleNamespace(filename="1.png")]
+    monkeypatch.setattr(zipfile.ZipFile, "infolist", lambda archive: members)
+    with pytest.raises(AttributeError, match="no attribute 'CRC'"):
+        find_source(path)
+
+
+def test_an_archive_that_the_disk_does_not_give_is_not_called_damaged(tmp_path):
+    for name in ("a.zip", "a.npz", "a.parquet"):
+        folder = tmp_path / name[2:]
+        folder.mkdir()
+        (folder / name).symlink_to("nowhere")
+        with pytest.raises(FileNotFoundError, match=f"/{name}'"):
+            find_source(folder)
+
+
 def test_a_row_without_an_image_is_one_bad_image(tmp_path):
     path = tmp_path / "set.parquet"
     rows = [{"bytes": PICTURE, "path": "a name"}, None, {"bytes": None, "path": "a name"}]
@@ -208,6 +239,9 @@ def test_a_row_without_an_image_is_one_bad_image(tmp_path):
     with refused(r"set.parquet: 2 unusable.* first is 1 \(empty file\)"):
         load(path)
     assert load(path, max_bad_images=2).ids == [0]
+    parquet.write_table(pa.table({"image": [{"bytes": "a text"}, {"bytes": "another"}]}), path)
+    with refused("none of its images can be used: 0: empty file"):
+        load(path, max_bad_images=2)
 
 
 def test_parquet_without_pyarrow_says_what_is_missing(tmp_path, monkeypatch):
@@ -226,6 +260,8 @@ def test_what_is_no_source_is_said_in_a_sentence(tmp_path):
     (tmp_path / "tar.zip").write_bytes((tmp_path / "set.tar.gz").read_bytes())
     np.save(tmp_path / "array.npy", IMAGES)
     (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+    header = b"\x93NUMPY\x01\x00\x0e\x00{'shape': (10,"
+    write_zip(tmp_path / "header.npz", [], more={"a.npy": header})
 
     unpack = r"Give a folder of images \(.png, .*\), or one of .zip, .npz, .parquet; a tar must be"
     unusable = r"cannot be read \(.*\). Either its download was cut short, or it is no "
@@ -237,6 +273,9 @@ def test_what_is_no_source_is_said_in_a_sentence(tmp_path):
         ("set.tar.gz", f"contains no image that can be read. {unpack}"),
         ("tar.zip", f"{unusable}.zip file"),
         ("array.npz", f"{unusable}.npz file"),
+        ("header.npz", f"{unusable}.npz file"),
     ):
-        with refused(f"{name} {message}"):
+        with refused(f"{name} {message}") as raised:
             find_source(tmp_path / name)
+        if name in ("tar.zip", "header.npz"):
+            assert raised.value.__cause__
