@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from math import inf
 from pathlib import Path
 
@@ -23,8 +24,8 @@ HELD_OUT = 0.1
 HELD_OUT_FOLDERS = ("val", "valid", "validation", "test")
 # The folder or shard of a side, as train/, training/, val2017/ or train-00000-of-00002.parquet.
 SIDE = re.compile(
-    rf"(?:^|/)(train|{'|'.join(HELD_OUT_FOLDERS)})(ing)?([-_]?\d\w*(-of-\d+(-\w+)?)?)?"
-    rf"({'|'.join(map(re.escape, ARCHIVES))})?/"
+    rf"(train|{'|'.join(HELD_OUT_FOLDERS)})(ing)?([-_]?\d\w*(-of-\d+(-\w+)?)?)?"
+    rf"({'|'.join(map(re.escape, ARCHIVES))})?"
 )
 
 
@@ -52,16 +53,18 @@ def load_images(
     max_bad_images: int = 0,
     channels: int = 3,
     inputs: Sequence[str] = (),
+    retry_bad: bool = False,
+    pixels_hash: str = "",
 ) -> ImageSet:
     """Load all images of a data set at image_size x image_size pixels, prepared on first use.
 
     The embedded set is "emoji_faces"; "emoji_people" are the people in it. "FFHQ", "CIFAR10" and
-    "MNIST" are in data/. Any other name is a path. `inputs` are keys of INPUTS. Raises UserError or
-    OSError.
+    "MNIST" are in data/. Any other name is a path. `inputs` are keys of INPUTS; the last two are
+    those of `open_packed`. Raises UserError or OSError.
     """
     source = locate(dataset_name)
     source.channels = channels
-    pack = open_packed(source, image_size, max_bad_images)
+    pack = open_packed(source, image_size, max_bad_images, retry_bad, pixels_hash)
     if dataset_name == "emoji_people":
         # The people share the packed file of the whole embedded set.
         indices = [i for i, image_id in enumerate(pack.ids) if image_id.startswith("people_")]
@@ -117,8 +120,7 @@ def label_of(member: Member, source: Source) -> str | None:
         return member.label()
     splits = source.rule in HELD_OUT_FOLDERS
     for folder in reversed(member.name.split("/")[:-1]):
-        is_side = splits and SIDE.fullmatch(f"{folder.lower()}/")
-        if not is_side and Path(folder).suffix.lower() not in ARCHIVES:
+        if not (splits and side_of(folder)) and Path(folder).suffix.lower() not in ARCHIVES:
             return folder
     return None
 
@@ -153,7 +155,7 @@ def split_by_folders(source: Source) -> Source:
 
     There must be train/ and one of HELD_OUT_FOLDERS; images elsewhere are counted as ignored.
     """
-    sides = [side_of(member.name) for member in source.members.values()]
+    sides = sides_of([member.name for member in source.members.values()])
     held_out = next((name for name in HELD_OUT_FOLDERS if name in sides), None)
     if held_out is None or "train" not in sides:
         return source
@@ -166,9 +168,22 @@ def split_by_folders(source: Source) -> Source:
     return split
 
 
-def side_of(name: str) -> str:
-    """Return which side of a split the folders of an image name, or ""; the first one counts."""
-    match = SIDE.search(name.lower())
+def sides_of(names: Sequence[str]) -> list[str]:
+    """Return which side of a split the folders of each image name, or "".
+
+    The first level of folders that has both sides counts, as the second one where test/ has train/
+    and val/. Without such a level, the first folder that names a side counts.
+    """
+    folders = [[side_of(folder) for folder in name.split("/")[:-1]] for name in names]
+    for level in zip_longest(*folders, fillvalue=""):
+        if "train" in level and not {*HELD_OUT_FOLDERS}.isdisjoint(level):
+            return [*level]
+    return [next(filter(None, sides), "") for sides in folders]
+
+
+def side_of(folder: str) -> str:
+    """Return which side of a split a folder names, or ""."""
+    match = SIDE.fullmatch(folder.lower())
     return match[1] if match else ""
 
 
@@ -180,7 +195,7 @@ def split_images(image_set: ImageSet, split: str) -> Split:
     - "id": the last tenth by id is held out, but at least one image.
     - "name": an image is held out if the hash of its file's name, without folders, is below
       HELD_OUT, or the lowest. So it stays on its side, whatever is added to the set.
-    - Otherwise, images in the folder of this name are held out (`side_of`).
+    - Otherwise, images in the folder of this name are held out (`sides_of`).
 
     Raises UserError when no image is left for training or for validation.
     """
@@ -204,7 +219,7 @@ def split_images(image_set: ImageSet, split: str) -> Split:
         if len({*files}) < count:
             note = "; all images of one name are on one side: folders train/ and val/ decide better"
     else:
-        held_out = np.array([side_of(name) == rule for name in names])
+        held_out = np.array([side == rule for side in sides_of(names)])
         reason = f"its {rule} images"
 
     train_indices = np.flatnonzero(~held_out)

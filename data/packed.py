@@ -9,10 +9,12 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 from filelock import FileLock
@@ -21,11 +23,14 @@ from tqdm import tqdm
 from data.decode import BadImage, fit_square, open_image, to_pixels
 from data.pixels import picture_of
 from data.sources import Source
-from functions.support.errors import READ_ERRORS, UserError, short
+from functions.support.errors import UserError, short
 from functions.support.files import sha256, write_text
 
 # Increase this whenever the same files would give different pixels. Then all packs are made again.
 FORMAT_VERSION = 2
+
+# The types of what a record has.
+RECORD = {"shape": list, "ids": list, "pixels_hash": str, "summary": str, "bad_images": list}
 
 # So many prepared images are in memory at a time.
 CHUNK = 1000
@@ -55,40 +60,50 @@ class ImageSet:
     label_names: tuple[str, ...] = ()
 
 
-def open_packed(source: Source, image_size: int, max_bad_images: int) -> ImageSet:
+def open_packed(
+    source: Source,
+    image_size: int,
+    max_bad_images: int,
+    retry_bad: bool = False,
+    pixels_hash: str = "",
+) -> ImageSet:
     """Map the packed file of a source at image_size (pixels), which is made first if needed.
+
+    Images that were left out stay so, unless `retry_bad`: if one can be read now, the pack is made
+    anew, and the earlier one is kept. A run that began with that one gives its `pixels_hash`.
 
     Raises UserError when no image is usable, or more than max_bad_images are not, and OSError when
     an image cannot be read, or the file cannot be written.
     """
     key = pack_key(source, image_size)
     path = pack_path(source, image_size)
-    read = partial(read_pack, path, key, source)
-    pack = read()
-    if pack is None:
+    read = partial(read_pack, key=key, source=source, image_size=image_size)
+    outgrown = partial(can_read_more, source=source, image_size=image_size)
+    pack = (pixels_hash and read(earlier_path(path, pixels_hash))) or read(path)
+    if pack is None or (retry_bad and outgrown(pack)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock = FileLock(f"{path}.lock").acquire()
-        except PermissionError as error:
-            raise UserError(
-                f"{path} does not fit the images, and is another user's ({error.strerror}): let "
-                "that user start first, delete it and its .lock, or use a copy of the images."
-            ) from error
-        with lock:
+        with FileLock(f"{path}.lock"):
             # Another process may have made it while this one waited for the lock.
-            if read() is None:
-                write_pack(path, key, source, image_size)
-        pack = read()
-        if pack is None:
-            raise UserError(f"{path} was deleted or changed while it was made; start again.")
+            pack = read(path)
+            if pack and retry_bad and outgrown(pack):
+                earlier = earlier_path(path, pack.pixels_hash)
+                print(
+                    f"{path} lacks images that can be read now, and is made anew; runs that began "
+                    f"without them need {earlier}"
+                )
+                # Windows renames no file that is mapped.
+                pack = None
+                path.replace(earlier)
+                Path(f"{path}.json").replace(f"{earlier}.json")
+            pack = pack or write_pack(path, key, source, image_size)
 
     bad_count = len(pack.bad_images)
     if bad_count > max_bad_images:
         name, reason = pack.bad_images[0]
         raise UserError(
             f"{source.path}: {bad_count} unusable image(s), {max_bad_images} allowed; the first is "
-            f"{short(name)} ({reason}). {path}.json lists all; fix or remove them, or allow "
-            "that many."
+            f"{short(name)} ({reason}). {path}.json lists all; fix or remove them, or let train.py "
+            f"leave them out: --diffusion.max-bad-images {bad_count}"
         )
     return pack
 
@@ -117,26 +132,76 @@ def pack_path(source: Source, image_size: int) -> Path:
     return Path(cache, "ddpm-packed-images", sha256(ascii(path))[:8], name)
 
 
-def read_pack(path: Path, key: str, source: Source) -> ImageSet | None:
+def earlier_path(path: Path, pixels_hash: str) -> Path:
+    """Return where a pack is kept that a new run made anew because it could read more images."""
+    return path.with_name(f"{path.stem}-{pixels_hash}.packed")
+
+
+def can_read_more(pack: ImageSet, source: Source, image_size: int) -> bool:
+    """Return whether one of the images that were left out of a pack can be read now."""
+    ids = {*pack.ids}
+    left_out = {i: member for i, member in source.members.items() if i not in ids}
+    results = map_images(replace(source, members=left_out), image_size)
+    return any(not isinstance(result, BadImage) for result in results)
+
+
+def read_pack(path: Path, key: str, source: Source, image_size: int) -> ImageSet | None:
     """Map a packed file, or return None if it is missing, outdated, or not whole by its hashes."""
     try:
         file = json.loads(Path(f"{path}.json").read_text())
-        record = file["record"]
-        if file["key"] != key or file["sha256"] != sha256(json.dumps(record)):
-            return None
-        images = np.memmap(path, np.uint8, "r", shape=tuple(record.pop("shape")))
-        if hashlib.sha256(images).hexdigest()[:16] != record["pixels_hash"]:
-            return None
-        record["names"] = [source.members[i].name for i in record["ids"]]
-        # Ignored files may come and go, and the pack stays.
-        record["summary"] += source.describe_ignored()
-        return ImageSet(path.name, images, rule=source.rule, **record)
-    except READ_ERRORS:
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
+    if not isinstance(file, dict) or file.get("key") != key:
+        return None
+    record = file.get("record")
+    if file.get("sha256") != sha256(json.dumps(record)):
+        return None
+    if not fits(record, source, image_size):
+        return None
+    if not path.is_file() or path.stat().st_size != prod(record["shape"]):
+        return None
+    pack = map_pack(path, record, source)
+    is_whole = hashlib.sha256(pack.images).hexdigest()[:16] == pack.pixels_hash
+    return pack if is_whole else None
 
 
-def write_pack(path: Path, key: str, source: Source, image_size: int) -> None:
-    """Write the pixels of all usable images to a packed file, and its record. Print a summary."""
+def fits(record: Any, source: Source, image_size: int) -> bool:
+    """Return whether a record has what this version writes, for images of this source."""
+    if not isinstance(record, dict) or {k: type(v) for k, v in record.items()} != RECORD:
+        return False
+    ids = record["ids"]
+    return (
+        record["shape"] == [len(ids), image_size, image_size, source.channels]
+        and len(ids) > 0
+        and {*map(type, ids)} <= {int, str}
+        and {*ids} <= source.members.keys()
+        and all(
+            isinstance(bad, list) and [*map(type, bad)] == [str, str]
+            for bad in record["bad_images"]
+        )
+    )
+
+
+def map_pack(path: Path, record: dict, source: Source) -> ImageSet:
+    """Map a packed file with its record."""
+    return ImageSet(
+        name=path.name,
+        images=np.memmap(path, np.uint8, "r", shape=tuple(record["shape"])),
+        ids=record["ids"],
+        names=[source.members[i].name for i in record["ids"]],
+        rule=source.rule,
+        pixels_hash=record["pixels_hash"],
+        # Ignored files may come and go, and the pack stays.
+        summary=record["summary"] + source.describe_ignored(),
+        bad_images=record["bad_images"],
+    )
+
+
+def write_pack(path: Path, key: str, source: Source, image_size: int) -> ImageSet:
+    """Write the pixels of all usable images to a packed file, and its record; map it.
+
+    Prints a summary.
+    """
     if path.exists():
         print(f"{path} is outdated or damaged, and is made anew")
     # Without its record a file is not used, so nothing is wrong after a kill. The old file is
@@ -150,10 +215,13 @@ def write_pack(path: Path, key: str, source: Source, image_size: int) -> None:
         file = {"key": key, "sha256": sha256(json.dumps(record)), "record": record}
         write_text(record_path, json.dumps(file))
     except OSError as error:
-        # Half a pack would only fill the disk.
-        path.unlink(missing_ok=True)
         error.filename = error.filename or str(path)
         raise
+    finally:
+        # Half a pack would only fill the disk.
+        if not record_path.exists():
+            path.unlink(missing_ok=True)
+    return map_pack(path, record, source)
 
 
 def write_images(path: Path, source: Source, image_size: int) -> dict:
@@ -207,15 +275,12 @@ def map_images(source: Source, image_size: int) -> Iterator[tuple[np.ndarray, in
             with reading:
                 data = member.read()
             image = picture_of(data) if isinstance(data, np.ndarray) else open_image(data)
-            pixels = to_pixels(image, source.channels)
         except BadImage as error:
             return error
-        except READ_ERRORS as error:
-            # An error of the disk has a number, and that of a damaged archive has none.
-            if isinstance(error, OSError) and error.errno is not None:
-                error.filename = error.filename or f"{source.path}: {member.name}"
-                raise
-            return BadImage(f"cannot be read ({type(error).__name__}: {short(error)})")
+        except OSError as error:
+            error.filename = error.filename or f"{source.path}: {member.name}"
+            raise
+        pixels = to_pixels(image, source.channels)
         return fit_square(pixels, image_size), min(pixels.shape[:2])
 
     members = [*source.members.values()]

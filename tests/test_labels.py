@@ -98,6 +98,7 @@ def test_the_nearest_folder_is_the_label_and_numbers_are_sorted_as_such(coloured
         (["1/a.png", "1/b.png"], "has one label, 1; two are needed"),
         # These folders say which images are held out.
         (["train/a.png", "val/b.png"], "has no label for train/a.png"),
+        (["test/train/a.png", "test/val/b.png"], "has no label for test/train/a.png"),
         (["train/1/a.png", "train/2/c.png", "val/1/b.png"], None),
         (["train/a.png", "cat/b.png"], None),
         (["1/train/a.png", "2/train/b.png", "1/val/c.png"], None),

@@ -74,10 +74,10 @@ def write_npz(path, images=IMAGES):
     return path
 
 
-def load(path, size=8, max_bad_images=0):
+def load(path, size=8, max_bad_images=0, **options):
     """Return the images of a folder or an archive, by way of a packed file."""
     source = find_source(path)
-    return open_packed(source, size, max_bad_images)
+    return open_packed(source, size, max_bad_images, **options)
 
 
 def packed_files(folder):

@@ -185,6 +185,11 @@ def write_parts(write, path, folders):
         ("Testing Training", [2, 3], [0, 1], "1 in ./"),
         ("train-64x64 valid_64x64 train2-masks", [0, 1], [2, 3], "1 in ./, 2 in train2-masks/"),
         ("a/val2017 a/train2017 b/train b/val", [2, 3, 4, 5], [0, 1, 6, 7], "1 in ./"),
+        # The level that has both sides counts.
+        ("test/train test/val", [0, 1], [2, 3], "1 in ./"),
+        ("train/train train/val", [0, 1], [2, 3], "1 in ./"),
+        ("valid/a/test valid/a/train", [2, 3], [0, 1], "1 in ./"),
+        ("train more/val", [0, 1], [2, 3], "1 in ./"),
     ],
 )
 @pytest.mark.parametrize(("write", "name"), [(write_folder, "set"), (write_zip, "set.zip")])

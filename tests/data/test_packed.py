@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import os
 import signal
 import zipfile
@@ -13,9 +14,9 @@ import pytest
 from numpy.testing import assert_array_equal
 from PIL import Image
 
-from data import packed
+from data import decode, packed
 from data.decode import fit_square
-from tests.conftest import linux, posix, refused, rights_of_others
+from tests.conftest import posix, refused
 from tests.data.packing import (
     IMAGES,
     encoded,
@@ -125,26 +126,70 @@ def test_a_damaged_pack_is_made_anew(path, ending, capsys):
         )
 
 
-def test_a_pack_that_is_deleted_while_it_is_made_is_one_sentence(path, monkeypatch):
-    def fit_and_delete(pixels, image_size):
-        (path / "set-8px.packed").unlink(missing_ok=True)
-        return fit_square(pixels, image_size)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ids": []},
+        {"ids": [[]] * 10},
+        {"ids": list(range(1, 11))},
+        {"shape": [2**50, 8, 8, 3]},
+        {"bad_images": [1]},
+        {"more": 1},
+    ],
+)
+def test_a_record_that_this_version_does_not_write_is_made_anew(path, change):
+    file = Path(f"{load(path).images.filename}.json")
+    whole = file.read_bytes()
+    content = json.loads(whole)
+    content["record"] |= change
+    content["sha256"] = packed.sha256(json.dumps(content["record"]))
+    file.write_text(json.dumps(content))
+    assert_array_equal(load(path).images, IMAGES)
+    assert file.read_bytes() == whole
 
-    monkeypatch.setattr(packed, "fit_square", fit_and_delete)
-    with refused(r"set-8px.packed was deleted .* start again"):
+
+def typo(*_, **__):
+    """Raise what Python does for a name that an object lacks."""
+    return np.typo
+
+
+@pytest.mark.parametrize("function", ["to_pixels", "ImageSet"])
+def test_an_error_of_our_own_is_neither_a_bad_image_nor_a_damaged_pack(path, monkeypatch, function):
+    if function == "ImageSet":
         load(path)
+        forbid_decoding(monkeypatch)
+    monkeypatch.setattr(packed, function, typo)
+    with pytest.raises(AttributeError, match="typo"):
+        load(path, max_bad_images=10)
 
 
-@linux
-def test_another_users_outdated_pack_is_one_sentence(path):
-    lock = Path(f"{load(path).images.filename}.lock")
-    lock.chmod(0o444)
-    with rights_of_others():
-        # While it fits, it is used.
-        assert_array_equal(load(path).images, IMAGES)
-        os.utime(path / "00003.png", ns=(1, 1))
-        with refused(r"set-8px.packed .* is another user's .* delete it and"):
-            load(path)
+def test_a_new_run_tries_bad_images_again_and_an_earlier_run_keeps_its_own(path, monkeypatch):
+    webp = {f"{number}.webp": encoded(IMAGES[0], "WEBP", lossless=True) for number in (10, 11)}
+    write_folder(path, more=webp)
+    (path / "00012.png").touch()
+    with monkeypatch.context() as patch:
+        # Such is a Pillow without WebP.
+        patch.setattr(decode, "FORMATS", ("PNG",))
+        earlier = load(path, max_bad_images=3)
+        patch.setattr(packed, "write_pack", lambda *_: pytest.fail("made anew"))
+        for _ in range(2):
+            assert load(path, max_bad_images=3, retry_bad=True).ids == list(range(10))
+
+    # This Pillow reads WebP, but a run that goes on has the images that it had.
+    with monkeypatch.context() as patch:
+        forbid_decoding(patch)
+        assert load(path, max_bad_images=3).ids == list(range(10))
+    new = load(path, max_bad_images=1, retry_bad=True)
+    assert new.ids == list(range(12))
+    assert_array_equal(new.images[10:], [IMAGES[0]] * 2)
+    assert len(load(path, max_bad_images=1).ids) == 12
+
+    assert_array_equal(earlier.images, IMAGES)
+    forbid_decoding(monkeypatch)
+    again = load(path, max_bad_images=3, pixels_hash=earlier.pixels_hash)
+    assert again.ids == earlier.ids
+    assert_array_equal(again.images, IMAGES)
+    assert load(path, max_bad_images=1, pixels_hash=new.pixels_hash).ids == new.ids
 
 
 def test_bad_images_are_left_out_and_counted(tmp_path, capsys, monkeypatch):
@@ -222,6 +267,7 @@ def test_a_set_without_one_good_image_is_an_error(tmp_path):
     # A name must not control the terminal.
     with refused(r"none of its images can be used: \\x1b.png: empty file"):
         load(path, max_bad_images=5)
+    assert packed_files(path) == ["set-8px.packed.lock"]
 
 
 def test_read_only_data_go_to_the_cache(tmp_path, monkeypatch):
