@@ -1,9 +1,11 @@
 """Grow a U-Net: the network of small images becomes the inner levels of one for twice the size.
 
 A new level is put in front, and begins as a passage: on the way down the mean of 2 x 2 pixels, on
-the way up a copy of each pixel to 2 x 2. So before its first step the grown network does about what
-the small one does with the image at half the size, and training adds the details. The idea is that
-of "Progressive growing of GANs" (Karras et al. 2018, arXiv:1710.10196).
+the way up a copy of each pixel to 2 x 2. So where there is little noise, before its first step the
+grown network does about what the small one does with the image at half the size. With more noise
+its inner levels see the right SNR, but a state that is smaller than they know, down to by half, and
+v is a combination of other coefficients. Training mends this, and adds the details. The idea is
+that of "Progressive growing of GANs" (Karras et al. 2018, arXiv:1710.10196).
 """
 
 import torch

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +40,14 @@ CHECKED_SECONDS = 10
 COOLED_LOG_SNR = -1.0
 
 
+class Enlarger(NamedTuple):
+    """A model that draws images at twice their size (functions/enlarging.py)."""
+
+    denoiser: Predictor
+    # False for a few models from diffusers folders.
+    clip_x_0: bool = True
+
+
 @dataclass(frozen=True)
 class ImageSampler:
     """Everything that sampling needs, so that image i of a seed is reproducible.
@@ -58,7 +67,7 @@ class ImageSampler:
     # The sampler calls this after every step.
     on_step: OnStep | None = None
     # Each of them then draws the images at twice their size. They do not call `on_step`.
-    enlargers: tuple[Predictor, ...] = ()
+    enlargers: tuple[Enlarger, ...] = ()
     # The names of the model's labels
     label_names: Sequence[str] = ()
     # Where the denoiser comes from; a training, which draws grids, has not saved it.
@@ -186,7 +195,7 @@ class ImageSampler:
         known = known or [None] * len(self.enlargers)
         for k, (model, kept) in enumerate(zip(self.enlargers, known, strict=True), start=1):
             details = self.noise(indices, f"{purpose} {k}", k)
-            images = enlarge(model, images, details, kept, on_step)
+            images = enlarge(model.denoiser, images, details, kept, on_step, model.clip_x_0)
         return images.cpu()
 
 
@@ -301,12 +310,13 @@ def enlarged(image_sampler: ImageSampler, path: Path) -> ImageSampler:
             f"{saved.path} draws images of {saved.model.image_shape} (channels, height, width); "
             f"to enlarge these samples it must draw {shape}"
         )
+    enlarger = Enlarger(denoiser, saved.config["diffusion"].get("clip_x_0", True))
     options = image_sampler.options
     # Manifests and names of folders contain the digests, as that of a guide.
     digests = (*options.enlarger_digests, saved.digest[:16])
     return replace(
         image_sampler,
-        enlargers=(*enlargers, denoiser),
+        enlargers=(*enlargers, enlarger),
         options=replace(options, enlarger_digests=digests),
     )
 
@@ -372,7 +382,8 @@ def generate(image_sampler: ImageSampler, indices: Sequence[int], progress: bool
 
 def step_bar(image_sampler: ImageSampler, count: int, shown: bool) -> tqdm:
     """Return a progress bar for the steps of `count` images."""
-    details = sum(len(enlarging_times(model.scheduler)) - 1 for model in image_sampler.enlargers)
+    schedulers = [enlarger.denoiser.scheduler for enlarger in image_sampler.enlargers]
+    details = sum(len(enlarging_times(scheduler)) - 1 for scheduler in schedulers)
     total = count * (image_sampler.step_count + details)
     bar = StepBar(desc="sampling", total=total, unit="step", unit_scale=True, disable=not shown)
     bar.is_checked = image_sampler.device.type != "cpu"

@@ -58,6 +58,9 @@ class SamplerOptions:
             if option not in own:
                 flags = " and ".join(f"--{name}" for name in own)
                 raise UserError(f"--{option}: the options of --sampler {self.sampler} are {flags}")
+        # No comparison with nan is true.
+        if not 0 <= self.temperature <= 1:
+            raise UserError(f"temperature is {self.temperature:g}; it must be from 0 to 1")
         adds_noise = "variance" in self.arguments or self.arguments.get("eta")
         if self.temperature != 1 and not adds_noise:
             raise UserError("--temperature scales the noise of steps, and these add none (--eta)")

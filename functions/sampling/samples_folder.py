@@ -52,7 +52,6 @@ def drawing_settings(image_sampler: ImageSampler) -> dict[str, str | int | float
     saved = image_sampler.saved
     settings = image_sampler.options.settings
     if settings["spacing"] == "logsnr":
-        # Earlier versions had other timesteps, and no such entry.
         settings["first_log_snr"] = FIRST_LOG_SNR
     return {
         "experiment": saved.provenance["experiment"],
@@ -105,9 +104,8 @@ def open_folder(folder: Path, settings: dict, shown: list[int] | None = None) ->
             f"{name} was {short(earlier.get(name))}, is now {short(manifest.get(name))}"
             for name in manifest | earlier
             if earlier.get(name) != manifest.get(name)
-            # Only pictures have the first. Folders of earlier versions do not name the split, which
-            # the checkpoint's hash covers.
-            and not (name in (SHOWN, "split") and earlier.get(name) is None)
+            # Only pictures have this.
+            and not (name == SHOWN and earlier.get(name) is None)
         ]
         if changes:
             raise UserError(

@@ -17,7 +17,7 @@ from data.datasets import load_images
 from functions.enlarging import Known, enlarge, enlarging_times
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import dpm_solver_sample
-from functions.sampling.generation import enlarged, step_bar
+from functions.sampling.generation import Enlarger, enlarged, step_bar
 from functions.sampling.options import SamplerOptions
 from functions.saved.checkpoint import load_weights
 from functions.saved.run_folder import checkpoints_of
@@ -111,6 +111,25 @@ def test_an_enlargement_keeps_the_known_pixels_exactly(std):
     assert_close(shrunk(drawn)[..., 0], small[..., 0], atol=0.15, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "shape", [(3, 4, 8), (3, 4, 4), (1, 8, 8), (3, 8)], ids=["oblong", "small", "grey", "flat"]
+)
+def test_pictures_whose_noise_is_not_that_of_twice_their_size_are_refused(shape):
+    with pytest.raises(ValueError, match=r"must be \(B, C, S, S\) and \(B or 1, C, 2 S, 2 S\)"):
+        enlarge(WHITE, torch.zeros(2, *shape), lambda: torch.zeros(2, 3, 16, 16))
+
+
+def test_a_model_that_does_not_clip_enlarges_without_clipping():
+    bright = torch.full((1, 3, 8, 8), 1.5)
+    sampler = replace(image_sampler_of(None), denoiser=WHITE, shape=(3, 8, 8))
+    for clip in (True, False):
+        enlarger = Enlarger(WHITE, clip_x_0=clip)
+        large = replace(sampler, enlargers=(enlarger,)).enlarge(bright, [0])
+        assert (large.max() <= 1) == clip
+        if not clip:
+            assert_close(shrunk(large), bright, atol=1e-3, rtol=0)
+
+
 def test_steps_begin_at_one_log_snr_whatever_the_schedule():
     for scheduler in (COSINE, NoiseScheduler(1000), NoiseScheduler(100)):
         distances = (torch.logit(scheduler.alphas_cumprod) + 1.41).abs()
@@ -123,7 +142,7 @@ def test_steps_begin_at_one_log_snr_whatever_the_schedule():
 def test_enlargements_depend_on_the_seed_and_the_index_alone(network):
     small = image_sampler_of(network, options=SamplerOptions("dpm++", 2), seed=7)
     # All small images are nearly grey, so only the details' noise makes a difference.
-    small = replace(small, denoiser=white(1e-3, COSINE), enlargers=(WHITE,) * 2)
+    small = replace(small, denoiser=white(1e-3, COSINE), enlargers=(Enlarger(WHITE),) * 2)
     assert step_bar(small, 3, shown=False).total == 3 * (2 + 7 + 7)
     together, alone, other = (
         sampler.sample(indices, tqdm(disable=True))
@@ -169,7 +188,7 @@ def test_samples_shrink_to_the_small_ones_and_the_manifest_says_what_enlarged_th
     with refused("enlargers was None, is now"):
         call(sample, tiny_run, FEW, *enlarge, "--individual --out", plain)
     sampler = replace(image_sampler_of(network), precision="bfloat16")
-    assert enlarged(sampler, large).enlargers[0].precision == torch.bfloat16
+    assert enlarged(sampler, large).enlargers[0].denoiser.precision == torch.bfloat16
     # The bar counts all steps.
     capsys.readouterr()
     call(sample, tiny_run, FEW, *enlarge)

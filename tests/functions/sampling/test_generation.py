@@ -134,6 +134,8 @@ def test_the_temperature_scales_the_noise_of_later_steps_alone(network, monkeypa
     assert_close(drawn[1], scales * drawn[0])
     with refused("these add none"):
         SamplerOptions("dpm++", eta=0.0, temperature=0.5)
+    with refused("temperature is nan; it must be from 0 to 1"):
+        SamplerOptions(temperature=math.nan)
 
 
 def test_a_new_sampler_is_a_function_and_a_row(unfinished, tmp_path, monkeypatch, capsys):
