@@ -8,19 +8,22 @@ A config that cannot work raises ConfigError, whose message says which values wo
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 from functions.denoiser import OBJECTIVES
 from functions.noise_scheduler import BETA_SCHEDULES, LARGEST_TIMESTEPS, NoiseScheduler
 from functions.optimizers import LR_SCHEDULES, OPTIMIZERS
 from functions.samplers import SAMPLERS
+from functions.support.errors import short
 from functions.support.settings import (
     ConfigError,
     changeable,
     check_fields,
+    checked,
     choice,
     fields_with,
+    from_fields,
     require,
     setting,
 )
@@ -299,12 +302,12 @@ class DiffusionConfig:
     # path of a folder, zip, parquet or npz.
     dataset_name: str = changeable()
     # The learning rate after the warm-up.
-    learning_rate: float = setting(at_least=1e-9, at_most=1)
+    learning_rate: float = changeable(at_least=1e-9, at_most=1, departs=True)
     # The most images in one forward pass. Half of it with twice the gradient_accumulation needs
     # about half of the memory, and gives the same result, but for dropout (docs/speed.md).
     batch_size: int
     # Flip training images at random, and rotate them if max_rotation > 0.
-    use_augmentation: bool
+    use_augmentation: bool = changeable(departs=True)
     # T, the number of diffusion timesteps.
     timesteps_diff: int = setting(at_least=2, at_most=LARGEST_TIMESTEPS, fixed_by_weights=True)
 
@@ -314,7 +317,7 @@ class DiffusionConfig:
     # "official" (60,000 and 10,000).
     split: str = choice("reference", "official")
     # Augmentation rotates training images by up to this many degrees, in either direction.
-    max_rotation: float = setting(0.0, at_most=10)
+    max_rotation: float = changeable(0.0, at_most=10, departs=True)
     # The fraction of the steps, at the end of a run, in which no image is rotated, so that the
     # network unlearns the tilt.
     rotation_free_end: float = setting(0.1, at_most=1)
@@ -325,7 +328,7 @@ class DiffusionConfig:
     labels: bool = False
     # The probability that training drops an image's label, so that the network draws without one,
     # too, as --cfg needs (Ho and Salimans 2022).
-    label_dropout: float = setting(0.1, at_most=1)
+    label_dropout: float = changeable(0.1, at_most=1, departs=True)
 
     # Noise schedule
 
@@ -358,14 +361,14 @@ class DiffusionConfig:
     # Batches per step. The effective batch is batch_size times gradient_accumulation.
     gradient_accumulation: int = 4
     # Largest gradient norm; larger gradients are scaled down to it. 0: no clipping.
-    clip_grad_norm: float = 0.0
+    clip_grad_norm: float = changeable(0.0, departs=True)
     # Steps over which the learning rate rises linearly from 0.
-    warmup_steps: int = setting(0, at_least=0)
+    warmup_steps: int = changeable(0, at_least=0, departs=True)
     # The learning rate after the warm-up. "cosine" falls to 0 along a half cosine over the whole
     # run.
-    lr_schedule: str = setting("constant", choices=LR_SCHEDULES)
+    lr_schedule: str = changeable("constant", choices=LR_SCHEDULES, departs=True)
     # Decay of the weights' moving average (EMA), per step. 0: no EMA; samples use the raw weights.
-    ema_decay: float = setting(0.9999, at_most=0.999999)
+    ema_decay: float = changeable(0.9999, at_most=0.999999, departs=True)
     # Precision of the network. "auto" is the fastest that the hardware supports. On CUDA, "float32"
     # is as PyTorch sets it, which is TF32 in convolutions.
     precision: str = choice("auto", "float32", "bfloat16", "float16", changeable=True)
@@ -408,12 +411,14 @@ class DiffusionConfig:
         check_fields(self)
         # Cosine betas do not use these three fields, so changing one of them is a mistake.
         unchanged = (self.beta_start, self.beta_end, self.rescale_betas) == (1e-4, 0.02, True)
-        requirement = '"linear" when beta_start, beta_end or rescale_betas are changed'
-        require(self, "beta_schedule", unchanged or self.beta_schedule == "linear", requirement)
-        try:
-            build_scheduler(vars(self))
-        except ValueError as error:
-            raise ConfigError(f"{type(self).__name__}: {error}") from error
+        require(
+            type(self),
+            "beta_schedule",
+            self.beta_schedule,
+            unchanged or self.beta_schedule == "linear",
+            '"linear" when beta_start, beta_end or rescale_betas are changed',
+        )
+        build_scheduler(vars(self))
 
     @property
     def effective_batch(self) -> int:
@@ -424,17 +429,19 @@ class DiffusionConfig:
 def build_scheduler(diffusion: dict) -> NoiseScheduler:
     """Build the schedule of the fields of a `DiffusionConfig`. Those without a value have defaults.
 
-    Raises ValueError or TypeError if there is none with these betas.
+    Raises ConfigError for values that do not fit.
     """
-    fields = vars(DiffusionConfig) | diffusion
-    return NoiseScheduler(
-        fields["timesteps_diff"],
-        fields["beta_start"],
-        fields["beta_end"],
-        fields["rescale_betas"],
-        fields["beta_schedule"],
-        fields["log_snr_shift"],
-    )
+    values = {
+        each.name: checked(DiffusionConfig, each, diffusion.get(each.name, each.default))
+        for each in fields(DiffusionConfig)
+        if "fixed_by_weights" in each.metadata
+    }
+    # The others are the schedule's, by the names of its arguments.
+    del values["objective"]
+    try:
+        return NoiseScheduler(values.pop("timesteps_diff"), **values)
+    except ValueError as error:
+        raise ConfigError(f"{DiffusionConfig.__name__}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -467,7 +474,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check = partial(require, self)
+
+        def check(name, fits, requirement):
+            require(type(self), name, getattr(self, name), fits, requirement)
+
         check("base_dim", self.base_dim % 2 == 0, "even and at least 4")
 
         # Each level halves the size, from image_size down to lowest_resolution_size.
@@ -515,6 +525,32 @@ class ModelConfig:
         return tuple(self.base_dim * multiplier for multiplier in self.dim_multiply)
 
 
+@dataclass(frozen=True)
+class OwnNetwork:
+    """What a run knows of a network that no `ModelConfig` describes (docs/sampling.md)."""
+
+    # The name of its class, which the files of the run have.
+    class_name: str
+    # Height and width of the images.
+    image_size: int
+    # Colour channels.
+    channels: int
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """The shape (C, H, W) of an image."""
+        return self.channels, self.image_size, self.image_size
+
+
+def model_from(values: Any) -> ModelConfig | OwnNetwork:
+    """Return what a file says of a network. Raises ConfigError as `from_fields` does."""
+    is_own = isinstance(values, dict) and "class_name" in values
+    return from_fields(OwnNetwork if is_own else ModelConfig, values)
+
+
 def input_names(diffusion: dict) -> list[str]:
     """Return what the network of such a `DiffusionConfig` gets of each image beside x_t and t.
 
@@ -523,8 +559,16 @@ def input_names(diffusion: dict) -> list[str]:
     return ["label"] if diffusion.get("labels") else []
 
 
-def build_network(config: ModelConfig) -> UNet:
-    """Build a network with random weights, f(x_t, t); docs/change.md adds another class here."""
+def build_network(config: ModelConfig | OwnNetwork) -> UNet:
+    """Build a network with random weights, f(x_t, t); docs/change.md adds another class here.
+
+    Raises ConfigError for an `OwnNetwork`, which only its author can build.
+    """
+    if isinstance(config, OwnNetwork):
+        raise ConfigError(
+            f"its network, {short(config.class_name)}, is not built by a config; docs/sampling.md "
+            "says how to load and resume it from Python"
+        )
     return UNet(**vars(config))
 
 
@@ -533,7 +577,7 @@ class Experiment:
     """All settings that a run's result depends on."""
 
     diffusion: DiffusionConfig
-    model: ModelConfig
+    model: ModelConfig | OwnNetwork
 
     def override(self, **changes) -> "Experiment":
         """Return a copy with some fields of either part replaced, which have no name in common.
@@ -543,25 +587,27 @@ class Experiment:
         model = {name: changes.pop(name) for name in vars(self.model) if name in changes}
         return Experiment(replace(self.diffusion, **changes), replace(self.model, **model))
 
-    def resumed(self, **changes) -> "Experiment":
-        """Return a copy with some fields replaced, for a run that is resumed.
+    def resumed(self, changed: "Experiment") -> dict[str, tuple]:
+        """Return the fields that a resumed run changes (`differences`).
 
         Raises ConfigError, with the names of the fields, for changes that such a run cannot make.
         """
-        changed = self.override(**changes)
-        # The data may have moved, and another GPU may lack bfloat16.
+        differences = self.differences(changed)
         may_change = fields_with(DiffusionConfig, "changeable")
         # Another GPU may have less memory. With the same effective batch, a step differs only in
         # its dropout.
         if changed.diffusion.effective_batch == self.diffusion.effective_batch:
             may_change |= {"batch_size", "gradient_accumulation"}
+        # There is an average of the weights from the first step on, or never.
+        if 0 in (self.diffusion.ema_decay, changed.diffusion.ema_decay):
+            may_change -= {"ema_decay"}
 
-        fixed = self.differences(changed).keys() - {f"diffusion.{name}" for name in may_change}
+        fixed = differences.keys() - {f"diffusion.{name}" for name in may_change}
         if fixed:
             raise ConfigError(
                 f"a resumed run cannot change {', '.join(sorted(fixed))}; start a new run for that"
             )
-        return changed
+        return differences
 
     def differences(self, other: "Experiment") -> dict[str, tuple]:
         """Return the fields that differ: {"diffusion.epochs": (value, value in `other`), ...}."""
@@ -575,13 +621,15 @@ class Experiment:
 
     def warnings(self) -> Iterator[str]:
         """Yield a warning for each setting that is allowed but probably a mistake."""
-        groups = self.model.norm_groups
-        channels_of_group = min(self.model.dims) / groups
-        if channels_of_group < 4:
-            yield (
-                f"norm_groups = {groups} leaves {channels_of_group:g} of the 4 channels that a "
-                "group needs at the narrowest level; samples may come out tinted (docs/tried.md)"
-            )
+        if isinstance(self.model, ModelConfig):
+            groups = self.model.norm_groups
+            channels_of_group = min(self.model.dims) / groups
+            if channels_of_group < 4:
+                yield (
+                    f"norm_groups = {groups} leaves {channels_of_group:g} of the 4 channels that a "
+                    "group needs at the narrowest level; samples may come out tinted "
+                    "(docs/tried.md)"
+                )
         if self.diffusion.max_rotation > 0 and not self.diffusion.use_augmentation:
             yield "max_rotation has no effect without use_augmentation = True"
 
@@ -591,16 +639,10 @@ class Experiment:
 
     @staticmethod
     def from_dict(config: dict) -> "Experiment":
-        """Invert `to_dict`. Raises ConfigError when fields are missing or unknown."""
-        try:
-            return Experiment(
-                DiffusionConfig(**config["diffusion"]), ModelConfig(**config["model"])
-            )
-        except (KeyError, TypeError) as error:
-            raise ConfigError(
-                "the saved config does not fit this version in 'diffusion' or 'model': "
-                f"{str(error)[:200]!r}; CHANGELOG.md says which version it is of"
-            ) from error
+        """Invert `to_dict`. Raises ConfigError for fields that are missing, unknown or wrong."""
+        return Experiment(
+            from_fields(DiffusionConfig, config.get("diffusion")), model_from(config.get("model"))
+        )
 
 
 EXPERIMENTS = experiments()

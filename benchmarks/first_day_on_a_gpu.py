@@ -25,6 +25,7 @@ from benchmarks.compare import seconds_of
 from config import EXPERIMENTS
 from functions.training.cost import run_pass
 from functions.training.metrics import read_metrics
+from functions.training.opening import make_run
 from functions.training.run import TrainingRun
 
 GPU = torch.cuda.is_available()
@@ -47,7 +48,7 @@ def run_of(name: str, folder: str = "", **changes: str | int) -> TrainingRun:
     experiment = EXPERIMENTS[name].override(dataset_name="emoji_people", **changes)
     if not GPU:
         experiment = experiment.override(**TINY)
-    return TrainingRun(name, experiment, Path(folder), DEVICE)
+    return make_run(name, experiment, Path(folder), DEVICE)
 
 
 def training(name: str) -> Iterator[Fact]:

@@ -7,7 +7,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -58,6 +58,42 @@ class ImageSet:
     inputs: dict[str, np.ndarray] = field(default_factory=dict)
     # The names of the labels in `inputs`.
     label_names: tuple[str, ...] = ()
+
+    @staticmethod
+    def from_array(
+        name: str,
+        images: np.ndarray,
+        names: Sequence[str] | None = None,
+        inputs: dict[str, np.ndarray] | None = None,
+        label_names: Sequence[str] = (),
+    ) -> "ImageSet":
+        """Return the set of the images in an array, uint8 (N, S, S, 3), or (N, S, S, 1) in grey.
+
+        A tenth is held out, by a hash of each of the `names`, by default 0, 1, ... `inputs` are
+        what the network gets beside x_t and t, (N, ...) each; `label` is an index of `label_names`.
+        Raises ValueError for arrays of another dtype or shape, and for equal names.
+        """
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != images.shape[2]:
+            raise ValueError(
+                f"images are {images.dtype} {images.shape}; they must be uint8 (N, S, S, C)"
+            )
+        names = [*map(str, range(len(images)) if names is None else names)]
+        inputs = inputs or {}
+        if {len(images)} != {len({*names}), len(names), *map(len, inputs.values())}:
+            raise ValueError("each image must have one name of its own, and one of each input")
+        pixels_hash = hashlib.sha256(np.ascontiguousarray(images)).hexdigest()[:16]
+        summary = f"{name}: {len(images):,} images at {images.shape[1]}x{images.shape[2]}"
+        return ImageSet(
+            name,
+            images,
+            ids=names,
+            names=names,
+            rule="name",
+            pixels_hash=pixels_hash,
+            summary=summary,
+            inputs=inputs,
+            label_names=tuple(label_names),
+        )
 
 
 def open_packed(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from config import EXPERIMENTS
 from functions.saved.checkpoint import Tensors
+from functions.training.opening import make_run
 from functions.training.run import TrainingRun
 from tests.conftest import CPU, draw_pictures
 
@@ -51,7 +52,7 @@ def training_run(seed: int = 0, optimizer: str = "adam") -> TrainingRun:
         "norm_groups": 1,
     }
     experiment = EXPERIMENTS["faces"].override(**changes, **model)
-    run = TrainingRun("faces", experiment, Path("runs"), CPU)
+    run = make_run("faces", experiment, Path("runs"), CPU)
     run.scaler = torch.amp.GradScaler("cpu", enabled=True)
     return run
 

@@ -93,8 +93,19 @@ def test_what_differs_is_named_and_only_what_leaves_the_meaning_may_change():
     # A smaller batch size with more accumulation leaves the images of a step as they were.
     harmless = {"batch_size": 4, "gradient_accumulation": 4, "dataset_name": "moved", "epochs": 99}
     harmless |= {"compile": True, "precision": "float16", "grid_sampler": "ddim"}
-    resumed = faces.resumed(**harmless)
-    assert vars(resumed.diffusion).items() >= harmless.items()
+    # These change the rest of a run, and are what one changes in the middle of it.
+    harmless |= {"learning_rate": 1e-4, "lr_schedule": "constant", "warmup_steps": 7}
+    harmless |= {"clip_grad_norm": 0.5, "ema_decay": 0.99, "use_augmentation": False}
+    harmless |= {"max_rotation": 1.0, "label_dropout": 0.2}
+    resumed = faces.override(**harmless)
+    assert faces.resumed(resumed) == faces.differences(resumed)
+    assert len(faces.resumed(resumed)) == len(harmless)
+
+    # A run has an average of its weights from the first step on, or none.
+    plain = faces.override(ema_decay=0.0)
+    for before, after in ((faces, plain), (plain, faces), (faces, faces.override(seed=1))):
+        with refused("a resumed run cannot change diffusion.(ema_decay|seed);", ConfigError):
+            before.resumed(after)
 
 
 def test_weights_fix_the_objective_and_all_that_the_schedule_is_built_from():
@@ -189,12 +200,12 @@ def test_what_is_probably_not_meant_is_warned_of():
 
 def test_a_saved_config_with_unknown_or_missing_fields():
     saved = EXPERIMENTS["faces-v"].to_dict()
-    with refused("diffusion", ConfigError):
+    with refused("DiffusionConfig: missing", ConfigError):
         Experiment.from_dict({"model": saved["model"]})
 
     # A run of an earlier version has fields that went, such as this one.
     saved["diffusion"]["recompute"] = "norms"
-    with refused(r"'recompute'.*CHANGELOG\.md says", ConfigError):
+    with refused(r"see CHANGELOG\.md\): recompute", ConfigError):
         Experiment.from_dict(saved)
 
 

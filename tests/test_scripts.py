@@ -1,7 +1,7 @@
 """train.py and sample.py as a user calls them: a whole run, and what flags change in it."""
 
 import json
-from dataclasses import MISSING, fields
+from dataclasses import fields
 
 import pytest
 
@@ -63,18 +63,18 @@ def test_a_script_works_from_another_folder(pictures, tmp_path):
 
 
 @pytest.mark.parametrize("config_class", [DiffusionConfig, ModelConfig])
-def test_every_field_is_explained_by_help(config_class, capsys):
-    """With its comment, its default and, of a field with choices, all of these."""
+def test_every_field_is_a_flag_with_a_comment(config_class, capsys):
+    """Of a field with choices, the help shows all of these."""
     with pytest.raises(SystemExit):
         call(train, "--help")
 
-    printed = " ".join(capsys.readouterr().out.split())
+    printed = capsys.readouterr().out.split()
+    comments = field_comments(config_class)
     for field in fields(config_class):
-        if "no_flag" in field.metadata:
-            continue
-        comment = field_comments(config_class)[field.name]
-        default = "" if field.default is MISSING else f"Default: {field.default}."
-        explanation = f"{comment} {default}".split()
-        assert " ".join(explanation) in printed, field.name
-        choices = "|".join(map(str, field.metadata.get("choices", [])))
-        assert f".{field.name.replace('_', '-')} {choices}" in printed, field.name
+        assert comments[field.name].endswith("."), field.name
+        if "no_flag" not in field.metadata:
+            flag = next(
+                word for word in printed if word.endswith(f".{field.name.replace('_', '-')}")
+            )
+            choices = "|".join(map(str, field.metadata.get("choices", [])))
+            assert printed[printed.index(flag) + 1].startswith(choices), field.name

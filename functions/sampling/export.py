@@ -21,8 +21,7 @@ SAMPLE_COUNT = 16
 def export(image_sampler: ImageSampler, path: Path) -> None:
     """Write a .safetensors file, which sample.py reads, or a folder, which diffusers loads.
 
-    Raises UserError for a path that exists or has another extension, for a folder of a model with
-    labels, and CheckpointError as
+    Raises UserError for a path that exists or has another extension, and CheckpointError as
     `write_folder` does.
     """
     saved = image_sampler.saved
@@ -41,8 +40,6 @@ def export(image_sampler: ImageSampler, path: Path) -> None:
             f"{path}: --export needs NAME.safetensors, or NAME without an extension for a folder"
         )
 
-    if saved.model.label_count:
-        raise UserError(f"{path}: diffusers' DDPMPipeline passes no labels; export a .safetensors")
     # The folder is filled under a temporary name, so that `path` is complete as soon as it exists.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -25,10 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from config import ModelConfig, build_scheduler
+from config import ModelConfig, OwnNetwork, build_scheduler, model_from
 from functions.noise_scheduler import NoiseScheduler
-from functions.support.errors import READ_ERRORS, CheckpointError, short
-from functions.support.files import check_file, replacing, sha256
+from functions.support.errors import CheckpointError, short
+from functions.support.files import check_file, parse_json, replacing, sha256
 
 FORMAT = "ddpm-faces checkpoint 3"
 # Tensors by their names.
@@ -73,22 +73,22 @@ def digest_of(tensors: Tensors) -> str:
 class Checkpoint:
     """A checkpoint or a model. Opening it reads and checks `contents`, but no tensor.
 
-    Raises CheckpointError for a file that is missing, damaged, of another format, or neither.
+    Raises CheckpointError for a file that is missing, damaged, of another format, or neither; and
+    OSError or MemoryError for one that cannot be read now.
     """
 
     def __init__(self, path: Path):
         self.path = path
         with open_safetensors(path) as file:
-            metadata = file.metadata()
-            if metadata["format"] != FORMAT:
-                raise ValueError(f"its format is {metadata['format']}")
-            text = metadata["contents"]
-            if metadata["sha256"] != sha256(text):
-                raise ValueError("it has a wrong checksum")
-            # Runs of earlier versions may have infinite limits. No limit is 0, too.
-            self.contents = json.loads(text, parse_constant=lambda _: 0)
-            self.digests = dict(self.contents.pop("digests"))
-        if "config" not in self.contents:
+            metadata = file.metadata() or {}
+        text = metadata.get("contents", "")
+        if metadata.get("format") != FORMAT:
+            raise unreadable(path, f"its format is {metadata.get('format')}")
+        if metadata.get("sha256") != sha256(text):
+            raise unreadable(path, "it has a wrong checksum")
+        self.contents = parse_json(path, text)
+        self.digests = self.contents.pop("digests", None)
+        if not isinstance(self.digests, dict) or not is_model(self.contents):
             raise CheckpointError(f"{path}: neither a checkpoint nor a model")
 
     def tensors(self, part: str) -> Tensors:
@@ -110,16 +110,35 @@ class Checkpoint:
 
 @contextmanager
 def open_safetensors(path: Path) -> Iterator[safe_open]:
-    """Open a safetensors file. One of `READ_ERRORS` in the context becomes a CheckpointError."""
+    """Open a safetensors file. An error of the library in the context becomes a CheckpointError."""
     check_file(path)
+    # The library would call a file of another user missing.
+    path.open("rb").close()
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except READ_ERRORS as error:
-        raise CheckpointError(
-            f"{path}: the file is truncated, damaged or not a checkpoint of this version "
-            f"(see CHANGELOG.md): {short(error)}"
-        ) from error
+    except SafetensorError as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, reason: object) -> CheckpointError:
+    """Return the error about a file that nothing can be read from."""
+    return CheckpointError(
+        f"{path}: the file is truncated, damaged or not a checkpoint of this version "
+        f"(see CHANGELOG.md): {short(reason)}"
+    )
+
+
+def is_model(contents: dict) -> bool:
+    """Return whether the contents of a file have the config and the facts of a model."""
+    config, run = (contents.get(name) for name in ("config", "run"))
+    return (
+        isinstance(config, dict)
+        and all(isinstance(config.get(part), dict) for part in ("diffusion", "model"))
+        and isinstance(run, dict)
+        and isinstance(run.get("experiment"), str)
+        and all(isinstance(run.get(name), int) for name in ("step", "total_steps"))
+    )
 
 
 @dataclass(frozen=True)
@@ -140,13 +159,13 @@ class SavedModel:
     digest: str
 
     @property
-    def model(self) -> ModelConfig:
-        """Return the network's config. Raises ConfigError or TypeError for an invalid one."""
-        return ModelConfig(**self.config["model"])
+    def model(self) -> ModelConfig | OwnNetwork:
+        """Return what is known of the network. Raises ConfigError if it does not fit."""
+        return model_from(self.config["model"])
 
     @property
     def scheduler(self) -> NoiseScheduler:
-        """Return the noise schedule. Raises ValueError or TypeError for an invalid one."""
+        """Return the noise schedule. Raises ConfigError if it does not fit."""
         return build_scheduler(self.config["diffusion"])
 
     @property

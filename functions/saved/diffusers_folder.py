@@ -9,14 +9,18 @@ scheduler, and our `UNet` gets the weights. Both networks and both schedules mus
 A field that does not show in this comparison is refused by its name.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from config import ModelConfig, build_network
+from config import ConfigError, ModelConfig, build_network
 from functions.denoiser import OBJECTIVES
 from functions.noise_scheduler import PAPER_TIMESTEPS
 from functions.saved.checkpoint import (
@@ -26,10 +30,10 @@ from functions.saved.checkpoint import (
     digest_of,
     model_digest,
 )
-from functions.support.errors import READ_ERRORS, CheckpointError, UserError, short
+from functions.support.errors import CheckpointError, UserError, short
 from functions.support.files import read_json
 from models.blocks import DIALECTS
-from models.unet import BLOCKS_DOWN
+from models.unet import BLOCKS_DOWN, UNet
 
 # The words of diffusers for our betas, variances and objectives.
 WORDS = {
@@ -39,6 +43,31 @@ WORDS = {
     "large": "fixed_large",
     **{name: row.diffusers for name, row in OBJECTIVES.items()},
 }
+
+# What a network that is exported may have beside our defaults: these fields of `ModelConfig`.
+EXPORTED = (
+    "lowest_resolution_size",
+    "dim_multiply",
+    "transformer_layers",
+    "base_dim",
+    "image_size",
+    "channels",
+    "dropout",
+    "norm_groups",
+    "dialect",
+)
+# diffusers builds networks and schedules of whatever a JSON file says, and raises these errors.
+LIBRARY_ERRORS = (
+    SafetensorError,
+    OSError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 # Other pipelines, such as those of latents, sample something else with the same network.
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
@@ -81,38 +110,54 @@ def load_folder(path: Path) -> SavedModel:
     Raises CheckpointError for a folder that diffusers cannot read, or whose network or schedule
     would compute something else than ours.
     """
-    diffusers = import_diffusers()
     try:
-        unet, scheduler_folder = parts_of(path)
+        return read_folder(path)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: this model cannot be read: {short(error)}") from error
+
+
+def read_folder(path: Path) -> SavedModel:
+    """Read a folder as `load_folder` does. Raises ConfigError for what we do not have."""
+    diffusers = import_diffusers()
+    unet, scheduler_folder = parts_of(path)
+    with refusing_damage():
         network, loading = diffusers.UNet2DModel.from_pretrained(unet, output_loading_info=True)
         schedule = diffusers.DDPMScheduler.load_config(scheduler_folder)
-        if schedule["_class_name"] not in ("DDPMScheduler", "DDIMScheduler"):
-            raise ValueError(f"unsupported: {schedule['_class_name']}")
+    if schedule.get("_class_name") not in ("DDPMScheduler", "DDIMScheduler"):
+        raise ConfigError(f"unsupported: {schedule.get('_class_name')}")
+    with refusing_damage():
         scheduler = diffusers.DDPMScheduler.from_config(schedule)
         _, unexpected, _ = scheduler.extract_init_dict(schedule)
-        config = our_config({**network.config, **scheduler.config}, unexpected)
-        # diffusers draws missing weights at random.
-        if any(loading.values()):
-            raise ValueError(f"the weights do not fit the network: {loading}")
-        check_finite(network.state_dict(), path, "unet")
-        ours = build_network(ModelConfig(**config["model"]))
-        copy_weights(network, ours, len(ours.down))
+    config = our_config({**network.config, **scheduler.config}, unexpected)
+    # diffusers draws missing weights at random.
+    if any(loading.values()):
+        raise ConfigError(f"the weights do not fit the network: {loading}")
+    check_finite(network.state_dict(), path, "unet")
+    model = ModelConfig(**config["model"])
+    ours = build_network(model)
+    copy_weights(network, ours, model)
 
-        # In a model hub's cache, the folder's name is a hash.
-        parts = path.absolute().parts
-        name = parts[-3] if parts[-2] == "snapshots" else parts[-1]
-        provenance = {"experiment": name.removeprefix("models--"), "step": 0, "total_steps": 0}
-        weights = ours.float().state_dict()
-        digest = model_digest(config, digest_of(weights))
-        saved = SavedModel(path, weights, "diffusers", config, provenance, digest)
-        # diffusers computes in float32.
-        alphas_cumprod = saved.scheduler.alphas_cumprod.float()
-        if not torch.allclose(alphas_cumprod, scheduler.alphas_cumprod, rtol=1e-3):
-            raise ValueError("our alpha_bar is another than that of diffusers")
-    except READ_ERRORS as error:
-        # Files that are damaged, or describe what is impossible, raise errors of these types.
-        raise CheckpointError(f"{path}: this model cannot be read: {short(error)}") from error
+    # In a model hub's cache, the folder's name is a hash.
+    parts = path.absolute().parts
+    name = parts[-3] if parts[-2] == "snapshots" else parts[-1]
+    provenance = {"experiment": name.removeprefix("models--"), "step": 0, "total_steps": 0}
+    weights = ours.float().state_dict()
+    digest = model_digest(config, digest_of(weights))
+    saved = SavedModel(path, weights, "diffusers", config, provenance, digest)
+    # diffusers computes in float32.
+    alphas_cumprod = saved.scheduler.alphas_cumprod.float()
+    if not torch.allclose(alphas_cumprod, scheduler.alphas_cumprod, rtol=1e-3):
+        raise ConfigError("our alpha_bar is another than that of diffusers")
     return saved
+
+
+@contextmanager
+def refusing_damage() -> Iterator[None]:
+    """Turn an error of diffusers in the context into a ConfigError."""
+    try:
+        yield
+    except LIBRARY_ERRORS as error:
+        raise ConfigError(str(error)) from error
 
 
 def parts_of(path: Path) -> tuple[Path, Path]:
@@ -122,7 +167,7 @@ def parts_of(path: Path) -> tuple[Path, Path]:
     if index.exists():
         pipeline = read_json(index).get("_class_name")
         if pipeline not in PIPELINES:
-            raise ValueError(f"it is a {pipeline}, and only {' and '.join(PIPELINES)} are read")
+            raise ConfigError(f"it is a {pipeline}, and only {' and '.join(PIPELINES)} are read")
     else:
         # Diffusers' training script writes checkpoint-N/unet_ema, and no index.
         unets.insert(0, path / "unet_ema")
@@ -135,14 +180,19 @@ def parts_of(path: Path) -> tuple[Path, Path]:
 def our_config(fields: dict, unexpected: dict) -> dict:
     """Convert the fields of a UNet2DModel and a DDPMScheduler to our config.
 
-    `unexpected` are those that diffusers ignores. Raises ValueError for what we do not have.
+    `unexpected` are those that diffusers ignores. Raises ConfigError for what we do not have.
     """
+    if fields["trained_betas"] is not None:
+        raise ConfigError(
+            "unsupported: trained_betas, a list of betas; if --export wrote this folder, the run "
+            "has a log_snr_shift, so sample from the run, or export it to NAME.safetensors"
+        )
     size = fields["sample_size"]
     # A list has the height and the width.
-    if isinstance(size, list) and len(set(size)) == 1:
+    if isinstance(size, list) and size == [size[0], size[0]]:
         size = size[0]
     if not isinstance(size, int):
-        raise ValueError(f"unsupported: sample_size = {size}")
+        raise ConfigError(f"unsupported: sample_size = {size}")
     widths = fields["block_out_channels"]
     kinds = fields["down_block_types"]
     model = {
@@ -164,9 +214,9 @@ def our_config(fields: dict, unexpected: dict) -> dict:
         "timesteps_diff": fields["num_train_timesteps"],
         "beta_start": fields["beta_start"],
         "beta_end": fields["beta_end"],
-        "beta_schedule": words.get(fields["beta_schedule"]),
-        "objective": words.get(fields["prediction_type"]),
-        "variance": words.get(fields["variance_type"]),
+        "beta_schedule": words.get(str(fields["beta_schedule"])),
+        "objective": words.get(str(fields["prediction_type"])),
+        "variance": words.get(str(fields["variance_type"])),
         "clip_x_0": fields["clip_sample"],
     }
     supported = {
@@ -183,34 +233,31 @@ def our_config(fields: dict, unexpected: dict) -> dict:
         supported["time_embedding_dim"] = 4 * widths[0]
     for name, value in supported.items():
         if fields.get(name, value) != value:
-            raise ValueError(f"unsupported: {name} = {fields[name]!r}")
-    if fields["trained_betas"] is not None:
-        raise ValueError(
-            "unsupported: trained_betas, a list of betas; if --export wrote this folder, the run "
-            "has a log_snr_shift, so sample from the run, or export it to NAME.safetensors"
-        )
+            raise ConfigError(f"unsupported: {name} = {fields[name]!r}")
     return {"diffusion": diffusion, "model": model}
 
 
 @torch.no_grad()
-def copy_weights(source: nn.Module, target: nn.Module, levels: int) -> None:
-    """Copy the weights from a UNet2DModel to our `UNet`, or the other way round.
+def copy_weights(source: nn.Module, target: nn.Module, model: ModelConfig) -> None:
+    """Copy the weights from a UNet2DModel to our `UNet` of a config, or the other way round.
 
-    They are paired in the order in which both networks use them. Raises ValueError unless both
+    They are paired in the order in which both networks use them. Raises ConfigError unless both
     then compute the same. Both are in float64 afterwards.
     """
-    # The last of the levels has at least one pixel.
-    size = max(64, 2 ** (levels - 1))
-    x_t = torch.randn(1, source.conv_in.in_channels, size, size, dtype=torch.float64)
+    # Of a large image a part is enough, such that the bottleneck has two pixels.
+    size = min(model.image_size, max(64, 2 ** len(model.dims)))
+    x_t = torch.randn(1, model.channels, size, size, dtype=torch.float64)
     expected, weights = compute(source.double().eval(), x_t)
     _, copies = compute(target.double().eval(), x_t)
+    if [weight.numel() for weight in weights] != [copy.numel() for copy in copies]:
+        raise ConfigError("our network has other weights")
     for weight, copy in zip(weights, copies, strict=True):
         # Some matrices of diffusers are our 1 x 1 convolutions.
         copy.copy_(weight.reshape(copy.shape))
     output, _ = compute(target, x_t)
     error = (output - expected).norm() / expected.norm()
     if not error <= 1e-6:
-        raise ValueError(f"our network computes something else, by a relative {error:.1g}")
+        raise ConfigError(f"our network computes something else, by a relative {error:.1g}")
 
 
 def compute(network: nn.Module, x_t: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -267,18 +314,26 @@ def schedule_fields(diffusion: dict) -> dict:
 def write_folder(saved: SavedModel, folder: Path) -> None:
     """Write a model as a DDPMPipeline. Raises CheckpointError for what diffusers does not have."""
     diffusers = import_diffusers()
+    model = saved.model
+    ours = build_network(model)
     schedule = schedule_fields(saved.config["diffusion"])
-    if saved.model.dim_multiply[0] != 1 or None in schedule.values():
+    # A field that somebody adds is none of them.
+    others = {
+        each.name
+        for each in fields(ModelConfig)
+        if each.name not in EXPORTED and getattr(model, each.name) != each.default
+    }
+    if type(ours) is not UNet or others or model.dim_multiply[0] != 1 or None in schedule.values():
         raise CheckpointError(
-            f"{saved.path}: diffusers has no such betas, objective or dim_multiply; "
-            "export to a file, NAME.safetensors"
+            f"{saved.path}: a diffusers folder can have linear or cosine betas, the objective eps "
+            f"or v, and a UNet with {', '.join(EXPORTED)}, whose dim_multiply begins with 1; for "
+            "others, export to a file, NAME.safetensors"
         )
     if saved.scheduler.log_snr_shift:
         # These take precedence over the other fields. diffusers has no word for a shift.
         schedule["trained_betas"] = saved.scheduler.betas.tolist()
-    ours = build_network(saved.model)
     copy_tensors(saved.weights, ours.state_dict(), saved.path)
-    network = diffusers.UNet2DModel(**network_fields(saved.model))
-    copy_weights(ours, network, len(ours.down))
+    network = diffusers.UNet2DModel(**network_fields(model))
+    copy_weights(ours, network, model)
     scheduler = diffusers.DDPMScheduler(timestep_spacing="trailing", **schedule)
     diffusers.DDPMPipeline(network.float(), scheduler).save_pretrained(folder)

@@ -7,8 +7,9 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from config import build_network, input_names
+from config import ConfigError, DiffusionConfig, build_network, input_names
 from data.datasets import ImageSet, Split, load_images, split_images
 from functions.denoiser import Denoiser
 from functions.saved.checkpoint import SavedModel, copy_tensors, load_weights
@@ -16,22 +17,29 @@ from functions.saved.diffusers_folder import import_diffusers, load_folder
 from functions.saved.run_folder import RUN_NAME, find_checkpoints, first_intact
 from functions.support import processes
 from functions.support.device import choose_precision, fast_layout
-from functions.support.errors import READ_ERRORS, CheckpointError, UserError, short
+from functions.support.errors import CheckpointError, UserError, short
 
 
 def load_denoiser(
-    path: Path | str, device: torch.device | str = "cpu", precision: str = "float32"
+    path: Path | str,
+    device: torch.device | str = "cpu",
+    precision: str = "float32",
+    network: nn.Module | None = None,
 ) -> Denoiser:
     """Load the model of a run's newest checkpoint, a checkpoint, an exported file or a folder.
 
-    It has the EMA weights, or the raw ones if there is no EMA. Raises CheckpointError when there is
-    no model or when it is damaged.
+    It has the EMA weights, or the raw ones if there is no EMA. A `network` of your own gets them;
+    by default the network is built by the saved config. Raises CheckpointError when there is no
+    model, when it is damaged, or when it needs a network of your own.
     """
-    return open_model(Path(path), torch.device(device), precision)[1]
+    return open_model(Path(path), torch.device(device), precision, network)[1]
 
 
 def open_model(
-    path: Path, device: torch.device, precision: str = "float32"
+    path: Path,
+    device: torch.device,
+    precision: str = "float32",
+    network: nn.Module | None = None,
 ) -> tuple[SavedModel, Denoiser]:
     """Load a model in all processes. Return what was saved, with its provenance, and a denoiser.
 
@@ -39,6 +47,7 @@ def open_model(
         path: a run, of which the newest intact checkpoint is loaded, a file, a folder or a name on
             a model hub.
         precision: a name, or "auto": that of the training, or float32 where that is not native.
+        network: gets the weights; by default it is built by the saved config.
     """
     # Rank 0 reads checkpoints until it finds an intact one. Thanks to the cache it does not read
     # this one a second time.
@@ -50,7 +59,7 @@ def open_model(
     saved = read(processes.on_main(choose))
     trained = saved.provenance.get("arithmetic", {}).get("precision")
     dtype = choose_precision(precision, device, trained, "float32")
-    return saved, rebuild(saved, device, dtype)
+    return saved, rebuild(saved, device, dtype, network)
 
 
 def is_hub_name(path: Path) -> bool:
@@ -86,20 +95,26 @@ def load_model(path: Path) -> SavedModel:
     return load_folder(path) if path.is_dir() else load_weights(path)
 
 
-def rebuild(saved: SavedModel, device: torch.device, precision: torch.dtype) -> Denoiser:
+def rebuild(
+    saved: SavedModel,
+    device: torch.device,
+    precision: torch.dtype,
+    network: nn.Module | None = None,
+) -> Denoiser:
     """Rebuild the network and its schedule from a saved model, for use without gradients.
 
-    Raises CheckpointError for a config that builds no model, or one that the weights do not fit.
+    A `network` gets the weights; by default the saved config builds one. Raises CheckpointError for
+    a config that builds no model, or one that the weights do not fit.
     """
     try:
-        model = build_network(saved.model)
-        objective = saved.config["diffusion"]["objective"]
-        denoiser = Denoiser(model, saved.scheduler, objective, precision)
-    except READ_ERRORS as error:
+        model = build_network(saved.model) if network is None else network
+        scheduler = saved.scheduler
+        objective = saved.config["diffusion"].get("objective", DiffusionConfig.objective)
+    except ConfigError as error:
         raise CheckpointError(
-            f"{saved.path}: this version cannot build a model from its config: "
-            f"{type(error).__name__}: {short(error)}"
+            f"{saved.path}: this version cannot build a model from its config: {short(error)}"
         ) from error
+    denoiser = Denoiser(model, scheduler, objective, precision)
 
     copy_tensors(saved.weights, model.state_dict(), saved.path)
     model.to(device, memory_format=fast_layout(device)).eval().requires_grad_(False)

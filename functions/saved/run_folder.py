@@ -188,9 +188,10 @@ def find_checkpoints(path: Path) -> list[Path]:
 
 
 def first_intact(candidates: Sequence[Path], read: Callable[[Path], Result]) -> Result:
-    """Return the value of `read` for the first checkpoint that it can read, with loud warnings.
+    """Return the value of `read` for the first intact checkpoint, with loud warnings.
 
-    If all are damaged, raise the last one's error.
+    If all are damaged, raise the last one's error. Any other error than CheckpointError is raised
+    at once: a checkpoint that cannot be read now may be intact, and is not to be overwritten.
     """
     for path, next_path in pairwise(candidates):
         try:
@@ -207,7 +208,7 @@ def intact_checkpoint(run: Path) -> Checkpoint:
 
 def last_checkpoint(run: Path) -> Path | None:
     """Return the path of the newest checkpoint whose checksums are right, if there is one."""
-    with suppress(CheckpointError):
+    with suppress(CheckpointError, OSError):
         return intact_checkpoint(run).path
     return None
 

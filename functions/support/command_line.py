@@ -5,6 +5,7 @@ import math
 import os
 import re
 import sys
+import traceback
 from argparse import (
     SUPPRESS,
     ArgumentParser,
@@ -21,10 +22,9 @@ from functions.support.settings import ConfigError
 
 # argparse ends with this exit status, too.
 EXIT_BAD_INPUT = 2
-# Messages of PyTorch, then of cuBLAS, cuDNN, and oneDNN, which computes convolutions on the CPU.
+# Messages of PyTorch, then of cuBLAS and cuDNN.
 OUT_OF_MEMORY = re.compile(
-    "can't allocate memory|not enough memory|out of memory|ALLOC_FAILED|ALLOCATION_FAILED|"
-    "could not create a primitive"
+    "can't allocate memory|not enough memory|out of memory|ALLOC_FAILED|ALLOCATION_FAILED"
 )
 MEMORY_ADVICE = "use a smaller --batch-size, a smaller model or another device"
 
@@ -42,7 +42,7 @@ class Parser(ArgumentParser):
 def run_script(main: Callable[[], None], memory_advice: str = MEMORY_ADVICE) -> None:
     """Call `main`, and end with one line for an error that users can fix.
 
-    Bugs keep their traceback.
+    Bugs keep their traceback. With DDPM_TRACEBACK=1 in the environment, all errors have one.
     """
     let_all_be_printed()
     try:
@@ -53,6 +53,8 @@ def run_script(main: Callable[[], None], memory_advice: str = MEMORY_ADVICE) -> 
             sentence = f"out of memory ({short(error)}): {memory_advice}"
         elif not isinstance(error, (UserError, ConfigError, OSError)):
             raise
+        if os.environ.get("DDPM_TRACEBACK"):
+            traceback.print_exc()
         print(f"error: {sentence}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from functions.support.errors import READ_ERRORS, CheckpointError, short
+from functions.support.errors import CheckpointError, short
 
 
 @contextmanager
@@ -50,11 +50,19 @@ def write_text(path: Path, text: str) -> None:
 def read_json(path: Path) -> dict:
     """Read a JSON file that contains one object. Raises CheckpointError for any other."""
     check_file(path)
+    return parse_json(path, path.read_bytes())
+
+
+def parse_json(path: Path, text: str | bytes) -> dict:
+    """Parse a text of the file `path`, one JSON object. Raises CheckpointError for any other."""
     try:
-        # Whatever else JSON contains raises an error here.
-        return {**json.loads(path.read_bytes())}
-    except READ_ERRORS as error:
+        values = json.loads(text)
+    # The second one is for brackets in brackets, a thousand deep.
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read: {short(error)}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: cannot be read: it is no JSON object")
+    return values
 
 
 def check_file(path: Path) -> None:

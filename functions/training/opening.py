@@ -7,7 +7,17 @@ from pathlib import Path
 
 import torch
 
-from config import DEFAULT_EXPERIMENT, EXPERIMENTS, ConfigError, DiffusionConfig, Experiment
+from config import (
+    DEFAULT_EXPERIMENT,
+    EXPERIMENTS,
+    ConfigError,
+    DiffusionConfig,
+    Experiment,
+    OwnNetwork,
+    build_network,
+    input_names,
+)
+from data.datasets import load_images
 from functions.saved.checkpoint import Checkpoint, SavedModel
 from functions.saved.loading import open_model
 from functions.saved.run_folder import intact_checkpoint, locked, run_to_resume
@@ -46,10 +56,34 @@ def new_run(name: str, args: Namespace, device: torch.device) -> TrainingRun:
         experiment = fit_to_weights(experiment, initial, given)
     else:
         experiment = experiment.override(**given)
-    run = TrainingRun(name, experiment, args.runs, device)
+    run = make_run(name, experiment, args.runs, device)
     if args.init:
         run.begin_with(initial)
     return run
+
+
+def make_run(
+    name: str,
+    experiment: Experiment,
+    runs: Path,
+    device: torch.device,
+    checkpoint: Checkpoint | None = None,
+) -> TrainingRun:
+    """Return a run with the images that its config names, and the network that it describes."""
+    config, model = experiment.diffusion, experiment.model
+    image_set = load_images(
+        config.dataset_name,
+        model.image_size,
+        config.max_bad_images,
+        model.channels,
+        input_names(vars(config)),
+    )
+    # The data decide how many labels the network knows.
+    experiment = experiment.override(label_count=len(image_set.label_names))
+    # This seed is for the initial weights. Every later draw has another seed.
+    torch.manual_seed(config.seed)
+    network = build_network(experiment.model)
+    return TrainingRun(name, experiment, image_set, network, runs, device, checkpoint)
 
 
 def fit_to_weights(preset: Experiment, initial: SavedModel, given: dict) -> Experiment:
@@ -102,17 +136,10 @@ def resume_run(folder: Path, args: Namespace, device: torch.device) -> TrainingR
     if args.experiment not in (None, name):
         raise ConfigError(f"{folder} is a run of {name!r}, not of {args.experiment!r}")
     saved = Experiment.from_dict(checkpoint.contents["config"])
-    resumed = saved.resumed(**given_fields(args))
-    for field, (earlier, now) in saved.differences(resumed).items():
-        processes.print_main(f"changed: {field} was {earlier}, is now {now}")
-    # There may be no preset of that name any more.
-    preset = EXPERIMENTS.get(name, resumed)
-    others = [
-        f"{field.partition('.')[2]} ({other}, the run {own})"
-        for field, (own, other) in resumed.differences(preset).items()
-    ]
-    if others:
-        processes.print_main(
-            f"the run keeps its own settings; {name} in config.py has another {', '.join(others)}"
-        )
-    return TrainingRun(name, resumed, folder.parent, device, checkpoint)
+    if isinstance(saved.model, OwnNetwork):
+        # It is refused here, because its images have no name that could be found, either.
+        build_network(saved.model)
+    experiment = saved.override(**given_fields(args))
+    # `TrainingRun` checks this, too, but images of another size would be prepared before.
+    saved.resumed(experiment)
+    return make_run(name, experiment, folder.parent, device, checkpoint)

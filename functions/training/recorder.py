@@ -167,8 +167,8 @@ class Recorder:
             raise UserError(
                 f"the last {skipped_in_a_row} steps had gradients that are not finite numbers "
                 f"(gradient norm {row['grad_norm']:.4g}, learning rate {learning_rate:.3g}). They "
-                "changed no weights. Lower the learning rate, clip gradients, or train in bfloat16 "
-                "or float32. "
+                "changed no weights. Resume with a lower learning rate, clipped gradients, or in "
+                "bfloat16 or float32. "
                 f"Last good checkpoint: {last_checkpoint(run.folder) or 'there is none yet'}"
             )
         self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_second']:.0f} img/s")

@@ -7,19 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from config import (
-    ConfigError,
-    DiffusionConfig,
-    Experiment,
-    build_network,
-    build_scheduler,
-    input_names,
-)
+from config import ConfigError, DiffusionConfig, Experiment, build_scheduler
 from data.augmentation import augment
 from data.batches import ImageFeeder, indices_of_steps
-from data.datasets import load_images, split_images
+from data.datasets import ImageSet, split_images
 from functions.denoiser import Denoiser
 from functions.optimizers import LR_SCHEDULES, OPTIMIZERS
 from functions.saved.checkpoint import (
@@ -39,6 +32,7 @@ from functions.support.device import (
     set_deterministic,
 )
 from functions.support.errors import quoted, short
+from functions.support.settings import fields_with
 from functions.training.draws import StepDraws, training_draws
 from functions.training.metrics import TrainingWindow
 from models.growing import grown_weights
@@ -52,8 +46,10 @@ VISIBLE_SNR = 1e-3
 class TrainingRun:
     """A training run, which saves and loads itself: a new one, or one that continues.
 
-    Raises ConfigError for images that do not fit the config or the checkpoint, and CheckpointError
-    for a checkpoint that does not fit.
+    Names are resolved by functions/training/opening.py alone: a run is given its images and its
+    network, f(x_t, t, **inputs of the images), of any class.
+    Raises ConfigError for images that do not fit the config or the checkpoint, for changes that a
+    resumed run cannot make, and CheckpointError for a checkpoint that does not fit.
 
     Attributes:
         name, experiment, config: the experiment's name, the experiment, and its DiffusionConfig.
@@ -71,6 +67,8 @@ class TrainingRun:
         self,
         name: str,
         experiment: Experiment,
+        image_set: ImageSet,
+        network: nn.Module,
         runs_folder: Path,
         device: torch.device,
         checkpoint: Checkpoint | None = None,
@@ -78,22 +76,23 @@ class TrainingRun:
         self.name = name
         self.experiment = experiment
         self.config = config = experiment.diffusion
+        self.image_set = image_set
         self.runs_folder = runs_folder
         self.device = device
         self.earlier_provenance = checkpoint.contents["run"] if checkpoint else {}
+        self.earlier = Experiment.from_dict(checkpoint.contents["config"]) if checkpoint else None
         self.step = self.earlier_provenance.get("step", 0)
         # A checkpoint is at RUN/checkpoints/FILE.
         self.folder = checkpoint.path.parents[1] if checkpoint else None
 
         # Data. Each process has its share of every effective batch.
-        model = experiment.model
-        self.image_set = load_images(
-            config.dataset_name,
-            model.image_size,
-            config.max_bad_images,
-            model.channels,
-            input_names(vars(config)),
-        )
+        shape = tuple(image_set.images.shape[1:])
+        channels, size, _ = experiment.model.image_shape
+        if shape != (size, size, channels):
+            raise ConfigError(
+                f"the images of {short(image_set.name)} are {shape} (height, width, channels), and "
+                f"the network's {(size, size, channels)}"
+            )
         self.split = split_images(self.image_set, config.split)
         self.steps_per_epoch = len(self.split.train_indices) // config.effective_batch
         self.total_steps = config.epochs * self.steps_per_epoch
@@ -111,19 +110,14 @@ class TrainingRun:
             )
         if checkpoint:
             self.check_resumption()
-        # The data decide how many labels the network knows.
-        label_count = len(self.image_set.label_names)
-        self.experiment = experiment = experiment.override(label_count=label_count)
-        self.feeder = ImageFeeder(self.image_set.images, device, self.image_set.inputs)
+        self.feeder = ImageFeeder(image_set.images, device, image_set.inputs)
         self.window = TrainingWindow(device, config.effective_batch)
 
         # The network, and all that the steps change
         set_deterministic(config.deterministic)
         earlier = self.earlier_provenance.get("arithmetic", {}).get("precision")
         precision = choose_precision(config.precision, device, earlier)
-        # This seed is for the initial weights. Every later draw has another seed.
-        torch.manual_seed(config.seed)
-        self.model = build_network(experiment.model).to(device, memory_format=fast_layout(device))
+        self.model = network.to(device, memory_format=fast_layout(device))
         scheduler = build_scheduler(vars(config))
         self.denoiser = Denoiser(self.model, scheduler, config.objective, precision)
         self.ema_model = None
@@ -141,6 +135,7 @@ class TrainingRun:
             "total_steps": self.total_steps,
             "split_rule": self.split.rule,
             "train_ids_hash": self.split.train_ids_hash,
+            "val_ids_hash": self.split.val_ids_hash,
             "pixels_hash": self.split.pixels_hash,
             "labels_hash": self.split.labels_hash,
             "label_names": list(self.image_set.label_names),
@@ -171,26 +166,25 @@ class TrainingRun:
         return replace(self.denoiser, network=self.ema_model or self.model)
 
     def check_resumption(self) -> None:
-        """Raise ConfigError if no step is left, or if ids, pixels or labels are not the run's."""
-        # Runs of earlier versions had no labels.
-        if self.earlier_provenance.get("labels_hash", "") != self.split.labels_hash:
-            raise ConfigError(
-                f"{self.folder} was trained with other labels than {self.config.dataset_name} has; "
-                "it cannot continue with these"
-            )
-        for name in ("train_ids_hash", "pixels_hash"):
-            if self.earlier_provenance[name] != getattr(self.split, name):
-                # Runs of earlier versions do not say their rule.
-                unknown = "what an earlier version chose, mostly the last 10% by name"
-                rule = self.earlier_provenance.get("split_rule", unknown)
-                now = self.split.rule
-                reason = f" (held out then: {rule}; now: {now})" if rule != now else ""
-                if "FFHQ" in rule and self.config.dataset_name != "FFHQ":
+        """Raise ConfigError if images, labels or fields are not the run's, or no step is left."""
+        for name, what in (
+            ("labels_hash", "trained with other labels"),
+            ("train_ids_hash", "trained on other images"),
+            ("val_ids_hash", "validated on other images"),
+            ("pixels_hash", "trained on other pixels"),
+        ):
+            now = getattr(self.split, name)
+            # The first runs of this format have no hash of labels and of ids for validation.
+            if self.earlier_provenance.get(name, now) != now:
+                rules = self.earlier_provenance["split_rule"], self.split.rule
+                reason = " (held out then: {}; now: {})".format(*rules) if len({*rules}) > 1 else ""
+                if "FFHQ" in rules[0] and self.config.dataset_name != "FFHQ":
                     reason += "; FFHQ is split so only as --diffusion.dataset-name FFHQ"
                 raise ConfigError(
-                    f"{self.folder} was trained on other images than {self.config.dataset_name} "
-                    f"has for training{reason}; it cannot continue with these"
+                    f"{self.folder} was {what} than {self.config.dataset_name} has{reason}; it "
+                    "cannot continue with these"
                 )
+        self.earlier.resumed(self.experiment)
         if self.step >= self.total_steps:
             raise ConfigError(
                 f"the run is finished with {self.config.epochs} epochs of {self.steps_per_epoch:,} "
@@ -258,7 +252,8 @@ class TrainingRun:
         """Flip and rotate x_0 (B, C, H, W), if the config says so, and drop some labels."""
         config = self.config
         if "label" in inputs:
-            no_label = self.experiment.model.label_count
+            # The last row of the network's table (models/unet.py)
+            no_label = len(self.image_set.label_names)
             dropped = draws.label_drop < config.label_dropout
             inputs = inputs | {"label": inputs["label"].masked_fill(dropped, no_label)}
         if not config.use_augmentation:
@@ -331,6 +326,13 @@ class TrainingRun:
         ]
         if facts["initial"]:
             lines.append(f"  begins as  {facts['initial']}")
+        if self.earlier:
+            changes = self.earlier.resumed(self.experiment)
+            for field, (earlier, now) in changes.items():
+                lines.append(f"changed: {field} was {earlier}, is now {now}")
+            departing = {f"diffusion.{name}" for name in fields_with(DiffusionConfig, "departs")}
+            if not departing.isdisjoint(changes):
+                lines.append("so from here on the run is another than without these changes")
         for warning in self.warnings():
             lines.append(f"warning: {warning}")
         return "\n".join(lines)
@@ -347,22 +349,10 @@ class TrainingRun:
                 "x_T still carries the image, but sampling starts from pure noise; set "
                 f"rescale_betas = True and beta_end = {DiffusionConfig.beta_end}"
             )
-        if config.warmup_steps >= steps:
-            yield (
-                f"warmup_steps is {config.warmup_steps:,}, and the run has {steps:,} steps: the "
-                f"learning rate rises to {steps / (config.warmup_steps + 1):.0%} of learning_rate "
-                "at most; use fewer"
-            )
-        ema_length = round(1 / (1 - config.ema_decay))
-        if config.ema_decay and ema_length > steps:
-            yield (
-                f"ema_decay = {config.ema_decay:g} is for an average over {ema_length:,} steps, "
-                f"and the run has {steps:,} steps: use a smaller one"
-            )
-        if self.step:
+        if self.earlier:
             # More epochs move a step back on its schedule.
             earlier_steps = self.earlier_provenance["total_steps"]
-            last_rate = learning_rate(config, self.step - 1, earlier_steps)
+            last_rate = learning_rate(self.earlier.diffusion, self.step - 1, earlier_steps)
             rate = learning_rate(config, self.step, steps)
             if rate > 2 * last_rate:
                 yield (

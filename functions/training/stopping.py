@@ -93,5 +93,5 @@ def explain_failed_writes(run: Path) -> Iterator[None]:
                 f"Once you have fixed this, continue with: python train.py --resume {quoted(run)}"
             )
         raise UserError(
-            f"{run} cannot be written to: {error.strerror or error}. {advice}"
+            f"{error.filename or run} cannot be written to: {error.strerror or error}. {advice}"
         ) from error

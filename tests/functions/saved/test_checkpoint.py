@@ -1,6 +1,5 @@
 """Checkpoints: what is written comes back bit for bit, or the old file stays."""
 
-import math
 import os
 from unittest.mock import Mock
 
@@ -16,7 +15,7 @@ from functions.saved.checkpoint import (
     write_tensors,
 )
 from functions.support.files import replacing
-from tests.small_training import same, snapshot, stepped_run, training_run
+from tests.small_training import checkpoint_parts, same, snapshot, stepped_run, training_run
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
@@ -50,13 +49,13 @@ def test_a_training_comes_back_bit_for_bit(optimizer, path):
 def test_a_file_is_one_of_safetensors_of_any_shape_and_layout(path):
     image = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     tensors = {"ü": torch.tensor(1, dtype=torch.int64), "none": torch.ones(0, 3), "image": image}
-    plain = [None, 2**60, "ü"]
+    _, contents = checkpoint_parts()
+    contents["plain"] = [None, 2**60, "ü"]
     parts = {"a": tensors, "b": {"mT": image.mT.half()}}
-    # Runs of earlier versions could have this limit, which today is 0: none.
-    write_tensors(path, parts, {"config": plain, "clip_grad_norm": math.inf})
+    write_tensors(path, parts, contents)
 
     file = Checkpoint(path)
-    assert file.contents == {"config": plain, "clip_grad_norm": 0}
+    assert file.contents == contents
     assert same(file.tensors("a"), tensors)
     theirs = safetensors.torch.load_file(path)
     assert same(theirs, {**{f"a.{n}": t for n, t in tensors.items()}, "b.mT": image.mT.half()})

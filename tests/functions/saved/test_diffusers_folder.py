@@ -15,15 +15,17 @@ from torch.testing import assert_close
 
 import evaluate
 import sample
+from config import ConfigError, ModelConfig, build_network
 from functions.samplers import ddim_sample, ddpm_sample
 from functions.sampling.export import export
+from functions.saved import diffusers_folder
 from functions.saved.checkpoint import load_weights
 from functions.saved.diffusers_folder import REQUIRED, copy_weights, our_config, write_folder
 from functions.saved.loading import load_denoiser, load_model, rebuild
 from functions.saved.run_folder import find_checkpoints
 from functions.support.errors import CheckpointError, UserError
 from models.unet import UNet
-from tests.conftest import CPU, call, refused
+from tests.conftest import CPU, SMALL_MODEL, call, refused
 from tests.small_training import same
 
 UNET, SCHEDULE = "unet/config.json", "scheduler/scheduler_config.json"
@@ -185,6 +187,32 @@ def test_a_shift_of_the_log_snr_goes_to_diffusers_as_betas(tmp_path):
     assert "the run has a log_snr_shift, so sample from the run" in refusal(tmp_path / "ours")
 
 
+@pytest.mark.parametrize(("size", "used"), [(16, 16), (256, 64)])
+def test_networks_are_compared_at_their_own_size_or_at_a_part_of_it(size, used, monkeypatch):
+    sizes = []
+    original = diffusers_folder.compute
+
+    def compute(network, x_t):
+        sizes.append(x_t.shape[-1])
+        return original(network, x_t)
+
+    monkeypatch.setattr(diffusers_folder, "compute", compute)
+    model = ModelConfig(**SMALL_MODEL | {"image_size": size, "lowest_resolution_size": size // 2})
+    theirs = UNet2DModel(**diffusers_folder.network_fields(model))
+    copy_weights(theirs, build_network(model), model)
+    assert {*sizes} == {used}
+
+
+def test_another_network_than_ours_is_not_exported(folder, tmp_path, monkeypatch):
+    class Other(UNet):
+        pass
+
+    saved = load_model(folder)
+    monkeypatch.setattr(diffusers_folder, "build_network", lambda model: Other(**vars(model)))
+    with refused("a diffusers folder can have .* a UNet with", CheckpointError):
+        write_folder(saved, tmp_path / "out")
+
+
 @pytest.fixture
 def folder(tmp_path):
     """Return the folder of a pipeline of diffusers, whose network has the paper's details."""
@@ -198,7 +226,7 @@ def test_what_cannot_be_exported_leaves_nothing_behind(folder, tmp_path):
     for name, error, message in (
         ("out.pt", UserError, r"--export needs NAME\.safetensors"),
         ("theirs", UserError, "theirs exists"),
-        ("out", CheckpointError, "no such betas, objective or dim_multiply"),
+        ("out", CheckpointError, "a UNet with .* whose dim_multiply begins with 1;"),
     ):
         with refused(message, error):
             export(Mock(saved=saved), tmp_path / name)
@@ -274,7 +302,7 @@ REFUSED = [
 def test_what_another_network_or_schedule_would_need_is_refused(name):
     fields = {**UNet2DModel(**SMALL | HO).config, **DDPMScheduler().config}
     our_config(fields, {})
-    with refused(f"unsupported: {name}", ValueError):
+    with refused(f"unsupported: {name}", ConfigError):
         our_config(fields | {name: "another"}, {})
 
 
@@ -292,8 +320,8 @@ def test_a_folder_is_refused_by_its_field(folder):
 def test_the_comparison_of_the_networks_sees_another_epsilon():
     theirs = network_of(SMALL | HO | {"norm_eps": 1e-5})
     ours = UNet(16, 3, 8, (1, 2), (1,), 16, norm_groups=4)
-    with refused("our network computes something else", ValueError):
-        copy_weights(theirs, ours, 2)
+    with refused("our network computes something else", ConfigError):
+        copy_weights(theirs, ours, ModelConfig(**SMALL_MODEL))
 
 
 def refusal(folder):

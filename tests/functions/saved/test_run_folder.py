@@ -1,11 +1,12 @@
 """Run folders: what is found, what is kept, and that no two runs share one."""
 
 import time
+from unittest.mock import Mock
 
 import pytest
 import torch
 
-from functions.saved import run_folder
+from functions.saved import checkpoint, run_folder
 from functions.saved.checkpoint import write_tensors
 from functions.saved.run_folder import checkpoints_of, locked, path_of
 from functions.support.errors import CheckpointError
@@ -20,7 +21,7 @@ def make_run(runs, name, steps, total=100):
     for step in steps:
         # The name ends in a date and a time, which are 16 characters with their dashes.
         facts = {"experiment": name[:-16], "step": step, "total_steps": total}
-        contents = {"config": {}, "run": facts}
+        contents = {"config": {"diffusion": {}, "model": {}}, "run": facts}
         write_tensors(path_of(run, "checkpoints", step), {"model": {"a": torch.ones(1)}}, contents)
     return run
 
@@ -76,6 +77,22 @@ def test_a_folder_that_cannot_be_read_never_leads_to_a_new_run(tmp_path, closed)
     folder.chmod(0o300)
     with rights_of_others(), pytest.raises(PermissionError, match=folder.name):
         run_folder.run_to_resume("auto", tmp_path / "runs", "faces")
+
+
+@linux
+@pytest.mark.parametrize("error", [PermissionError, MemoryError])
+def test_an_intact_checkpoint_that_cannot_be_read_now_is_not_passed_over(
+    error, tmp_path, monkeypatch
+):
+    """If it were, the resumed run would overwrite it."""
+    run = make_run(tmp_path, "faces-20260101-000000", [50, 60])
+    newest = checkpoints_of(run)[-1]
+    if error is MemoryError:
+        monkeypatch.setattr(checkpoint, "safe_open", Mock(side_effect=MemoryError))
+    else:
+        newest.chmod(0)
+    with rights_of_others(), pytest.raises(error):
+        run_folder.run_to_resume("auto", tmp_path, "faces")
 
 
 @posix

@@ -7,14 +7,14 @@ import shutil
 import pytest
 import torch
 
+import sample
 import train
-from config import ConfigError, Experiment
-from data.datasets import hash_ids
+from config import ConfigError
 from functions.saved.checkpoint import verify_checkpoint, write_tensors
 from functions.saved.run_folder import checkpoints_of, locked
 from functions.training import opening
 from functions.training.metrics import read_metrics
-from tests.conftest import call, newest, posix, refused, terminate
+from tests.conftest import HELD_OUT, call, during, newest, posix, refused, terminate
 from tests.kill import assert_same_run
 from tests.small_training import same
 
@@ -51,22 +51,37 @@ def test_what_a_resumed_run_may_change(unfinished, capsys):
         call(train, "--resume", unfinished)
 
 
-def test_a_resume_says_what_config_py_has_now_and_that_the_rate_jumps(
-    tiny_run, monkeypatch, capsys
-):
+def test_a_resume_says_that_the_rate_jumps(tiny_run, capsys):
     """The rates are those of half a cosine, over 10 and then over 200 steps."""
-    own = Experiment.from_dict(newest(tiny_run)["config"])
-    resume = ["--resume", tiny_run, "--dry-run --diffusion.epochs 40"]
-    now = own.override(learning_rate=3e-5, epochs=40, dropout=0.1)
-    monkeypatch.setattr(opening, "EXPERIMENTS", {"faces": now})
-    call(train, *resume)
+    for flags, rate in (("", 2e-3), (" --diffusion.learning-rate 8e-3", 8e-3)):
+        call(train, "--resume", tiny_run, "--dry-run --diffusion.epochs 40" + flags)
+        last = 1e-3 * (1 + math.cos(math.pi * 9 / 10))
+        following = rate / 2 * (1 + math.cos(math.pi * 10 / 200))
+        assert (
+            f"rate was {last:.3g} in the last step, of a run of 10, and is {following:.3g} in "
+            in capsys.readouterr().out
+        )
+
+
+@pytest.mark.slow
+@posix
+def test_a_resumed_run_goes_on_with_another_rate_and_is_still_one_run(trained, tmp_path, capsys):
+    """Its steps are those of the new rate, and an early snapshot is still a guide of it."""
+    with pytest.raises(SystemExit, match="75"), during(7, terminate):
+        trained("--diffusion.snapshot-every 5")
+    (run,) = tmp_path.iterdir()
+    changes = "--diffusion.learning-rate 1e-4 --diffusion.lr-schedule constant"
+    changes += " --diffusion.ema-decay 0.5 --diffusion.use-augmentation false"
+    call(train, "--resume", run, changes)
     printed = capsys.readouterr().out
-    line = "the run keeps its own settings; faces in config.py has another "
-    assert f"{line}learning_rate (3e-05, the run 0.002), dropout (0.1, the run 0.0)\n" in printed
-    last, following = (1e-3 * (1 + math.cos(math.pi * x)) for x in (9 / 10, 10 / 200))
-    assert (
-        f"rate was {last:.3g} in the last step, of a run of 10, and is {following:.3g}" in printed
-    )
+    assert "changed: diffusion.learning_rate was 0.002, is now 0.0001\n" in printed
+    assert "so from here on the run is another than without these changes\n" in printed
+    rates = {row["step"]: row["learning_rate"] for row in read_metrics(run / "metrics.csv")}
+    assert (rates[8], rates[10]) == (1e-4, 1e-4)
+    assert rates[6] > 1e-4
+
+    call(sample, run, "--guide 5 --n 1 --steps 2")
+    assert "guide " in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -105,14 +120,20 @@ def test_a_run_goes_on_with_the_same_images_wherever_they_are(unfinished, tiny_r
     pixels = picture.read_bytes()
     before = (unfinished / "config.json").read_bytes()
     picture.write_bytes((elsewhere / "00008.png").read_bytes())
-    with refused("other images", ConfigError):
+    held_out = elsewhere / f"{HELD_OUT[0]:05d}.png"
+    with refused("was trained on other pixels than", ConfigError):
         call(train, *resume)
     picture.unlink()
-    with refused("other images", ConfigError):
+    with refused("was trained on other images than", ConfigError):
         call(train, *resume)
+    picture.write_bytes(pixels)
+    held_out_pixels = held_out.read_bytes()
+    held_out.unlink()
+    with refused("was validated on other images than", ConfigError):
+        call(train, *resume)
+    held_out.write_bytes(held_out_pixels)
     assert (unfinished / "config.json").read_bytes() == before
 
-    picture.write_bytes(pixels)
     # An unreadable picture is none of them.
     (elsewhere / "00099.png").touch()
     call(train, *resume, "--diffusion.max-bad-images 1")
@@ -129,20 +150,13 @@ def test_a_run_whose_images_were_split_by_another_rule_is_refused(unfinished, pi
     with refused(rf"then: {by_hash}; now: its val images\)", ConfigError):
         call(train, "--resume", unfinished, "--diffusion.dataset-name", folder)
 
-    # Earlier versions held out the last pictures, and did not say so.
+    # FFHQ is split by another rule where it is called by its path.
     path = checkpoints_of(unfinished)[-1]
     file = verify_checkpoint(path)
-    file.contents["run"]["train_ids_hash"] = hash_ids(range(45))
-    assert file.contents["run"].pop("split_rule") == by_hash
-    # They also took any 60,000 numbered images for FFHQ.
-    for rule, message in (
-        ({}, f"earlier version .* last 10% by name; now: {by_hash}"),
-        ({"split_rule": "FFHQ's ids from 63,000 on"}, "--diffusion.dataset-name FFHQ"),
-    ):
-        file.contents["run"] |= rule
-        write_tensors(path, {part: file.tensors(part) for part in file.digests}, file.contents)
-        with refused(message, ConfigError):
-            call(train, "--resume", unfinished)
+    file.contents["run"] |= {"train_ids_hash": "0", "split_rule": "FFHQ's ids from 63,000 on"}
+    write_tensors(path, {part: file.tensors(part) for part in file.digests}, file.contents)
+    with refused("--diffusion.dataset-name FFHQ", ConfigError):
+        call(train, "--resume", unfinished)
 
 
 def test_a_run_is_locked_before_its_checkpoint_is_read(unfinished, tiny_run, monkeypatch):

@@ -1,0 +1,105 @@
+"""Images and a network of one's own, which no name and no config stand for."""
+
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import sample
+import train
+from config import EXPERIMENTS, ConfigError, Experiment, OwnNetwork
+from data.packed import ImageSet
+from functions.saved.loading import load_denoiser
+from functions.saved.run_folder import intact_checkpoint
+from functions.support.errors import CheckpointError
+from functions.training.metrics import read_metrics
+from functions.training.run import TrainingRun
+from tests.conftest import CPU, ROOT, call, during, interrupt, newest, refused
+from tests.small_training import same
+
+RNG = np.random.default_rng(0)
+PIXELS = RNG.integers(0, 256, (60, 8, 8, 3), np.uint8)
+
+
+class Normed(nn.Module):
+    """A network with buffers: the means and variances of a batch norm. It gets a label."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.labels = nn.Embedding(3, 8)
+        self.last = nn.Conv2d(8, 3, 3, padding=1)
+
+    def forward(self, x_t, t, label):
+        return self.last((self.norm(self.first(x_t)) + self.labels(label)[..., None, None]).relu())
+
+
+def own_run(folder, checkpoint=None, **changes):
+    """Return a run of `Normed` on random images with two labels."""
+    labels = {"label": np.arange(60) % 2}
+    images = ImageSet.from_array("mine", PIXELS, inputs=labels, label_names=("even", "odd"))
+    settings = {"epochs": 2, "checkpoint_every": 2, "precision": "float32", "sample_every": 3}
+    settings |= {"grid_steps": 2, "validation_samples": 8, "dataset_name": "mine"} | changes
+    experiment = Experiment(
+        EXPERIMENTS["faces"].override(**settings).diffusion, OwnNetwork("Normed", 8, 3)
+    )
+    torch.manual_seed(0)
+    return TrainingRun("mine", experiment, images, Normed(), folder, CPU, checkpoint)
+
+
+@pytest.mark.slow
+def test_the_lines_of_the_docs_run_as_they_stand_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "sampling.md").read_text()
+    _, _, text = text.partition("A network and images of your own are trained")
+    _, _, text = text.partition("\n\n")
+    lines, _, _ = text.partition("\nLabels and other")
+    namespace = {}
+    exec(textwrap.dedent(lines), namespace)
+
+    run = namespace["run"]
+    assert namespace["x_0"].shape == (4, 3, 16, 16)
+    assert read_metrics(run.folder / "metrics.csv")[-1]["step"] == run.total_steps == run.step
+    assert list((run.folder / "samples").glob("*.png"))
+
+
+def test_a_run_with_labels_and_buffers_resumes_and_is_loaded(tmp_path):
+    """A resumed run equals an uninterrupted one, and what is loaded draws with the averages."""
+    straight = own_run(tmp_path / "straight")
+    train.train(straight)
+    cut = own_run(tmp_path / "cut")
+    with pytest.raises(KeyboardInterrupt), during(4, interrupt):
+        train.train(cut)
+    resumed = own_run(tmp_path / "cut", intact_checkpoint(cut.folder))
+    assert resumed.step == 2
+    train.train(resumed)
+    assert same(newest(straight.folder)["ema"], newest(cut.folder)["ema"])
+
+    saved = newest(straight.folder)
+    assert saved["config"]["model"] == {"class_name": "Normed", "image_size": 8, "channels": 3}
+    assert not torch.equal(saved["ema"]["norm.running_mean"], torch.zeros(8))
+    network = load_denoiser(straight.folder, network=Normed()).network
+    assert same(dict(network.state_dict()), saved["ema"])
+    with refused("sample.py|its network, Normed, is not built by a config", CheckpointError):
+        call(sample, straight.folder)
+    with refused("its network, Normed, is not built by a config", ConfigError):
+        call(train, "--resume", straight.folder)
+    with refused("weights are missing or unknown", CheckpointError):
+        load_denoiser(straight.folder, network=nn.Conv2d(3, 3, 1))
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"they must be uint8 \(N, S, S, C\)"):
+        ImageSet.from_array("mine", PIXELS / 255)
+    with pytest.raises(ValueError, match="each image must have one name of its own"):
+        ImageSet.from_array("mine", PIXELS, names=["a"] * 60)
+    with pytest.raises(ValueError, match="and one of each input"):
+        ImageSet.from_array("mine", PIXELS, inputs={"label": np.zeros(59)})
+    model = EXPERIMENTS["faces"].model
+    experiment = Experiment(EXPERIMENTS["faces"].diffusion, model)
+    images = ImageSet.from_array("mine", PIXELS)
+    with refused(r"mine are \(8, 8, 3\) .* the network's \(32, 32, 3\)", ConfigError):
+        TrainingRun("mine", experiment, images, Normed(), tmp_path, CPU)
