@@ -115,7 +115,9 @@ def open_packed(
     path = pack_path(source, image_size)
     read = partial(read_pack, key=key, source=source, image_size=image_size)
     outgrown = partial(can_read_more, source=source, image_size=image_size)
-    pack = (pixels_hash and read(earlier_path(path, pixels_hash))) or read(path)
+    # The hash comes from a file, and becomes a part of a name.
+    earlier = pixels_hash.isalnum() and read(earlier_path(path, pixels_hash))
+    pack = earlier or read(path)
     if pack is None or (retry_bad and outgrown(pack)):
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):

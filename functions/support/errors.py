@@ -4,15 +4,9 @@ Scripts print such an error in one line, and exit with status 2.
 """
 
 import errno
-import lzma
 import shlex
-import struct
 import sys
-import zipfile
-import zlib
 from pathlib import Path
-
-from safetensors import SafetensorError
 
 # The errors of a disk that is full or broken, and of a place that may not be written to.
 WRITE_ERRORS = {
@@ -24,25 +18,6 @@ WRITE_ERRORS = {
     errno.EPERM,
     errno.EROFS,
 }
-# Damaged or hostile files have raised these errors in the readers of safetensors, JSON, archives,
-# arrays and images.
-READ_ERRORS = (
-    SafetensorError,
-    OSError,
-    ArithmeticError,
-    EOFError,
-    AssertionError,
-    RuntimeError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    SyntaxError,
-    struct.error,
-    lzma.LZMAError,
-    zlib.error,
-    zipfile.BadZipFile,
-)
 
 
 class UserError(Exception):

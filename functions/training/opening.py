@@ -77,6 +77,9 @@ def make_run(
         config.max_bad_images,
         model.channels,
         input_names(vars(config)),
+        # A new run may have images that could not be read before. A resumed one keeps its own.
+        retry_bad=not checkpoint,
+        pixels_hash=checkpoint.contents["run"]["pixels_hash"] if checkpoint else "",
     )
     # The data decide how many labels the network knows.
     experiment = experiment.override(label_count=len(image_set.label_names))
