@@ -221,7 +221,7 @@ def experiments() -> dict[str, "Experiment"]:
         objective="v",
         beta_schedule="cosine",
         # This is 2 log(64 / 128), for 128 px (Hoogeboom et al. 2023). A trial of ours at 64 px
-        # did not forbid it (docs/ffhq.md).
+        # did not forbid it (docs/record.md).
         log_snr_shift=-1.386,
         # DiffAE has batches of 32 x 4, and DDPM-IP of 8 x 16.
         batch_size=64,
