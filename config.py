@@ -15,7 +15,6 @@ from functions.denoiser import OBJECTIVES
 from functions.noise_scheduler import BETA_SCHEDULES, LARGEST_TIMESTEPS, NoiseScheduler
 from functions.optimizers import LR_SCHEDULES, OPTIMIZERS
 from functions.samplers import SAMPLERS
-from functions.support.errors import short
 from functions.support.settings import (
     ConfigError,
     changeable,
@@ -566,7 +565,7 @@ def build_network(config: ModelConfig | OwnNetwork) -> UNet:
     """
     if isinstance(config, OwnNetwork):
         raise ConfigError(
-            f"its network, {short(config.class_name)}, is not built by a config; docs/sampling.md "
+            f"its network, {config.class_name!r:.100}, is not built by a config; docs/sampling.md "
             "says how to load and resume it from Python"
         )
     return UNet(**vars(config))

@@ -83,9 +83,9 @@ def test_a_run_with_labels_and_buffers_resumes_and_is_loaded(tmp_path):
     assert not torch.equal(saved["ema"]["norm.running_mean"], torch.zeros(8))
     network = load_denoiser(straight.folder, network=Normed()).network
     assert same(dict(network.state_dict()), saved["ema"])
-    with refused("sample.py|its network, Normed, is not built by a config", CheckpointError):
+    with refused("its network, 'Normed', is not built by a config", CheckpointError):
         call(sample, straight.folder)
-    with refused("its network, Normed, is not built by a config", ConfigError):
+    with refused("its network, 'Normed', is not built by a config", ConfigError):
         call(train, "--resume", straight.folder)
     with refused("weights are missing or unknown", CheckpointError):
         load_denoiser(straight.folder, network=nn.Conv2d(3, 3, 1))
