@@ -123,20 +123,19 @@ def lighten(path: Path) -> None:
 
 
 def draw_cumulative_noise() -> None:
-    """Draw an image at t = 0, 66, 132 and 200 of 200 steps, a row for each schedule of T = 200."""
-    image = np.array(load_images("emoji_faces", 64).images[500])
+    """Draw how `faces` noises an image, and how 200 steps with the betas of 1000 would."""
+    image = load_images("emoji_people", 32).images[300]
     x_0 = to_model_range(image[None])
     noise = torch.randn(x_0.shape, generator=generator_of("cpu", 0, "figure"))
 
-    # The upper row shows the fault, and the lower row its cure.
-    names = ("T = 200, betas as for 1000", "T = 200, rescaled")
+    rows = {"T = 1000": "T = 1000", "T = 200, betas as for 1000": "T = 200,\nbetas as\nfor 1000"}
     columns = {"t = 0": np.stack([image, image])}
-    for t in (66, 132, 200):
+    for share in (0.1, 0.25, 0.5, 1):
         # The titles have the paper's t, where t = 0 is the image. Code t is one less.
-        x_t = torch.cat([SCHEDULES[name].q_sample(x_0, t - 1, noise) for name in names])
-        columns[f"t = {t}"] = to_uint8(x_t)
-    rows = ["betas as\nfor 1000", "rescaled"]
-    save_strip(columns, FIGURES / "cumulative_noise.png", rows)
+        schedules = [SCHEDULES[name] for name in rows]
+        states = [s.q_sample(x_0, round(share * s.timesteps) - 1, noise) for s in schedules]
+        columns["t = T" if share == 1 else f"t = {share:g} T"] = to_uint8(torch.cat(states))
+    save_strip(columns, FIGURES / "cumulative_noise.png", [*rows.values()])
 
 
 def draw_schedules() -> None:
@@ -163,7 +162,7 @@ def draw_schedules() -> None:
 
 
 def draw_unet() -> None:
-    """Draw the network of `ffhq-64`: a bar for each block, whose height shows its resolution."""
+    """Draw the network of `faces`: a bar for each block, whose height shows its resolution."""
     blocks = parts_of_unet()
     places = np.array(sorted(blocks))
     channels, resolutions, attentions = np.array([blocks[place] for place in places]).T
@@ -202,7 +201,7 @@ def draw_unet() -> None:
     [line] = axis.plot((-0.4, places[-1] + 0.4), (base, base), color="tab:green")
     line.set_label("time embedding of t, added in every residual block")
     axis.vlines(places, base, -heights / 2, color="tab:green", linewidth=0.8)
-    for place, name in ((-1, "$x_t$"), (places[-1] + 1, "v")):
+    for place, name in ((-1, "$x_t$"), (places[-1] + 1, r"$\epsilon_\theta$")):
         axis.text(place, 0, name, ha="center", va="center")
 
     figure.legend(loc="lower center", ncols=2, frameon=False, fontsize=9)
@@ -212,12 +211,12 @@ def draw_unet() -> None:
 
 
 def parts_of_unet() -> dict[int, list]:
-    """Return [channels, resolution, attention?] of each residual block of `ffhq-64`, by its place.
+    """Return [channels, resolution, attention?] of each residual block of `faces`, by its place.
 
     Blocks and resamplings are recorded in a real forward pass, so the figure agrees with the
     network. A resampling has a place, too.
     """
-    model_config = EXPERIMENTS["ffhq-64"].model
+    model_config = EXPERIMENTS["faces"].model
     # On the meta device tensors have shapes but no data, so the pass needs no memory or time.
     with torch.device("meta"):
         model = build_network(model_config)
@@ -263,10 +262,17 @@ def draw_rotation() -> None:
 
 
 def draw_faces(run: Path) -> None:
-    """Draw the samples of `python sample.py` with seed 0, and their nearest training images."""
+    """Draw a run's losses, the samples of `python sample.py` with seed 0, and how they form.
+
+    And the training image that is nearest to each of some samples.
+    """
+    plot_losses(run / "metrics.csv", FIGURES / "losses.png")
     image_sampler = open_saved(run)
-    faces = draw_pixels(image_sampler, 36)
+    images, states, estimates = generate_frames(image_sampler, range(36))
+    faces = to_uint8(images)
     save_grid(faces, FIGURES / "faces.png", columns=9)
+    save_columns(states, FIGURES / "strip.png")
+    save_columns(estimates, FIGURES / "progressive.png")
 
     # Each nearest training image is right below its sample, to show which samples are copies.
     image_set, split = load_and_split(image_sampler.saved)
@@ -275,9 +281,7 @@ def draw_faces(run: Path) -> None:
 
 
 def draw_people(run: Path) -> None:
-    """Draw a run's losses and samples: how they improve, form from noise, and follow a guide."""
-    plot_losses(run / "metrics.csv", FIGURES / "losses.png")
-
+    """Draw a run's samples: how they improve, follow a guide, and form from noise."""
     snapshots = checkpoints_of(run, "snapshots")
     total = step_of(snapshots[-1])
     # These are a quarter of the run, its half and its end.
@@ -295,12 +299,9 @@ def draw_people(run: Path) -> None:
         columns[f"w = {weight:g}"] = draw_pixels(replace(image_sampler, denoiser=denoiser), 8)
     save_strip(columns, FIGURES / "guidance.png")
 
-    # The animation has a row of six samples, and the strips have a row for each of the first four.
     image_sampler = open_saved(run, f"--steps 250 {GUIDE}")
-    _, states, estimates = generate_frames(image_sampler, range(6))
+    _, states, _ = generate_frames(image_sampler, range(6))
     save_gif(states.values(), FIGURES / "denoising.gif", columns=6)
-    save_columns(states, FIGURES / "strip.png")
-    save_columns(estimates, FIGURES / "progressive.png")
 
 
 def draw_enlarged() -> None:

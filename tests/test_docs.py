@@ -10,6 +10,7 @@ from itertools import pairwise
 import pytest
 from PIL import Image
 
+from functions.training.metrics import read_metrics
 from tests.conftest import ROOT, call
 
 PAGES = [
@@ -76,15 +77,18 @@ def test_pictures_are_light():
 
 
 @pytest.mark.slow
-def test_the_script_of_your_own_draws_a_grid(tmp_path, monkeypatch):
+def test_the_script_of_your_own_draws_a_grid_and_trains(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pretrained").symlink_to(ROOT / "pretrained")
     page = (ROOT / "docs" / "sampling.md").read_text()
     section = page.split("## From Python")[1].split("\n## ")[0]
     code = re.findall(r"^    (.*)$", section, re.MULTILINE)
-    exec("\n".join(code), {})
+    exec("\n".join(code), names := {})
     # There are 2 x 2 images, with gaps of 2 pixels.
     assert Image.open("faces.png").size == (2 * 130 + 2,) * 2
+    run = names["run"]
+    assert read_metrics(run.folder / "metrics.csv")[-1]["step"] == run.total_steps
+    assert names["x_0"].shape == (4, 3, 16, 16)
 
 
 @cache

@@ -1,7 +1,5 @@
 """Images and a network of one's own, which no name and no config stand for."""
 
-import textwrap
-
 import numpy as np
 import pytest
 import torch
@@ -14,9 +12,8 @@ from data.packed import ImageSet
 from functions.saved.loading import load_denoiser
 from functions.saved.run_folder import intact_checkpoint
 from functions.support.errors import CheckpointError
-from functions.training.metrics import read_metrics
 from functions.training.run import TrainingRun
-from tests.conftest import CPU, ROOT, call, during, interrupt, newest, refused
+from tests.conftest import CPU, call, during, interrupt, newest, refused
 from tests.small_training import same
 
 RNG = np.random.default_rng(0)
@@ -48,22 +45,6 @@ def own_run(folder, checkpoint=None, **changes):
     )
     torch.manual_seed(0)
     return TrainingRun("mine", experiment, images, Normed(), folder, CPU, checkpoint)
-
-
-@pytest.mark.slow
-def test_the_lines_of_the_docs_run_as_they_stand_there(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    text = (ROOT / "docs" / "sampling.md").read_text()
-    _, _, text = text.partition("A network and images of your own are trained")
-    _, _, text = text.partition("\n\n")
-    lines, _, _ = text.partition("\nLabels and other")
-    namespace = {}
-    exec(textwrap.dedent(lines), namespace)
-
-    run = namespace["run"]
-    assert namespace["x_0"].shape == (4, 3, 16, 16)
-    assert read_metrics(run.folder / "metrics.csv")[-1]["step"] == run.total_steps == run.step
-    assert list((run.folder / "samples").glob("*.png"))
 
 
 def test_a_run_with_labels_and_buffers_resumes_and_is_loaded(tmp_path):
