@@ -1,6 +1,7 @@
 """example.py computes what the rest of the repository computes, and its command draws pictures."""
 
 import copy
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -16,15 +17,42 @@ from tests.conftest import ROOT, SMALL_MODEL, normal, small_unet
 
 
 @pytest.fixture
-def scheduler():
-    return NoiseScheduler(50)
+def scheduler(monkeypatch):
+    """Let the page have 25 steps."""
+    scheduler = NoiseScheduler(25)
+    monkeypatch.setattr(example, "T", 25)
+    monkeypatch.setattr(example, "beta", scheduler.betas)
+    monkeypatch.setattr(example, "alpha", 1 - scheduler.betas)
+    monkeypatch.setattr(example, "alpha_bar", scheduler.alphas_cumprod)
+    return scheduler
+
+
+@pytest.mark.parametrize("z", [0.0, 1.0])
+def test_its_betas_and_its_posterior_are_the_schedulers(z, monkeypatch):
+    scheduler = NoiseScheduler(example.T)
+    torch.testing.assert_close(example.beta, scheduler.betas)
+    torch.testing.assert_close(example.alpha_bar, scheduler.alphas_cumprod)
+
+    states = []
+
+    def network(x_t, t):
+        states.append(x_t)
+        return 0.9 * x_t
+
+    # With the noise 0 the next state is the mean, and with 1 a standard deviation is added.
+    monkeypatch.setattr(torch, "randn_like", lambda x: torch.full_like(x, z))
+    states.append(example.sample(network, normal(0, 2, 3, 4, 4)))
+    for t, (x_t, x_s) in zip(reversed(range(example.T)), pairwise(states), strict=True):
+        x_0 = scheduler.predict_x_0(x_t, t, 0.9 * x_t).clamp(-1, 1)
+        mean, variance = scheduler.q_posterior(x_0, x_t, t, t - 1)
+        torch.testing.assert_close(x_s, mean + variance**0.5 * z)
 
 
 def test_its_algorithm_2_is_ddpm_sample(network, scheduler):
     x_T = normal(2, 3, 3, 16, 16)
     # Both draw the noise of the steps from the global generator.
     torch.manual_seed(3)
-    samples = example.sample(network, scheduler, x_T)
+    samples = example.sample(network, x_T)
     torch.manual_seed(3)
     expected = ddpm_sample(Denoiser(network, scheduler), x_T)
     assert expected.std() > 0.1
@@ -40,7 +68,7 @@ def test_its_loss_is_denoising_loss_and_its_average_that_of_the_definition(sched
     model = small_unet()
     before = copy.deepcopy(model)
     torch.manual_seed(4)
-    ema_model, [loss, _] = example.train(model, scheduler, images)
+    ema_model, [loss, _] = example.train(model, images)
     parameters = (each.parameters() for each in (before, model, ema_model))
     for old, new, average in zip(*parameters, strict=True):
         torch.testing.assert_close(average, 0.49 * old + 0.51 * new, rtol=0, atol=1e-6)
@@ -52,15 +80,15 @@ def test_its_loss_is_denoising_loss_and_its_average_that_of_the_definition(sched
     x_0 = images[torch.randint(10, (example.BATCH_SIZE,))]
     mirrored = torch.rand(len(x_0), 1, 1, 1).flatten() < 0.5
     x_0[mirrored] = x_0[mirrored].flip(3)
-    t = torch.randint(50, (len(x_0),))
+    t = torch.randint(25, (len(x_0),))
     expected = denoising_loss(Denoiser(before, scheduler), x_0, t, torch.randn_like(x_0)).mean()
     assert loss == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.slow
-def test_its_command_learns_and_draws(tmp_path, monkeypatch):
+def test_its_command_learns_and_draws(tmp_path, scheduler, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, value in (("T", 25), ("STEPS", 40), ("NETWORK", SMALL_MODEL)):
+    for name, value in (("STEPS", 40), ("NETWORK", SMALL_MODEL)):
         monkeypatch.setattr(example, name, value)
     curves = []
     monkeypatch.setattr(example.plt, "semilogy", curves.append)

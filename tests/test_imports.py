@@ -40,7 +40,7 @@ MAY_IMPORT = {
         "functions.support.settings",
         "models",
     },
-    "example.py": {"data", "functions.noise_scheduler", "functions.optimizers", "models.unet"},
+    "example.py": {"data", "functions.optimizers", "models.unet"},
     "models": {"models"},
     # The flags are those of the script, prepare.py.
     "data": {
