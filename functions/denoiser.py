@@ -24,7 +24,8 @@ class Objective:
     target: Callable[..., Tensor]
     # (scheduler, x_t, t, output) -> the x_0 and the eps that x_t and the output imply.
     x_0_and_eps: Callable[..., tuple[Tensor, Tensor]]
-    # (scheduler, t) -> the squared error of that eps, divided by the squared error of the output.
+    # (scheduler, t) -> the squared error of that eps, divided by the squared error of the output:
+    # logs have the errors of eps, too, which compare networks of all objectives.
     eps_factor: Callable[..., Coefficient]
     # The `prediction_type` of diffusers; None if diffusers has no such networks.
     diffusers: str | None
@@ -59,10 +60,13 @@ class Predictor(ABC):
 
     @abstractmethod
     def x_0_and_eps(self, x_t: Tensor, t: Timestep) -> tuple[Tensor, Tensor]:
-        """Return x_0 and eps at (x_t, t), without clipping: (B, C, H, W) each."""
+        """Return x_0 and eps at (x_t, t), without clipping: (B, C, H, W) each.
+
+        A `Denoiser` calls its network, and its row of OBJECTIVES gives both: Eq. 15, or that of v.
+        """
 
     def given(self, **inputs: Tensor) -> "Predictor":
-        """Return the predictor with these inputs of its networks; this one has none."""
+        """Return the predictor with these inputs (labels) of its networks; this one has none."""
         if inputs:
             raise TypeError(f"{type(self).__name__} takes no {', '.join(inputs)}")
         return self
@@ -73,7 +77,8 @@ class Predictor(ABC):
         Args:
             x_t: (B, C, H, W).
             t: one timestep for the whole batch, or (B,) int64.
-            clip_x_0: clip x_0 to the range of images, [-1, 1], and recompute eps from it.
+            clip_x_0: clip x_0 to the range of images, [-1, 1], and recompute eps from it, so that
+                x_t still is what Eq. 4 makes of both.
         """
         x_0, eps = self.x_0_and_eps(x_t, t)
         if clip_x_0:
@@ -96,7 +101,7 @@ class Denoiser(Predictor):
     objective: str = "eps"
     # The dtype of the network's matrix products and convolutions.
     precision: torch.dtype = torch.float32
-    # What the network gets beside x_t and t, by the names of its arguments.
+    # What the network gets beside x_t and t, such as labels, by the names of its arguments.
     inputs: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

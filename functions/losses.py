@@ -17,11 +17,14 @@ def denoising_loss(denoiser: Denoiser, x_0: Tensor, t: Tensor, noise: Tensor) ->
     # once, by the network's first convolution.
     x_t = denoiser.scheduler.q_sample(x_0, t, noise)
     target = OBJECTIVES[denoiser.objective].target(denoiser.scheduler, x_0, t, noise)
-    squared_errors = (denoiser(x_t, t) - target).square()  # (B, C, H, W)
-    return squared_errors.flatten(1).mean(dim=1)
+    output = denoiser(x_t, t)  # (B, C, H, W) float32: eps_theta(x_t, t), or the network's v
+    return (output - target).square().flatten(1).mean(dim=1)
 
 
 def eps_errors(denoiser: Denoiser, losses: Tensor, t: Tensor) -> Tensor:
-    """Convert losses (B,) at t (B,) to squared errors of eps (B,), which compare all objectives."""
+    """Convert losses (B,) at t (B,) to squared errors of eps (B,), which compare all objectives.
+
+    For a `Denoiser` of eps they are the same, and of v they are multiplied by alpha_bar.
+    """
     factor = OBJECTIVES[denoiser.objective].eps_factor(denoiser.scheduler, t)
     return broadcast(factor, losses) * losses

@@ -2,7 +2,7 @@
 
     T           number of timesteps: `timesteps`
     t           0 .. T-1, the paper's t minus 1; -1 means the clean image
-    s           a timestep before t; in the paper always t - 1
+    s           where a step from t leads: t - 1 in the paper, or lower, to take fewer steps
     x_0         clean image in [-1, 1], (B, C, H, W)
     x_t         x_0 after t + 1 steps of noise, (B, C, H, W)
     eps         the standard normal noise in x_t, (B, C, H, W)
@@ -10,7 +10,8 @@
     alpha       1 - beta
     alpha_bar   product of alpha from the first timestep to t: `alphas_cumprod`, (T,)
     a_t, a_s    alpha_bar at timesteps t and s
-    v           sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0
+    SNR         signal-to-noise ratio of x_t, alpha_bar / (1 - alpha_bar)
+    v           sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0, which can be predicted instead of eps
 
 Equations without a source are those of Ho et al., "Denoising Diffusion Probabilistic Models", 2020
 (arXiv:2006.11239).
@@ -21,7 +22,7 @@ import math
 import torch
 from torch import Tensor
 
-# The paper's first and last beta are meant for this many timesteps.
+# The paper's betas are for this many timesteps. Times 1000 / T, T of them add nearly as much noise.
 PAPER_TIMESTEPS = 1000
 # The tables of more timesteps, which would be far above any experiment, could fill the memory.
 LARGEST_TIMESTEPS = 10**6
@@ -32,138 +33,11 @@ Timestep = int | Tensor
 Coefficient = float | Tensor
 
 
-class NoiseScheduler:
-    """The betas, q(x_t | x_0) and q(x_s | x_t, x_0).
-
-    The schedule is computed in float64, and cast to the dtype of the tensor that it multiplies.
-    Coefficients are looked up on the device of t, and on the CPU for an int t, so no lookup
-    synchronises with a GPU. Raises ValueError for arguments that give no valid schedule.
-
-    Args:
-        timesteps: T, at least 2.
-        beta_start, beta_end: the first and the last beta for T = 1000, between 0 and 1.
-        rescale_betas: multiply both by 1000 / T, so that x_T has nearly the same noise for every T.
-        beta_schedule: a key of BETA_SCHEDULES. "cosine" ignores `beta_start`, `beta_end` and
-            `rescale_betas`.
-        log_snr_shift: the betas are changed so that this is added to log(alpha_bar / (1 -
-            alpha_bar)) at every t. Below 0 it adds noise (`shifted_betas`).
-    """
-
-    # This class is not an `nn.Module`: the schedule is not learned, and EMA must never average it.
-
-    def __init__(
-        self,
-        timesteps: int,
-        beta_start: float = 1e-4,
-        beta_end: float = 0.02,
-        rescale_betas: bool = True,
-        beta_schedule: str = "linear",
-        log_snr_shift: float = 0.0,
-    ):
-        self.timesteps = timesteps
-        if beta_schedule not in BETA_SCHEDULES:
-            raise ValueError(
-                f"beta_schedule is {beta_schedule!r}; it can be {' or '.join(BETA_SCHEDULES)}"
-            )
-        scale = PAPER_TIMESTEPS / timesteps if rescale_betas else 1.0
-        self.betas = BETA_SCHEDULES[beta_schedule](timesteps, beta_start, beta_end, scale)
-        self.log_snr_shift = log_snr_shift
-        if log_snr_shift:
-            self.betas = shifted_betas(self.betas, log_snr_shift)
-        self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)  # (T,) float64, on the CPU
-        if self.alphas_cumprod[-1] < torch.finfo(torch.float64).tiny:
-            raise ValueError(
-                f"beta_end is {beta_end:g}; with {timesteps} timesteps alpha_bar underflows, and "
-                "no x_0 follows from x_t: use smaller betas"
-            )
-        # Copies of alpha_bar on each device that has been used so far.
-        self.tables: dict[torch.device, Tensor] = {}
-
-    def q_sample(self, x_0: Tensor, t: Timestep, noise: Tensor) -> Tensor:
-        """Sample x_t from q(x_t | x_0) in one step (Eq. 4); noise is standard normal."""
-        sqrt_a, sqrt_1_minus_a = self.square_roots(t, x_0)
-        return sqrt_a * x_0 + sqrt_1_minus_a * noise
-
-    def predict_x_0(self, x_t: Tensor, t: Timestep, eps: Tensor) -> Tensor:
-        """Return the x_0 that x_t and eps imply (Eq. 15)."""
-        sqrt_a, sqrt_1_minus_a = self.square_roots(t, x_t)
-        return (x_t - sqrt_1_minus_a * eps) / sqrt_a
-
-    def predict_eps(self, x_t: Tensor, t: Timestep, x_0: Tensor) -> Tensor:
-        """Return the eps that x_t and x_0 imply (Eq. 15 solved for eps)."""
-        sqrt_a, sqrt_1_minus_a = self.square_roots(t, x_t)
-        return (x_t - sqrt_a * x_0) / sqrt_1_minus_a
-
-    def v(self, x_0: Tensor, t: Timestep, noise: Tensor) -> Tensor:
-        """Return v (Salimans and Ho 2022, arXiv:2202.00512, Section 4)."""
-        sqrt_a, sqrt_1_minus_a = self.square_roots(t, x_0)
-        return sqrt_a * noise - sqrt_1_minus_a * x_0
-
-    def predict_from_v(self, x_t: Tensor, t: Timestep, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the x_0 and the eps that x_t and v imply (the same paper, Appendix D)."""
-        # (x_t, v) is a rotation of (x_0, eps). So its inverse does not divide by sqrt(alpha_bar_t),
-        # which may be near 0.
-        sqrt_a, sqrt_1_minus_a = self.square_roots(t, x_t)
-        x_0 = sqrt_a * x_t - sqrt_1_minus_a * v
-        eps = sqrt_1_minus_a * x_t + sqrt_a * v
-        return x_0, eps
-
-    def step_beta(self, t: Timestep, s: Timestep) -> Coefficient:
-        """Return the beta of a single step from s to t (Nichol and Dhariwal 2021, Eq. 19)."""
-        # The alpha of this step is the product of all alphas after s up to t, a_t / a_s.
-        return 1 - self.alpha_bar(t) / self.alpha_bar(s)
-
-    def posterior_variance(self, t: Timestep, s: Timestep) -> Coefficient:
-        """Return the variance of q(x_s | x_t, x_0), beta tilde of Eq. 7; it is 0 at s = -1."""
-        return (1 - self.alpha_bar(s)) / (1 - self.alpha_bar(t)) * self.step_beta(t, s)
-
-    def q_posterior(
-        self, x_0: Tensor, x_t: Tensor, t: Timestep, s: Timestep
-    ) -> tuple[Tensor, Coefficient]:
-        """Return mean (B, C, H, W) and variance of q(x_s | x_t, x_0) for a step from t to s.
-
-        With s = t - 1 they are mu tilde and beta tilde of Eqs. 6 and 7; with s = -1, x_0 and 0. The
-        variance is a Python number for ints, and (B, 1, 1, 1) for (B,) timesteps.
-        """
-        a_t = self.alpha_bar(t)
-        a_s = self.alpha_bar(s)
-        beta = self.step_beta(t, s)
-        alpha = 1 - beta
-        # The mean is (sqrt(a_s) beta x_0 + sqrt(alpha) (1 - a_s) x_t) / (1 - a_t).
-        x_0_weight = a_s**0.5 * beta / (1 - a_t)
-        x_t_weight = alpha**0.5 * (1 - a_s) / (1 - a_t)
-        mean = broadcast(x_0_weight, x_t) * x_0 + broadcast(x_t_weight, x_t) * x_t
-        return mean, broadcast(self.posterior_variance(t, s), x_t)
-
-    def log_snr(self, t: int) -> float:
-        """Return log(alpha_bar / (1 - alpha_bar)) at t; 200 at -1, where it is infinite."""
-        a_t = self.alpha_bar(t)
-        # 200 is large enough: the noise that it leaves is negligible.
-        return math.log(a_t / (1 - a_t)) if a_t < 1 else 200.0
-
-    @property
-    def terminal_snr(self) -> float:
-        """Return the signal-to-noise ratio of x_T; sampling assumes that it is 0."""
-        alpha_bar_T = self.alpha_bar(self.timesteps - 1)
-        return alpha_bar_T / (1 - alpha_bar_T)
-
-    def alpha_bar(self, t: Timestep) -> Coefficient:
-        """Return alpha_bar at t, which is 1 at -1: a Python number for an int, or (B,) float64."""
-        if isinstance(t, int):
-            return self.alphas_cumprod[t].item() if t >= 0 else 1.0
-
-        # MPS has no float64, so t is copied to the CPU and looked up there.
-        if t.device.type == "mps":
-            t = t.cpu()
-        device = t.device
-        if device not in self.tables:
-            self.tables[device] = self.alphas_cumprod.to(device)
-        return torch.where(t < 0, 1.0, self.tables[device][t])
-
-    def square_roots(self, t: Timestep, x: Tensor) -> tuple[Coefficient, Coefficient]:
-        """Return sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), broadcast to the shape of x."""
-        a_t = self.alpha_bar(t)
-        return broadcast(a_t**0.5, x), broadcast((1 - a_t) ** 0.5, x)
+def broadcast(coefficient: Coefficient, x: Tensor) -> Coefficient:
+    """Return a coefficient for x (B, ...): a number, or (B,) as (B, 1, ...) in the dtype of x."""
+    if isinstance(coefficient, float):
+        return coefficient
+    return coefficient.to(x).view(-1, *[1] * (x.dim() - 1))
 
 
 def linear_betas(timesteps: int, beta_start: float, beta_end: float, scale: float) -> Tensor:
@@ -212,8 +86,135 @@ def shifted_betas(betas: Tensor, shift: float) -> Tensor:
     return 1 - (1 - betas) * sum_s / sum_t
 
 
-def broadcast(coefficient: Coefficient, x: Tensor) -> Coefficient:
-    """Return a coefficient for x (B, ...): a number, or (B,) as (B, 1, ...) in the dtype of x."""
-    if isinstance(coefficient, float):
-        return coefficient
-    return coefficient.to(x).view(-1, *[1] * (x.dim() - 1))
+class NoiseScheduler:
+    """The betas, q(x_t | x_0) and q(x_s | x_t, x_0).
+
+    The schedule is computed in float64, and cast to the dtype of the tensor that it multiplies.
+    Coefficients are looked up on the device of t, and on the CPU for an int t, so no lookup
+    synchronises with a GPU. Raises ValueError for arguments that give no valid schedule.
+
+    Args:
+        timesteps: T, at least 2.
+        beta_start, beta_end: the first and the last beta for T = 1000, between 0 and 1.
+        rescale_betas: multiply both by 1000 / T, so that x_T has nearly the same noise for every T.
+        beta_schedule: a key of BETA_SCHEDULES. "cosine" ignores `beta_start`, `beta_end` and
+            `rescale_betas`.
+        log_snr_shift: the betas are changed so that this is added to the log-SNR at every t.
+            Below 0 it adds noise, for images above 64 x 64.
+    """
+
+    # This class is not an `nn.Module`: the schedule is not learned, and EMA must never average it.
+
+    def __init__(
+        self,
+        timesteps: int,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        rescale_betas: bool = True,
+        beta_schedule: str = "linear",
+        log_snr_shift: float = 0.0,
+    ):
+        self.timesteps = timesteps
+        if beta_schedule not in BETA_SCHEDULES:
+            raise ValueError(
+                f"beta_schedule is {beta_schedule!r}; it can be {' or '.join(BETA_SCHEDULES)}"
+            )
+        scale = PAPER_TIMESTEPS / timesteps if rescale_betas else 1.0
+        self.betas = BETA_SCHEDULES[beta_schedule](timesteps, beta_start, beta_end, scale)
+        self.log_snr_shift = log_snr_shift
+        if log_snr_shift:
+            self.betas = shifted_betas(self.betas, log_snr_shift)
+        self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)  # (T,) float64, on the CPU
+        if self.alphas_cumprod[-1] < torch.finfo(torch.float64).tiny:
+            raise ValueError(
+                f"beta_end is {beta_end:g}; with {timesteps} timesteps alpha_bar underflows, and "
+                "no x_0 follows from x_t: use smaller betas"
+            )
+        # Copies of alpha_bar on each device that has been used so far.
+        self.tables: dict[torch.device, Tensor] = {}
+
+    def alpha_bar(self, t: Timestep) -> Coefficient:
+        """Return alpha_bar at t, which is 1 at -1: a Python number for an int, or (B,) float64."""
+        if isinstance(t, int):
+            return self.alphas_cumprod[t].item() if t >= 0 else 1.0
+
+        # MPS has no float64, so t is copied to the CPU and looked up there.
+        if t.device.type == "mps":
+            t = t.cpu()
+        device = t.device
+        if device not in self.tables:
+            self.tables[device] = self.alphas_cumprod.to(device)
+        return torch.where(t < 0, 1.0, self.tables[device][t])
+
+    def square_roots(self, t: Timestep, x: Tensor) -> tuple[Coefficient, Coefficient]:
+        """Return sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), broadcast to the shape of x."""
+        a_t = self.alpha_bar(t)
+        return broadcast(a_t**0.5, x), broadcast((1 - a_t) ** 0.5, x)
+
+    def q_sample(self, x_0: Tensor, t: Timestep, noise: Tensor) -> Tensor:
+        """Sample x_t from q(x_t | x_0) in one step (Eq. 4); noise is standard normal."""
+        sqrt_a, sqrt_1_minus_a = self.square_roots(t, x_0)
+        return sqrt_a * x_0 + sqrt_1_minus_a * noise
+
+    def predict_x_0(self, x_t: Tensor, t: Timestep, eps: Tensor) -> Tensor:
+        """Return the x_0 that x_t and eps imply (Eq. 15)."""
+        sqrt_a, sqrt_1_minus_a = self.square_roots(t, x_t)
+        return (x_t - sqrt_1_minus_a * eps) / sqrt_a
+
+    def predict_eps(self, x_t: Tensor, t: Timestep, x_0: Tensor) -> Tensor:
+        """Return the eps that x_t and x_0 imply (Eq. 15 solved for eps)."""
+        sqrt_a, sqrt_1_minus_a = self.square_roots(t, x_t)
+        return (x_t - sqrt_a * x_0) / sqrt_1_minus_a
+
+    def v(self, x_0: Tensor, t: Timestep, noise: Tensor) -> Tensor:
+        """Return v (Salimans and Ho 2022, arXiv:2202.00512, Section 4)."""
+        sqrt_a, sqrt_1_minus_a = self.square_roots(t, x_0)
+        return sqrt_a * noise - sqrt_1_minus_a * x_0
+
+    def predict_from_v(self, x_t: Tensor, t: Timestep, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the x_0 and the eps that x_t and v imply (the same paper, Appendix D)."""
+        # (x_t, v) is a rotation of (x_0, eps). So its inverse does not divide by sqrt(alpha_bar_t),
+        # which may be near 0.
+        sqrt_a, sqrt_1_minus_a = self.square_roots(t, x_t)
+        x_0 = sqrt_a * x_t - sqrt_1_minus_a * v
+        eps = sqrt_1_minus_a * x_t + sqrt_a * v
+        return x_0, eps
+
+    def step_beta(self, t: Timestep, s: Timestep) -> Coefficient:
+        """Return beta_t if s = t - 1; else that of all steps after s up to t, taken at once."""
+        # Their alpha is the product of all alphas, a_t / a_s (Nichol and Dhariwal 2021, Eq. 19).
+        return 1 - self.alpha_bar(t) / self.alpha_bar(s)
+
+    def posterior_variance(self, t: Timestep, s: Timestep) -> Coefficient:
+        """Return the variance of q(x_s | x_t, x_0), beta tilde of Eq. 7; it is 0 at s = -1."""
+        return (1 - self.alpha_bar(s)) / (1 - self.alpha_bar(t)) * self.step_beta(t, s)
+
+    def q_posterior(
+        self, x_0: Tensor, x_t: Tensor, t: Timestep, s: Timestep
+    ) -> tuple[Tensor, Coefficient]:
+        """Return mean (B, C, H, W) and variance of q(x_s | x_t, x_0) for a step from t to s.
+
+        With s = t - 1 they are mu tilde and beta tilde of Eqs. 6 and 7; with s = -1, x_0 and 0. The
+        variance is a Python number for ints, and (B, 1, 1, 1) for (B,) timesteps.
+        """
+        a_t = self.alpha_bar(t)
+        a_s = self.alpha_bar(s)
+        beta = self.step_beta(t, s)
+        alpha = 1 - beta
+        # The mean is (sqrt(a_s) beta x_0 + sqrt(alpha) (1 - a_s) x_t) / (1 - a_t).
+        x_0_weight = a_s**0.5 * beta / (1 - a_t)
+        x_t_weight = alpha**0.5 * (1 - a_s) / (1 - a_t)
+        mean = broadcast(x_0_weight, x_t) * x_0 + broadcast(x_t_weight, x_t) * x_t
+        return mean, broadcast(self.posterior_variance(t, s), x_t)
+
+    def log_snr(self, t: int) -> float:
+        """Return the log-SNR at t; 200 at -1, where it is infinite."""
+        a_t = self.alpha_bar(t)
+        # 200 is large enough: the noise that it leaves is negligible.
+        return math.log(a_t / (1 - a_t)) if a_t < 1 else 200.0
+
+    @property
+    def terminal_snr(self) -> float:
+        """Return the SNR of x_T, which should be about 0: sampling starts from pure noise."""
+        alpha_bar_T = self.alpha_bar(self.timesteps - 1)
+        return alpha_bar_T / (1 - alpha_bar_T)

@@ -3,14 +3,17 @@
 Each sampler is a plain function `f(denoiser, x_T, steps=N) -> x_0` with its paper's defaults. A new
 sampler is a function and a row of `SAMPLERS` at the end of this file. All share these arguments:
 
-    denoiser     a `Denoiser`, or anything else with `scheduler` and `predict`, called once a step
+    denoiser     a `Denoiser`, or anything else with `scheduler` and `predict`, which returns x_0
+                 and eps at (x_t, t) and is called once a step
     x_T          (B, C, H, W) standard normal. Sample i depends only on x_T[i] and its step noise.
     steps        the number of network calls, 1 .. T (None means T); or the timesteps themselves,
                  in descending order. Then x_T is the state at the first timestep, and the result
                  is the state at the last one, where -1 means the clean image.
-    spacing      a key of `SPACINGS`: how `sampling_times` chooses the timesteps.
-    clip_x_0     clip the model's x_0 to [-1, 1] *before* the step uses it, and recompute eps from
-                 it. Otherwise errors in colour would accumulate over the steps.
+    spacing      "trailing" spaces the timesteps evenly in t, "logsnr" in the log-SNR; a key of
+                 SPACINGS in functions/timesteps.py.
+    clip_x_0     clip the model's x_0 to [-1, 1] *before* the step uses it. Otherwise errors in
+                 colour would accumulate over the steps. `predict` then recomputes eps, for DDIM,
+                 which uses both.
     step_noise   `step_noise(k) -> (B, C, H, W)`, standard normal, is called in each step that adds
                  noise, with the number k of earlier network calls. None means PyTorch's global
                  generator. Samplers that add no noise accept it, too.
@@ -20,6 +23,9 @@ sampler is a function and a row of `SAMPLERS` at the end of this file. All share
 They return images (B, C, H, W), in [-1, 1] if `clip_x_0`, and raise ValueError for too many or too
 few steps. A step leads from timestep t to s; `a_t` and `a_s` are alpha_bar there. These are Python
 numbers, so the loops never synchronise with a GPU.
+
+With N steps, a sampler of order p has an error in proportion to N^-p. With fresh noise the order is
+weak: the error is that of the distribution of x_0. test_sampler_orders.py measures both.
 """
 
 from collections.abc import Callable
@@ -34,12 +40,18 @@ from functions.denoiser import Predictor
 from functions.noise_scheduler import NoiseScheduler
 from functions.timesteps import Steps, sampling_times
 
-# The variance of the noise of `ddpm_sample` in a step from t to s (Section 3.2): the posterior's,
-# beta tilde, as in Ho's face runs; or beta, which is as good with all T steps, but leaves noise in
-# the images with few.
+# The variance of the noise of `ddpm_sample` in a step from t to s (Section 3.2). The posterior's,
+# beta tilde, is exact if all images are the same, so that x_0 is known; beta, if they are standard
+# normal. Ho's face runs have beta tilde. Beta is as good with all T steps, but leaves noise in the
+# images with few.
 VARIANCES = {"small": NoiseScheduler.posterior_variance, "large": NoiseScheduler.step_beta}
 StepNoise = Callable[[int], Tensor]
 OnStep = Callable[[int, int, Tensor, Tensor], None]
+
+
+def draw_noise(step_noise: StepNoise | None, k: int, x: Tensor) -> Tensor:
+    """Return the standard normal noise of step k, in the shape of x."""
+    return step_noise(k) if step_noise else torch.randn_like(x)
 
 
 @torch.no_grad()
@@ -65,9 +77,9 @@ def ddpm_sample(
     x = x_T
     # Line 2: for t = T, ..., 1. A step leads from t to s.
     for k, (t, s) in enumerate(pairwise(times)):
-        # Algorithm 2 computes the mean from x_t and eps. This code computes x_0 first (Eq. 15) and
-        # then the mean (Eq. 7), so that x_0 can be clipped. Without clipping the mean is the same.
-        # For a network that predicts eps, `predict` calls scheduler.predict_x_0.
+        # Algorithm 2 computes the mean from x_t and eps. This code computes x_0 first (Eq. 15, from
+        # the eps of the network, in `predict`) and then the mean (Eq. 7), so that x_0 can be
+        # clipped. Without clipping the mean is the same.
         x_0, _ = denoiser.predict(x, t, clip_x_0)
         mean, _ = scheduler.q_posterior(x_0, x, t, s)
         sigma_squared = VARIANCES[variance](scheduler, t, s)
@@ -202,11 +214,6 @@ def dpm_solver_sample(
     return x
 
 
-def draw_noise(step_noise: StepNoise | None, k: int, x: Tensor) -> Tensor:
-    """Return the standard normal noise of step k, in the shape of x."""
-    return step_noise(k) if step_noise else torch.randn_like(x)
-
-
 @dataclass(frozen=True)
 class Sampler:
     """A row of `SAMPLERS`: a sampler with the scripts' defaults."""
@@ -216,7 +223,6 @@ class Sampler:
     options: dict[str, str | float]
     # The sampler's description in the help of --sampler.
     help: str
-    # With N steps its error is in proportion to N^-order, which test_sampler_orders.py measures.
     order: int = 1
 
 

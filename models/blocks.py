@@ -1,6 +1,7 @@
 """The parts of the U-Net: time embedding, residual block, self-attention and resampling.
 
-They follow Ho et al. 2020 (Appendix B, and the released code).
+They follow Ho et al. 2020 (Appendix B, and the released code). All activations are SiLU,
+x sigmoid(x).
 """
 
 import math
@@ -76,7 +77,7 @@ class TimeEmbedding(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Norm, SiLU and convolution, twice, plus a shortcut, as `forward` reads.
+    """Norm, SiLU, convolution, twice, with the time embedding added in between, plus a shortcut.
 
     The shortcut is a 1x1 convolution where the number of channels changes.
     """
@@ -111,7 +112,10 @@ class ResidualBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Self-attention over all H x W positions, added to its input; without head_dim of one head."""
+    """Self-attention over all H x W positions, added to its input.
+
+    Each head has head_dim channels. None means one head with all.
+    """
 
     def __init__(self, channels: int, norm: Callable[[int], GroupNorm], head_dim: int | None):
         super().__init__()

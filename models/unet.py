@@ -45,7 +45,7 @@ class UNet(nn.Module):
         base_dim: channels at multiplier 1. The time embedding has 4 times as many.
         dropout: probability inside each residual block.
         norm_groups: groups of each GroupNorm. They must divide every level's channels.
-        dialect: "ho", the paper's network; or "diffusers" (`Dialect` in models/blocks.py).
+        dialect: "ho", the paper's network; or "diffusers", with other heads, padding and constants.
         label_count: the number of labels; 0 for the paper's network, which gets none.
     """
 
@@ -74,6 +74,7 @@ class UNet(nn.Module):
 
         details = DIALECTS[dialect]
         dims = [base_dim * multiplier for multiplier in dim_multiply]
+        # PyTorch's group norm, but faster in mixed precision.
         norm = partial(GroupNorm, norm_groups, eps=details.norm_eps)
         block = partial(ResidualBlock, time_dim=4 * base_dim, dropout=dropout, norm=norm)
         attention = partial(SelfAttention, norm=norm, head_dim=details.attention_head_dim)
