@@ -22,9 +22,6 @@ def denoising_loss(denoiser: Denoiser, x_0: Tensor, t: Tensor, noise: Tensor) ->
 
 
 def eps_errors(denoiser: Denoiser, losses: Tensor, t: Tensor) -> Tensor:
-    """Convert losses (B,) at t (B,) to squared errors of eps (B,), which compare all objectives.
-
-    For a `Denoiser` of eps they are the same, and of v they are multiplied by alpha_bar.
-    """
+    """Convert losses (B,) at t (B,) to squared errors of eps (B,), which compare all objectives."""
     factor = OBJECTIVES[denoiser.objective].eps_factor(denoiser.scheduler, t)
     return broadcast(factor, losses) * losses

@@ -1,7 +1,6 @@
 """The parts of the U-Net: time embedding, residual block, self-attention and resampling.
 
-They follow Ho et al. 2020 (Appendix B, and the released code). All activations are SiLU,
-x sigmoid(x).
+They follow Ho et al. 2020 (Appendix B, and the released code). All activations are SiLU.
 """
 
 import math
@@ -112,10 +111,7 @@ class ResidualBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Self-attention over all H x W positions, added to its input.
-
-    Each head has head_dim channels. None means one head with all.
-    """
+    """Self-attention over all H x W positions, in heads of head_dim channels, or if None in one."""
 
     def __init__(self, channels: int, norm: Callable[[int], GroupNorm], head_dim: int | None):
         super().__init__()
