@@ -43,7 +43,7 @@ NETWORK = {
 # In code t = 0 is the paper's t = 1. In float32, 1 - alpha_bar would lose digits.
 beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T  # (T,)
 alpha = 1 - beta
-alpha_bar = alpha.cumprod(0)  # alpha_0 ... alpha_t: from about 1 to nearly 0, where x_t is noise
+alpha_bar = alpha.cumprod(0)  # the product of alpha up to t: from about 1 to nearly 0, pure noise
 
 
 def main() -> None:
@@ -69,7 +69,7 @@ def train(model: nn.Module, images: Tensor) -> tuple[nn.Module, list[float]]:
     model: any module (x_t, t) -> eps, on the CPU. images: any tensor (N, C, H, W) in [-1, 1].
     """
     ema_model = copy.deepcopy(model).requires_grad_(False).eval()
-    # Why Muon? With the paper's Adam clear faces take about twice the time.
+    # Why Muon? With the paper's Adam clear faces take about twice the time. It computes in float32.
     optimizer = Muon(model.parameters(), LEARNING_RATE, torch.float32)
     learning_rate = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LEARNING_RATE, STEPS, pct_start=0.05, cycle_momentum=False
@@ -126,7 +126,7 @@ def sample(model: nn.Module, x_T: Tensor) -> Tensor:
         x_t_weight = alpha[t].sqrt() * (1 - previous) / (1 - alpha_bar[t])
         mean = x_0_weight * x_0 + x_t_weight * x_t
         variance = (1 - previous) / (1 - alpha_bar[t]) * beta[t]
-        # At high t our x_0 is only a blurred average of all images that fit x_t, because the
+        # At high t the best x_0 is only a blurred average of all images that fit x_t, because the
         # average has the smallest squared error. It may take the place of the true one: x_{t-1} is
         # a mixture of such Gaussians, one for each image that fits. The mean is linear in x_0, so
         # the mixture's is exactly that at the average image. If the step is small, the mixture is

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.group_norm import GroupNorm
+from models.group_norm import GroupNorm  # PyTorch's, but faster
 
 
 @dataclass(frozen=True)

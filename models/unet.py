@@ -32,8 +32,8 @@ class UNet(nn.Module):
 
     Level 0 is the full resolution. Each further level halves it. A level has two residual blocks on
     the way down and three on the way up. Between the two ways is a bottleneck of block, attention,
-    block. The output of the first layer, of each block and of each downsampling is a skip
-    connection: it is concatenated to the input of a block on the way up.
+    block. The output of the first layer, of each block (and its attention) and of each downsampling
+    is a skip connection: it is concatenated to the input of a block on the way up.
 
     Args:
         image_size: height and width of the images.
