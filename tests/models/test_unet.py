@@ -48,7 +48,7 @@ def test_same_function_and_gradients_as_diffusers_with_the_same_weights(dialect,
     # Norms and biases start at 1 and 0, which would hide a mix-up.
     for parameter in theirs.parameters():
         parameter.data.add_(0.05 * torch.randn_like(parameter))
-    copy_weights(theirs, ours, len(ours.down))
+    copy_weights(theirs, ours, shape)
     ours.float().to(memory_format=layout)
     theirs.float()
 
