@@ -435,10 +435,15 @@ def build_scheduler(diffusion: dict) -> NoiseScheduler:
         for each in fields(DiffusionConfig)
         if "fixed_by_weights" in each.metadata
     }
-    # The others are the schedule's, by the names of its arguments.
-    del values["objective"]
     try:
-        return NoiseScheduler(values.pop("timesteps_diff"), **values)
+        return NoiseScheduler(
+            values["timesteps_diff"],
+            values["beta_start"],
+            values["beta_end"],
+            values["rescale_betas"],
+            values["beta_schedule"],
+            values["log_snr_shift"],
+        )
     except ValueError as error:
         raise ConfigError(f"{DiffusionConfig.__name__}: {error}") from error
 
@@ -469,7 +474,7 @@ class ModelConfig:
     # library's default networks (docs/other-models.md).
     dialect: str = choice("ho", "diffusers")
     # The number of labels, which the data decide; 0 without labels.
-    label_count: int = setting(0, at_least=0, no_flag=True)
+    label_count: int = setting(0, at_least=0, at_most=10**6, no_flag=True)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -612,10 +617,10 @@ class Experiment:
         """Return the fields that differ: {"diffusion.epochs": (value, value in `other`), ...}."""
         others = other.to_dict()
         return {
-            f"{part}.{name}": (value, others[part][name])
+            f"{part}.{name}": (value, others[part].get(name))
             for part, fields in self.to_dict().items()
             for name, value in fields.items()
-            if value != others[part][name]
+            if value != others[part].get(name)
         }
 
     def warnings(self) -> Iterator[str]:

@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 from config import DEFAULT_EXPERIMENT, EXPERIMENTS, DiffusionConfig, ModelConfig
 from data.batches import batches_of
 from data.pixels import to_model_range
-from functions.ema import update_ema, weights_of
+from functions.ema import copy_buffers, update_ema
 from functions.losses import denoising_loss
 from functions.sampling.options import add_place_flags
 from functions.support import processes
@@ -67,8 +67,7 @@ def train(run: TrainingRun) -> bool:
     denoiser = replace(run.denoiser, network=train_network)
     # Listing the parameters takes as long as launching some kernels, so it is done once.
     parameters = list(run.model.parameters())
-    weights = weights_of(run.model)
-    ema_weights = weights_of(run.ema_model) if run.ema_model else []
+    ema_parameters = list(run.ema_model.parameters()) if run.ema_model else []
     # An average that starts from trained weights (--init) must not forget them, so its decay does
     # not rise slowly. A level that has grown is new, and to be forgotten.
     ramp = run.provenance["grown"] or not run.provenance["initial"]
@@ -113,7 +112,8 @@ def train(run: TrainingRun) -> bool:
             scaler.update()
             optimizer.zero_grad()
             if run.ema_model:
-                update_ema(ema_weights, weights, step, config.ema_decay, ramp)
+                update_ema(ema_parameters, parameters, step, config.ema_decay, ramp)
+                copy_buffers(run.ema_model, run.model)
 
             # Here everything that is due is written: rows of metrics, validations, snapshots,
             # samples, checkpoints. A signal stops the run.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.decode import BadImage
 from data.packed import ImageSet, open_packed
 from data.sources import ARCHIVES, TORCHVISION, Member, Source, find_source, read_torchvision_set
 from functions.support.errors import UserError, short
@@ -43,7 +44,7 @@ class Split:
     train_ids_hash: str
     val_ids_hash: str
     pixels_hash: str
-    # A hash of the labels' names and of each image's label; "" without labels.
+    # A hash of the labels' names, each image's label and other inputs; "" without any.
     labels_hash: str
 
 
@@ -83,7 +84,10 @@ def with_labels(image_set: ImageSet, source: Source) -> ImageSet:
     Raises UserError for an image without one, and for fewer than two labels.
     """
     members = [source.members[image_id] for image_id in image_set.ids]
-    labels = [None if source.rule == "FFHQ" else label_of(member, source) for member in members]
+    try:
+        labels = [None if source.rule == "FFHQ" else label_of(member, source) for member in members]
+    except BadImage as error:
+        raise UserError(f"{short(image_set.name)}: the labels {error}") from error
     if None in labels:
         member = members[labels.index(None)]
         raise UserError(
@@ -244,9 +248,11 @@ def split_images(image_set: ImageSet, split: str) -> Split:
 
 
 def hash_labels(image_set: ImageSet) -> str:
-    """Return a short hash of the labels' names and of each image's label, or "" without labels."""
-    names = image_set.label_names
-    return hash_ids([*names, *image_set.inputs["label"]]) if names else ""
+    """Return a short hash of the labels' names, labels and other inputs, or "" without any."""
+    inputs = dict(image_set.inputs)
+    facts = [*image_set.label_names, *inputs.pop("label", ())]
+    facts += [f"{name} {sha256(str(values.tolist()))}" for name, values in sorted(inputs.items())]
+    return hash_ids(facts) if facts else ""
 
 
 def hash_ids(ids: list) -> str:

@@ -70,17 +70,24 @@ class ImageSet:
         """Return the set of the images in an array, uint8 (N, S, S, 3), or (N, S, S, 1) in grey.
 
         A tenth is held out, by a hash of each of the `names`, by default 0, 1, ... `inputs` are
-        what the network gets beside x_t and t, (N, ...) each; `label` is an index of `label_names`.
-        Raises ValueError for arrays of another dtype or shape, and for equal names.
+        what the network gets beside x_t and t, (N, ...) each. One called `label` is an index of
+        `label_names`; the network also gets len(label_names), which stands for no label. Raises
+        ValueError for arrays of another dtype or shape, equal names, and other labels.
         """
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != images.shape[2]:
+        square = images.ndim == 4 and images.shape[1] == images.shape[2]
+        if images.dtype != np.uint8 or not square or images.shape[3] not in (1, 3):
             raise ValueError(
-                f"images are {images.dtype} {images.shape}; they must be uint8 (N, S, S, C)"
+                f"images are {images.dtype} {images.shape}; they must be uint8 (N, S, S, 3) or "
+                "(N, S, S, 1)"
             )
         names = [*map(str, range(len(images)) if names is None else names)]
-        inputs = inputs or {}
+        inputs = {name: np.asarray(values) for name, values in (inputs or {}).items()}
         if {len(images)} != {len({*names}), len(names), *map(len, inputs.values())}:
             raise ValueError("each image must have one name of its own, and one of each input")
+        if {*inputs.get("label", ())} - {*range(len(label_names))} or (
+            bool(label_names) != ("label" in inputs)
+        ):
+            raise ValueError("labels must be indices of label_names")
         pixels_hash = hashlib.sha256(np.ascontiguousarray(images)).hexdigest()[:16]
         summary = f"{name}: {len(images):,} images at {images.shape[1]}x{images.shape[2]}"
         return ImageSet(
@@ -208,8 +215,10 @@ def fits(record: Any, source: Source, image_size: int) -> bool:
     if not isinstance(record, dict) or {k: type(v) for k, v in record.items()} != RECORD:
         return False
     ids = record["ids"]
+    shape = [len(ids), image_size, image_size, source.channels]
     return (
-        record["shape"] == [len(ids), image_size, image_size, source.channels]
+        # 50.0 would be equal to 50, too.
+        json.dumps(record["shape"]) == json.dumps(shape)
         and len(ids) > 0
         and {*map(type, ids)} <= {int, str}
         and {*ids} <= source.members.keys()

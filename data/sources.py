@@ -288,21 +288,27 @@ def list_parquet(path: Path) -> list[Member]:
 
     stamp = stamp_of(path)
     # Only a set with labels reads them.
-    labels = cache(lambda: class_column(file))
+    labels = cache(partial(class_column, file, errors))
     return [
         Member(None, stamp, partial(read, i), lambda i=i: labels()[i])
         for i in range(file.metadata.num_rows)
     ]
 
 
-def class_column(file: Any) -> list[str | None]:
-    """Return the labels of a `ParquetFile`, by the names of Hugging Face's metadata, if any."""
+def class_column(file: Any, errors: tuple) -> list[str | None]:
+    """Return the labels of a `ParquetFile`, by the names of Hugging Face's metadata, if any.
+
+    Raises BadImage for `errors` of the parser.
+    """
     if "label" not in file.schema_arrow.names:
         return [None] * file.metadata.num_rows
-    values = file.read(["label"]).column(0).to_pylist()
-    metadata = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
-    feature = metadata.get("info", {}).get("features", {}).get("label")
-    names = dict(enumerate(feature.get("names", []) if isinstance(feature, dict) else []))
+    with parsing("read", (*errors, RecursionError)):
+        values = file.read(["label"]).column(0).to_pylist()
+        feature = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
+    # Anything else on the way to the names means that there are none.
+    for key in ("info", "features", "label", "names"):
+        feature = feature.get(key) if isinstance(feature, dict) else None
+    names = dict(enumerate(feature if isinstance(feature, list) else []))
     # Hugging Face has -1 where there is no label. A list of several is none.
     return [
         str(names.get(value, value)) if isinstance(value, (int, str)) and value != -1 else None

@@ -96,9 +96,10 @@ def enlarge(
     exactly to the small ones. Raises ValueError for noise of another size than twice the images'.
     """
     first = noise()
-    count, channels, *_, size = small.shape
-    large = channels, 2 * size, 2 * size
-    if small.shape[2:] != (size, size) or first.shape not in ((count, *large), (1, *large)):
+    size = small.shape[-1]
+    large = *small.shape[1:-2], 2 * size, 2 * size
+    is_square = small.ndim == 4 and small.shape[2] == size
+    if not is_square or first.shape not in ((len(small), *large), (1, *large)):
         raise ValueError(
             f"images are {(*small.shape,)} and noise is {(*first.shape,)}; they must be "
             "(B, C, S, S) and (B or 1, C, 2 S, 2 S)"

@@ -14,6 +14,7 @@ from config import (
     DiffusionConfig,
     Experiment,
     ModelConfig,
+    OwnNetwork,
     build_network,
     build_scheduler,
 )
@@ -101,6 +102,9 @@ def test_what_differs_is_named_and_only_what_leaves_the_meaning_may_change():
     assert faces.resumed(resumed) == faces.differences(resumed)
     assert len(faces.resumed(resumed)) == len(harmless)
 
+    own = Experiment(faces.diffusion, OwnNetwork("Own", 32, 3))
+    with refused("cannot change model", ConfigError):
+        own.resumed(faces)
     # A run has an average of its weights from the first step on, or none.
     plain = faces.override(ema_decay=0.0)
     for before, after in ((faces, plain), (plain, faces), (faces, faces.override(seed=1))):

@@ -1,5 +1,7 @@
 """Images and a network of one's own, which no name and no config stand for."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -21,7 +23,7 @@ PIXELS = RNG.integers(0, 256, (60, 8, 8, 3), np.uint8)
 
 
 class Normed(nn.Module):
-    """A network with buffers: the means and variances of a batch norm. It gets a label."""
+    """A network with buffers: those of a batch norm, and a mask. It gets a label and a number."""
 
     def __init__(self):
         super().__init__()
@@ -29,15 +31,18 @@ class Normed(nn.Module):
         self.norm = nn.BatchNorm2d(8)
         self.labels = nn.Embedding(3, 8)
         self.last = nn.Conv2d(8, 3, 3, padding=1)
+        self.register_buffer("mask", torch.full((2, 2), -math.inf).triu(1))
 
-    def forward(self, x_t, t, label):
-        return self.last((self.norm(self.first(x_t)) + self.labels(label)[..., None, None]).relu())
+    def forward(self, x_t, t, brightness, label=None):
+        given = self.labels(label) if label is not None else 0
+        given = given + brightness[:, None].expand(-1, 8)
+        return self.last((self.norm(self.first(x_t)) + given[..., None, None]).relu())
 
 
 def own_run(folder, checkpoint=None, **changes):
     """Return a run of `Normed` on random images with two labels."""
-    labels = {"label": np.arange(60) % 2}
-    images = ImageSet.from_array("mine", PIXELS, inputs=labels, label_names=("even", "odd"))
+    inputs = {"label": np.arange(60) % 2, "brightness": PIXELS.mean((1, 2, 3), np.float32) / 255}
+    images = ImageSet.from_array("mine", PIXELS, inputs=inputs, label_names=("even", "odd"))
     settings = {"epochs": 2, "checkpoint_every": 2, "precision": "float32", "sample_every": 3}
     settings |= {"grid_steps": 2, "validation_samples": 8, "dataset_name": "mine"} | changes
     experiment = Experiment(
@@ -62,6 +67,9 @@ def test_a_run_with_labels_and_buffers_resumes_and_is_loaded(tmp_path):
     saved = newest(straight.folder)
     assert saved["config"]["model"] == {"class_name": "Normed", "image_size": 8, "channels": 3}
     assert not torch.equal(saved["ema"]["norm.running_mean"], torch.zeros(8))
+    assert torch.equal(saved["ema"]["mask"], Normed().mask)
+    # A grid is drawn with the numbers of held-out images.
+    assert (straight.folder / "samples" / "step-00000003.png").exists()
     network = load_denoiser(straight.folder, network=Normed()).network
     assert same(dict(network.state_dict()), saved["ema"])
     with refused("its network, 'Normed', is not built by a config", CheckpointError):
@@ -73,12 +81,16 @@ def test_a_run_with_labels_and_buffers_resumes_and_is_loaded(tmp_path):
 
 
 def test_what_does_not_fit_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"they must be uint8 \(N, S, S, C\)"):
-        ImageSet.from_array("mine", PIXELS / 255)
+    for pixels in (PIXELS / 255, PIXELS[:, 1:], PIXELS[..., :2]):
+        with pytest.raises(ValueError, match=r"they must be uint8 \(N, S, S, 3\)"):
+            ImageSet.from_array("mine", pixels)
     with pytest.raises(ValueError, match="each image must have one name of its own"):
         ImageSet.from_array("mine", PIXELS, names=["a"] * 60)
     with pytest.raises(ValueError, match="and one of each input"):
         ImageSet.from_array("mine", PIXELS, inputs={"label": np.zeros(59)})
+    for inputs, names in (({"label": np.arange(60)}, "ab"), ({"label": [0] * 60}, ""), ({}, "ab")):
+        with pytest.raises(ValueError, match="labels must be indices of label_names"):
+            ImageSet.from_array("mine", PIXELS, inputs=inputs, label_names=names)
     model = EXPERIMENTS["faces"].model
     experiment = Experiment(EXPERIMENTS["faces"].diffusion, model)
     images = ImageSet.from_array("mine", PIXELS)

@@ -30,10 +30,8 @@ def export(image_sampler: ImageSampler, path: Path) -> None:
     if path.suffix == ".safetensors":
         path.parent.mkdir(parents=True, exist_ok=True)
         # The file can be published. Dtype and identity of the weights stay.
-        part = "ema" if saved.kind == "EMA" else "model"
-        write_tensors(
-            path, {part: saved.weights}, {"config": saved.config, "run": saved.provenance}
-        )
+        contents = {"config": saved.config, "run": saved.provenance}
+        write_tensors(path, {saved.part: saved.weights}, contents)
         return
     if path.suffix:
         raise UserError(

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,6 +70,9 @@ class ImageSampler:
     enlargers: tuple[Enlarger, ...] = ()
     # The names of the model's labels
     label_names: Sequence[str] = ()
+    # What the network gets beside the label, (N, ...) by name; image i gets that of i mod N. Only a
+    # training, which knows it of held-out images, gives it.
+    inputs: dict[str, Tensor] = field(default_factory=dict)
     # Where the denoiser comes from; a training, which draws grids, has not saved it.
     saved: SavedModel | None = None
 
@@ -163,9 +166,10 @@ class ImageSampler:
         With `cfg` it is guided by the denoiser without a label.
         """
         inputs = {
-            name: torch.tensor(values, device=self.device)
-            for name, values in self.options.inputs_of(indices, self.label_names).items()
+            name: values[[i % len(values) for i in indices]] for name, values in self.inputs.items()
         }
+        for name, values in self.options.inputs_of(indices, self.label_names).items():
+            inputs[name] = torch.tensor(values, device=self.device)
         denoiser = self.denoiser.given(**inputs)
         if self.options.cfg is None:
             return denoiser

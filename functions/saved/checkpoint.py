@@ -19,15 +19,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from config import ModelConfig, OwnNetwork, build_scheduler, model_from
 from functions.noise_scheduler import NoiseScheduler
-from functions.support.errors import CheckpointError, short
+from functions.support.errors import CheckpointError, UserError, short
 from functions.support.files import check_file, parse_json, replacing, sha256
 
 FORMAT = "ddpm-faces checkpoint 3"
@@ -82,13 +83,17 @@ class Checkpoint:
         with open_safetensors(path) as file:
             metadata = file.metadata() or {}
         text = metadata.get("contents", "")
-        if metadata.get("format") != FORMAT:
-            raise unreadable(path, f"its format is {metadata.get('format')}")
+        if metadata.get("format", FORMAT) != FORMAT:
+            # It is intact, so the one before it is not used instead.
+            raise UserError(
+                f"{path}: not a checkpoint of this version, but a {short(metadata['format'])} (see "
+                "CHANGELOG.md)"
+            )
         if metadata.get("sha256") != sha256(text):
             raise unreadable(path, "it has a wrong checksum")
         self.contents = parse_json(path, text)
         self.digests = self.contents.pop("digests", None)
-        if not isinstance(self.digests, dict) or not is_model(self.contents):
+        if not isinstance(self.digests, dict) or not is_model(**self.contents):
             raise CheckpointError(f"{path}: neither a checkpoint nor a model")
 
     def tensors(self, part: str) -> Tensors:
@@ -111,7 +116,9 @@ class Checkpoint:
 @contextmanager
 def open_safetensors(path: Path) -> Iterator[safe_open]:
     """Open a safetensors file. An error of the library in the context becomes a CheckpointError."""
-    check_file(path)
+    # A link may lead to a disk that is away now.
+    if not path.is_symlink():
+        check_file(path)
     # The library would call a file of another user missing.
     path.open("rb").close()
     try:
@@ -129,15 +136,19 @@ def unreadable(path: Path, reason: object) -> CheckpointError:
     )
 
 
-def is_model(contents: dict) -> bool:
-    """Return whether the contents of a file have the config and the facts of a model."""
-    config, run = (contents.get(name) for name in ("config", "run"))
+def is_model(config: Any = None, run: Any = None, scaler: Any = None, **_: Any) -> bool:
+    """Return whether contents of a file have the config and the facts of a model."""
+    types = {"experiment": str, "step": int, "total_steps": int}
+    # A model of other projects, exported to a file, lacks these.
+    optional = {"arithmetic": dict, "pixels_hash": str, "label_names": list, "split_rule": str}
     return (
         isinstance(config, dict)
         and all(isinstance(config.get(part), dict) for part in ("diffusion", "model"))
         and isinstance(run, dict)
-        and isinstance(run.get("experiment"), str)
-        and all(isinstance(run.get(name), int) for name in ("step", "total_steps"))
+        and isinstance(scaler or {}, dict)
+        and all(isinstance(run.get(name), kind) for name, kind in types.items())
+        and all(isinstance(run.get(name, kind()), kind) for name, kind in optional.items())
+        and 0 <= run["step"] <= max(run["total_steps"], 0)
     )
 
 
@@ -174,6 +185,11 @@ class SavedModel:
         return self.provenance.get("label_names", [])
 
     @property
+    def part(self) -> str:
+        """Return the part of a file that has such weights."""
+        return "ema" if self.kind == "EMA" else "model"
+
+    @property
     def name(self) -> str:
         """Return the model's name, for the names of its results."""
         return self.provenance["experiment"] if self.path.is_dir() else self.path.stem
@@ -195,21 +211,26 @@ def verify_checkpoint(path: Path) -> Checkpoint:
 def load_weights(path: Path) -> SavedModel:
     """Read the EMA weights of a checkpoint or an exported file, or the raw ones if it has no EMA.
 
-    Raises CheckpointError for weights that are damaged. No other tensors are read.
+    No other tensors are read. Raises CheckpointError for weights that are damaged; `rebuild` looks
+    whether they are finite.
     """
     file = Checkpoint(path)
     part, kind = ("ema", "EMA") if "ema" in file.digests else ("model", "raw")
     weights = file.tensors(part)
-    check_finite(weights, path, part)
     config = file.contents["config"]
     digest = model_digest(config, file.digests[part])
     return SavedModel(path, weights, kind, config, file.contents["run"], digest)
 
 
-def check_finite(tensors: Tensors, path: Path, part: str) -> None:
-    """Raise CheckpointError for tensors of the file `path` with which all samples are black."""
+def check_finite(tensors: Tensors, path: Path, part: str, network: nn.Module) -> None:
+    """Raise CheckpointError for tensors of the file `path` with which all samples are black.
+
+    Buffers of the network, such as the mask of an attention, may be infinite.
+    """
+    buffers = {name for name, _ in network.named_buffers()}
     for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
+        # Formats of 8 bits do not know isfinite.
+        if name not in buffers and not tensor.float().isfinite().all():
             raise CheckpointError(f"{path}: {part}.{name} has infinite values or NaN")
 
 

@@ -64,6 +64,7 @@ LIBRARY_ERRORS = (
     AssertionError,
     AttributeError,
     LookupError,
+    NameError,
     RuntimeError,
     TypeError,
     ValueError,
@@ -123,8 +124,9 @@ def read_folder(path: Path) -> SavedModel:
     with refusing_damage():
         network, loading = diffusers.UNet2DModel.from_pretrained(unet, output_loading_info=True)
         schedule = diffusers.DDPMScheduler.load_config(scheduler_folder)
-    if schedule.get("_class_name") not in ("DDPMScheduler", "DDIMScheduler"):
-        raise ConfigError(f"unsupported: {schedule.get('_class_name')}")
+    name = schedule.get("_class_name") if isinstance(schedule, dict) else None
+    if name not in ("DDPMScheduler", "DDIMScheduler"):
+        raise ConfigError(f"unsupported: {name}")
     with refusing_damage():
         scheduler = diffusers.DDPMScheduler.from_config(schedule)
         _, unexpected, _ = scheduler.extract_init_dict(schedule)
@@ -132,7 +134,7 @@ def read_folder(path: Path) -> SavedModel:
     # diffusers draws missing weights at random.
     if any(loading.values()):
         raise ConfigError(f"the weights do not fit the network: {loading}")
-    check_finite(network.state_dict(), path, "unet")
+    check_finite(network.state_dict(), path, "unet", network)
     model = ModelConfig(**config["model"])
     ours = build_network(model)
     copy_weights(network, ours, model)
@@ -189,10 +191,13 @@ def our_config(fields: dict, unexpected: dict) -> dict:
         )
     size = fields["sample_size"]
     # A list has the height and the width.
-    if isinstance(size, list) and size == [size[0], size[0]]:
+    if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
         size = size[0]
     if not isinstance(size, int):
         raise ConfigError(f"unsupported: sample_size = {size}")
+    for name in ("beta_start", "beta_end"):
+        if type(fields[name]) not in (int, float):
+            raise ConfigError(f"unsupported: {name} = {fields[name]}")
     widths = fields["block_out_channels"]
     kinds = fields["down_block_types"]
     model = {

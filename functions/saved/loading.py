@@ -12,7 +12,7 @@ from torch import nn
 from config import ConfigError, DiffusionConfig, build_network, input_names
 from data.datasets import ImageSet, Split, load_images, split_images
 from functions.denoiser import Denoiser
-from functions.saved.checkpoint import SavedModel, copy_tensors, load_weights
+from functions.saved.checkpoint import SavedModel, check_finite, copy_tensors, load_weights
 from functions.saved.diffusers_folder import import_diffusers, load_folder
 from functions.saved.run_folder import RUN_NAME, find_checkpoints, first_intact
 from functions.support import processes
@@ -117,6 +117,7 @@ def rebuild(
     denoiser = Denoiser(model, scheduler, objective, precision)
 
     copy_tensors(saved.weights, model.state_dict(), saved.path)
+    check_finite(saved.weights, saved.path, saved.part, model)
     model.to(device, memory_format=fast_layout(device)).eval().requires_grad_(False)
     return denoiser
 
@@ -135,9 +136,15 @@ def load_and_split(saved: SavedModel, name: str | None = None) -> tuple[ImageSet
         )
     # The config of another project's model lacks the fields that have a default here.
     model = saved.model
-    facts = model.image_size, diffusion.get("max_bad_images", 0), model.channels
     try:
-        image_set = load_images(dataset_name, *facts, input_names(diffusion))
+        image_set = load_images(
+            dataset_name,
+            model.image_size,
+            diffusion.get("max_bad_images", 0),
+            model.channels,
+            input_names(diffusion),
+            pixels_hash=saved.provenance.get("pixels_hash", ""),
+        )
     except UserError as error:
         if name:
             raise

@@ -208,7 +208,7 @@ def intact_checkpoint(run: Path) -> Checkpoint:
 
 def last_checkpoint(run: Path) -> Path | None:
     """Return the path of the newest checkpoint whose checksums are right, if there is one."""
-    with suppress(CheckpointError, OSError):
+    with suppress(UserError, OSError, MemoryError):
         return intact_checkpoint(run).path
     return None
 

@@ -24,7 +24,8 @@ from functions.support.settings import ConfigError
 EXIT_BAD_INPUT = 2
 # Messages of PyTorch, then of cuBLAS and cuDNN.
 OUT_OF_MEMORY = re.compile(
-    "can't allocate memory|not enough memory|out of memory|ALLOC_FAILED|ALLOCATION_FAILED"
+    "(can't|[Cc]annot) allocate memory|not enough memory|out of memory|ALLOC_FAILED|"
+    "ALLOCATION_FAILED"
 )
 MEMORY_ADVICE = "use a smaller --batch-size, a smaller model or another device"
 
@@ -53,7 +54,7 @@ def run_script(main: Callable[[], None], memory_advice: str = MEMORY_ADVICE) -> 
             sentence = f"out of memory ({short(error)}): {memory_advice}"
         elif not isinstance(error, (UserError, ConfigError, OSError)):
             raise
-        if os.environ.get("DDPM_TRACEBACK"):
+        if os.environ.get("DDPM_TRACEBACK") == "1":
             traceback.print_exc()
         print(f"error: {sentence}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)

@@ -62,8 +62,8 @@ def check_fields(config: Any) -> None:
 def checked(config_class: type, each: Field, value: Any) -> Any:
     """Return a value of a field as its annotated type. Raises ConfigError if it does not fit."""
     check = partial(require, config_class, each.name, value)
-    choices = each.metadata.get("choices", [value])
-    check(value in tuple(choices), " or ".join(map(json.dumps, choices)))
+    if choices := each.metadata.get("choices"):
+        check(value in tuple(choices), " or ".join(map(json.dumps, choices)))
 
     # The value of a field is a single item, or a tuple of items, which is a list in JSON.
     item_type, *ellipsis = get_args(each.type) or [each.type]

@@ -200,8 +200,10 @@ class Recorder:
         """Draw a grid of samples, always from the same noise, and write it to a file."""
         run = self.run
         config = self.config
-        # All labels, in turn
+        # All labels, in turn; all else that the network gets is that of held-out images.
         label_names = run.image_set.label_names
+        _, inputs = run.feeder.gather(run.split.val_indices[: config.grid_images])
+        inputs.pop("label", None)
         steps = min(config.grid_steps, config.timesteps_diff)
         sampler = ImageSampler(
             run.sample_denoiser,
@@ -211,6 +213,7 @@ class Recorder:
             run.device,
             config.batch_size,
             label_names=label_names,
+            inputs=inputs,
         )
 
         with run.sample_denoiser.evaluating():

@@ -176,7 +176,7 @@ class TrainingRun:
             now = getattr(self.split, name)
             # The first runs of this format have no hash of labels and of ids for validation.
             if self.earlier_provenance.get(name, now) != now:
-                rules = self.earlier_provenance["split_rule"], self.split.rule
+                rules = self.earlier_provenance.get("split_rule", ""), self.split.rule
                 reason = " (held out then: {}; now: {})".format(*rules) if len({*rules}) > 1 else ""
                 if "FFHQ" in rules[0] and self.config.dataset_name != "FFHQ":
                     reason += "; FFHQ is split so only as --diffusion.dataset-name FFHQ"
@@ -297,10 +297,10 @@ class TrainingRun:
         """Take over a checkpoint's numbers. Raises CheckpointError when they do not fit."""
         for part, tensors in self.parts().items():
             saved = checkpoint.tensors(part)
-            check_finite(saved, checkpoint.path, part)
+            check_finite(saved, checkpoint.path, part, self.model)
             copy_tensors(saved, tensors, checkpoint.path)
         # The state is empty unless the precision was float16.
-        scaler = checkpoint.contents["scaler"]
+        scaler = checkpoint.contents.get("scaler")
         if scaler:
             self.scaler.load_state_dict(scaler)
 
@@ -349,7 +349,7 @@ class TrainingRun:
                 "x_T still carries the image, but sampling starts from pure noise; set "
                 f"rescale_betas = True and beta_end = {DiffusionConfig.beta_end}"
             )
-        if self.earlier:
+        if self.step:
             # More epochs move a step back on its schedule.
             earlier_steps = self.earlier_provenance["total_steps"]
             last_rate = learning_rate(self.earlier.diffusion, self.step - 1, earlier_steps)

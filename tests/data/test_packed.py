@@ -133,6 +133,7 @@ def test_a_damaged_pack_is_made_anew(path, ending, capsys):
         {"ids": [[]] * 10},
         {"ids": list(range(1, 11))},
         {"shape": [2**50, 8, 8, 3]},
+        {"shape": [10.0, 8, 8, 3]},
         {"bad_images": [1]},
         {"more": 1},
     ],

@@ -112,7 +112,9 @@ def test_an_enlargement_keeps_the_known_pixels_exactly(std):
 
 
 @pytest.mark.parametrize(
-    "shape", [(3, 4, 8), (3, 4, 4), (1, 8, 8), (3, 8)], ids=["oblong", "small", "grey", "flat"]
+    "shape",
+    [(3, 4, 8), (3, 4, 4), (1, 8, 8), (3, 8), (8,)],
+    ids=["oblong", "small", "grey", "flat", "matrix"],
 )
 def test_pictures_whose_noise_is_not_that_of_twice_their_size_are_refused(shape):
     with pytest.raises(ValueError, match=r"must be \(B, C, S, S\) and \(B or 1, C, 2 S, 2 S\)"):

@@ -317,6 +317,27 @@ def test_a_folder_is_refused_by_its_field(folder):
     assert "it is a LDMPipeline, and only DDPMPipeline and DDIMPipeline are read" in refusal(folder)
 
 
+@pytest.mark.parametrize(
+    ("file", "fields"),
+    [
+        (UNET, {"sample_size": []}),
+        (UNET, {"time_embedding_type": "unknown"}),
+        (UNET, {"block_out_channels": "wide"}),
+        (SCHEDULE, {"beta_schedule": "squaredcos_cap_v2", "beta_start": None}),
+        (SCHEDULE, {"num_train_timesteps": "all"}),
+        (SCHEDULE, {"prediction_type": ["epsilon"]}),
+    ],
+)
+def test_values_of_another_type_are_refused_in_a_sentence(file, fields, folder):
+    change(folder / file, **fields)
+    refusal(folder)
+
+
+def test_a_schedule_that_is_no_object_is_refused_in_a_sentence(folder):
+    (folder / SCHEDULE).write_text("[]")
+    refusal(folder)
+
+
 def test_the_comparison_of_the_networks_sees_another_epsilon():
     theirs = network_of(SMALL | HO | {"norm_eps": 1e-5})
     ours = UNet(16, 3, 8, (1, 2), (1,), 16, norm_groups=4)

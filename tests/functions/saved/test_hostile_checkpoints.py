@@ -9,14 +9,14 @@ import train
 from functions.saved import checkpoint
 from functions.saved.checkpoint import load_weights, verify_checkpoint, write_tensors
 from functions.saved.loading import rebuild
-from functions.support.errors import CheckpointError
+from functions.support.errors import UserError
 from tests.conftest import CPU, call
 from tests.small_training import checkpoint_parts, stepped_run
 
 
 def refusal(path, read=verify_checkpoint):
     """Return what is said of a file, which is one short line that begins with its name."""
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(UserError) as caught:
         read(path)
     message = str(caught.value)
     assert message.startswith(f"{path}: ")
@@ -123,3 +123,41 @@ def test_files_of_others_and_of_earlier_versions(path, monkeypatch):
     contents["config"]["diffusion"]["objective"] = "x_0"
     write_tensors(path, parts, contents)
     assert "cannot build a model from its config" in refusal(path, sample)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("config",), []),
+        (("config", "diffusion"), None),
+        (("config", "diffusion"), {}),
+        (("config", "diffusion", "beta_end"), "much"),
+        (("config", "diffusion", "timesteps_diff"), 10**30),
+        (("config", "model", "label_count"), 10**30),
+        (("config", "model", "base_dim"), None),
+        (("config", "model", "unknown"), 1),
+        (("run",), {}),
+        (("run", "total_steps"), 0),
+        (("run", "arithmetic"), 5),
+        (("run", "pixels_hash"), ["../.."]),
+        (("scaler",), 5),
+    ],
+)
+@pytest.mark.parametrize("read", [sample, begin])
+def test_values_that_no_run_writes(place, value, read, path):
+    """Their checksums are right."""
+    parts, contents = checkpoint_parts()
+    inner = contents
+    for name in place[:-1]:
+        inner = inner[name]
+    inner[place[-1]] = value
+    write_tensors(path, parts, contents)
+    refusal(path, read)
+
+
+def test_weights_of_a_format_that_training_does_not_have(path):
+    parts, contents = checkpoint_parts()
+    bias = parts["ema"]["conv_in.bias"]
+    parts["ema"]["conv_in.bias"] = torch.full_like(bias, math.nan).to(torch.float8_e4m3fn)
+    write_tensors(path, parts, contents)
+    assert refusal(path, sample) == "ema.conv_in.bias has infinite values or NaN"

@@ -9,7 +9,7 @@ import torch
 from functions.saved import checkpoint, run_folder
 from functions.saved.checkpoint import write_tensors
 from functions.saved.run_folder import checkpoints_of, locked, path_of
-from functions.support.errors import CheckpointError
+from functions.support.errors import CheckpointError, UserError
 from tests.conftest import linux, posix, refused, rights_of_others
 
 
@@ -17,7 +17,7 @@ def make_run(runs, name, steps, total=100):
     """Make a run folder with a checkpoint of each of these steps."""
     run = runs / name
     for folder in ("checkpoints", "samples", "snapshots"):
-        (run / folder).mkdir(parents=True)
+        (run / folder).mkdir(parents=True, exist_ok=True)
     for step in steps:
         # The name ends in a date and a time, which are 16 characters with their dashes.
         facts = {"experiment": name[:-16], "step": step, "total_steps": total}
@@ -80,19 +80,29 @@ def test_a_folder_that_cannot_be_read_never_leads_to_a_new_run(tmp_path, closed)
 
 
 @linux
-@pytest.mark.parametrize("error", [PermissionError, MemoryError])
+@pytest.mark.parametrize("error", [PermissionError, MemoryError, FileNotFoundError, UserError])
 def test_an_intact_checkpoint_that_cannot_be_read_now_is_not_passed_over(
     error, tmp_path, monkeypatch
 ):
     """If it were, the resumed run would overwrite it."""
-    run = make_run(tmp_path, "faces-20260101-000000", [50, 60])
+    run = make_run(tmp_path, "faces-20260101-000000", [50])
+    with monkeypatch.context() as patch:
+        if error is UserError:
+            patch.setattr(checkpoint, "FORMAT", "ddpm-faces checkpoint of a later version")
+        make_run(tmp_path, run.name, [60])
     newest = checkpoints_of(run)[-1]
+    if error is PermissionError:
+        newest.chmod(0)
+    if error is FileNotFoundError:
+        # The disk of the link is not there.
+        newest.unlink()
+        newest.symlink_to(tmp_path / "disk" / newest.name)
     if error is MemoryError:
         monkeypatch.setattr(checkpoint, "safe_open", Mock(side_effect=MemoryError))
-    else:
-        newest.chmod(0)
-    with rights_of_others(), pytest.raises(error):
-        run_folder.run_to_resume("auto", tmp_path, "faces")
+    with rights_of_others():
+        with pytest.raises(error):
+            run_folder.run_to_resume("auto", tmp_path, "faces")
+        assert run_folder.last_checkpoint(run) is None
 
 
 @posix

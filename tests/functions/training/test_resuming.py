@@ -12,7 +12,8 @@ import sample
 import train
 from config import ConfigError
 from data import decode
-from functions.saved.checkpoint import verify_checkpoint, write_tensors
+from functions.saved.checkpoint import load_weights, verify_checkpoint, write_tensors
+from functions.saved.loading import load_and_split
 from functions.saved.run_folder import checkpoints_of, locked
 from functions.training import opening
 from functions.training.metrics import read_metrics
@@ -214,6 +215,10 @@ def test_images_that_can_be_read_now_are_those_of_new_runs_alone(pictures, tmp_p
         with during(7, terminate):
             train_tiny(folder, tmp_path / "first", flags)
     (first,) = (tmp_path / "first").iterdir()
+    # A dry run leaves everything as it is.
+    before = sorted(folder.iterdir())
+    train_tiny(folder, tmp_path / "dry", flags, "--dry-run")
+    assert sorted(folder.iterdir()) == before
     train_tiny(folder, tmp_path / "second", flags, "--diffusion.epochs 1")
     (second,) = (tmp_path / "second").iterdir()
     call(train, "--resume", first)
@@ -221,3 +226,6 @@ def test_images_that_can_be_read_now_are_those_of_new_runs_alone(pictures, tmp_p
     assert newest(first)["run"]["step"] == 10
     hashes = [newest(run)["run"]["pixels_hash"] for run in (first, second)]
     assert hashes[0] != hashes[1]
+    # So does a measurement of the first run.
+    image_set, _ = load_and_split(load_weights(checkpoints_of(first)[-1]))
+    assert image_set.pixels_hash == hashes[0]
