@@ -60,7 +60,7 @@ FULL = RUN_2 | dict(
 
 
 @pytest.mark.parametrize(
-    ("name", "diffusion", "base_dim"),
+    "name, diffusion, base_dim",
     [("ffhq-run1", RUN_1, 64), ("ffhq-run2", RUN_2, 64), ("ffhq-full", FULL, 128)],
 )
 def test_ffhq_runs_are_those_of_the_reference(name, diffusion, base_dim):

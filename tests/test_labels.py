@@ -92,7 +92,7 @@ def test_the_nearest_folder_is_the_label_and_numbers_are_sorted_as_such(coloured
 
 
 @pytest.mark.parametrize(
-    ("names", "sentence"),
+    "names, sentence",
     [
         (["a.png", "b.png"], "has no label for .*: folders are labels"),
         (["1/a.png", "b.png"], "has no label for b.png"),
@@ -246,7 +246,7 @@ def test_guidance_by_the_label_is_the_line_through_both_predictions(network):
 
 
 @pytest.mark.parametrize(
-    ("flags", "sentence"),
+    "flags, sentence",
     [
         ("--label green", "'green' is no label of .*, which has '2', '10', 'blue'"),
         ("--label 2,", "'' is no label of"),

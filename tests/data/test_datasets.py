@@ -97,7 +97,7 @@ FULL = range(70_000)
 
 
 @pytest.mark.parametrize(
-    ("ids", "rule", "name", "first_held_out", "reason"),
+    "ids, rule, name, first_held_out, reason",
     [
         (FULL, "FFHQ", "reference", 63_000, "FFHQ's ids from 63,000 on"),
         # An image is missing. The others stay on their sides.
@@ -175,7 +175,7 @@ def write_parts(write, path, folders):
 
 
 @pytest.mark.parametrize(
-    ("folders", "train", "val", "ignored"),
+    "folders, train, val, ignored",
     [
         ("train val", [0, 1], [2, 3], "1 in ./"),
         ("top/Valid/class top/Train/class", [2, 3], [0, 1], "1 in ./"),
@@ -192,7 +192,7 @@ def write_parts(write, path, folders):
         ("train more/val", [0, 1], [2, 3], "1 in ./"),
     ],
 )
-@pytest.mark.parametrize(("write", "name"), [(write_folder, "set"), (write_zip, "set.zip")])
+@pytest.mark.parametrize("write, name", [(write_folder, "set"), (write_zip, "set.zip")])
 def test_folders_say_what_is_held_out(tmp_path, write, name, folders, train, val, ignored):
     path = write_parts(write, tmp_path / name, folders.split())
     image_set = load_images(str(path), 8)
@@ -206,7 +206,7 @@ def test_folders_say_what_is_held_out(tmp_path, write, name, folders, train, val
 
 
 @pytest.mark.parametrize(
-    ("train", "held_out"),
+    "train, held_out",
     [("train.zip", "val.zip"), ("train-00000-of-00001.zip", "test-00000-of-00001-abc.zip")],
 )
 def test_shards_say_what_is_held_out(tmp_path, train, held_out):

@@ -65,7 +65,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("channels", [3, 1])
-@pytest.mark.parametrize(("data", "expected", "tolerance"), FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("data, expected, tolerance", FORMS.values(), ids=FORMS)
 def test_every_form_becomes_rgb_or_grey(data, expected, tolerance, channels):
     decoded = to_pixels(open_image(data), channels)
 
@@ -93,7 +93,7 @@ def gif_of(width, height):
 
 
 @pytest.mark.parametrize(
-    ("data", "reason"),
+    "data, reason",
     [
         (encoded(RGB, "JPEG")[:500], "cannot be decoded"),
         (encoded(RGB, "TIFF"), "not a"),
@@ -107,7 +107,7 @@ def test_bad_images_are_refused_with_the_reason(data, reason):
         open_image(data)
 
 
-@pytest.mark.parametrize(("size", "kernel"), [(5, Image.LANCZOS), (25, Image.BICUBIC)])
+@pytest.mark.parametrize("size, kernel", [(5, Image.LANCZOS), (25, Image.BICUBIC)])
 def test_the_middle_square_is_resized_by_pillow(size, kernel):
     expected = Image.fromarray(RGB[:, 2:14]).resize((size, size), kernel)
     assert_array_equal(fit_square(RGB, size), expected)

@@ -43,7 +43,7 @@ STRAYS = ("LICENSE.txt", "dataset.json", "__MACOSX/00003.png", "thumbnails128x12
 
 
 @pytest.mark.parametrize("pattern", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize(("write", "name"), [(write_folder, "set"), (write_zip, "set.ZIP")])
+@pytest.mark.parametrize("write, name", [(write_folder, "set"), (write_zip, "set.ZIP")])
 def test_every_layout_is_numbered_alike(tmp_path, pattern, write, name):
     path = write(tmp_path / name, pattern=pattern, more=dict.fromkeys(STRAYS, PICTURE))
     names = [name_of(number, pattern) for number in NUMBERS]

@@ -79,7 +79,7 @@ def cifar10(data_folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "images", "train_count"),
+    "name, images, train_count",
     [
         ("MNIST", DIGITS, 40),
         ("CIFAR10", PHOTOS, 100),

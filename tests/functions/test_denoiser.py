@@ -79,7 +79,7 @@ def test_losses_are_squared_errors_of_the_target_and_convert_into_those_of_eps(o
 
 @pytest.mark.parametrize("objective", ["v", "x_0"])
 @pytest.mark.parametrize(
-    ("schedule", "theirs"),
+    "schedule, theirs",
     [
         ("linear", "linear"),
         ("cosine", "squaredcos_cap_v2"),

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from functions.noise_scheduler import BETA_SCHEDULES, NoiseScheduler
 
-schedules = pytest.mark.parametrize(("timesteps", "rescale"), [(1000, True), (200, False)])
+schedules = pytest.mark.parametrize("timesteps, rescale", [(1000, True), (200, False)])
 
 
 def numpy_betas(timesteps, rescale):
@@ -129,7 +129,7 @@ def test_terminal_signal_is_what_is_known_of_these_schedules(timesteps, rescale,
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    "arguments, sentence",
     [
         # Rescaled to 20 steps, the last beta is 1.
         ({"timesteps": 20}, "0 < beta_start"),

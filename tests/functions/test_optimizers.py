@@ -50,7 +50,7 @@ def moved(scale):
 
 @pytest.mark.parametrize("shape", [(24, 24), (16, 144), (64, 16)])
 @pytest.mark.parametrize(
-    ("precision", "tolerance"),
+    "precision, tolerance",
     [(torch.float32, 1e-4), (torch.bfloat16, 0.05)],
 )
 def test_the_factor_has_the_singular_vectors_and_values_near_one(shape, precision, tolerance):

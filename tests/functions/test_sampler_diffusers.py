@@ -73,7 +73,7 @@ def our_states(sampler, timesteps, *arguments, noise_dtype=torch.float64, **opti
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("variance", ["small", "large"])
 @pytest.mark.parametrize(
-    ("timesteps", "steps", "spacing"),
+    "timesteps, steps, spacing",
     [
         # The first takes all steps, and the others skip most.
         (250, 250, "trailing"),
@@ -96,7 +96,7 @@ def test_ddpm_agrees_with_diffusers_step_for_step(timesteps, steps, spacing, var
 # not lead to its own next timestep.
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize(
-    ("steps", "eta"),
+    "steps, eta",
     [(200, 0.0), (50, 1.0), (8, 0.5), (1, 0.0)],
 )
 def test_ddim_agrees_with_diffusers_step_for_step(steps, eta, clip):
@@ -114,7 +114,7 @@ def test_ddim_agrees_with_diffusers_step_for_step(steps, eta, clip):
 
 @pytest.mark.parametrize("spacing", ["trailing", "logsnr"])
 @pytest.mark.parametrize(
-    ("steps", "stop"),
+    "steps, stop",
     [
         # The last step is of order 1 if it ends at the clean image.
         (1, -1),
@@ -126,7 +126,7 @@ def test_ddim_agrees_with_diffusers_step_for_step(steps, eta, clip):
         (40, 0),
     ],
 )
-@pytest.mark.parametrize(("algorithm", "eta"), [("dpmsolver++", 0.0), ("sde-dpmsolver++", 1.0)])
+@pytest.mark.parametrize("algorithm, eta", [("dpmsolver++", 0.0), ("sde-dpmsolver++", 1.0)])
 def test_dpm_solver_agrees_with_diffusers_step_for_step(algorithm, eta, steps, stop, spacing):
     if stop == 0:
         times = part_of_the_way(NoiseScheduler(1000), steps, spacing, 999, 0)

@@ -56,7 +56,7 @@ def marginal(scheduler, t):
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", BETA_SCHEDULES)
 @pytest.mark.parametrize(
-    ("sampler", "options"),
+    "sampler, options",
     [
         *((row.function, row.options) for row in SAMPLERS.values()),
         *(
@@ -112,7 +112,7 @@ def slopes(errors):
 
 @pytest.mark.parametrize("spacing", ["logsnr", "trailing"])
 @pytest.mark.parametrize(
-    ("row", "options"),
+    "row, options",
     [case for case in CASES if not noise_steps(*case, [60, 40, 20])],
 )
 def test_the_error_falls_with_the_order(row, options, spacing):
@@ -134,7 +134,7 @@ def test_the_error_falls_with_the_order(row, options, spacing):
     assert errors[-1] < 10 * 0.02**row.order
 
 
-@pytest.mark.parametrize(("row", "options"), CASES)
+@pytest.mark.parametrize("row, options", CASES)
 def test_the_error_of_the_distribution_falls_with_the_order(row, options):
     """Measure the weak order by the exact mean and variance of LINE."""
     scheduler = NoiseScheduler(T)

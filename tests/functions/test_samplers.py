@@ -83,7 +83,7 @@ def noise_steps(row, options, *steps):
     return calls
 
 
-@pytest.mark.parametrize(("row", "options"), CASES)
+@pytest.mark.parametrize("row, options", CASES)
 def test_noise_is_asked_for_once_a_step_and_not_at_the_end(row, options):
     every = noise_steps(row, options)
     assert every in ([], list(range(99)))
@@ -104,7 +104,7 @@ def test_ddpm_is_ddim_with_eta_1(steps, clip):
 
 
 @pytest.mark.parametrize(
-    ("table", "use"),
+    "table, use",
     [
         (SPACINGS, lambda: sampling_times(SCHEDULER, 2, "new")),
         (VARIANCES, lambda: ddpm_sample(DENOISER, pure_noise(), [5, 3], "new")),
@@ -179,7 +179,7 @@ def test_trailing_times_are_even():
 
 
 @pytest.mark.parametrize(
-    ("beta_end", "steps", "start"),
+    "beta_end, steps, start",
     [
         (26, 101, -9),
         # Those of T - 1 are -10 and -7.5.

@@ -27,7 +27,7 @@ def output_and_gradients(y, *inputs):
 
 @pytest.mark.parametrize("kind", [torch.Tensor, OnCuda])
 @pytest.mark.parametrize("mean", [0, 2])
-@pytest.mark.parametrize(("channels", "groups"), [(64, 32), (12, 4)])
+@pytest.mark.parametrize("channels, groups", [(64, 32), (12, 4)])
 def test_in_bfloat16_it_is_near_that_of_float64(channels, groups, mean, kind):
     torch.manual_seed(0)
     norm = GroupNorm(groups, channels, 1e-6)

@@ -17,7 +17,7 @@ CELEBA_HQ = ModelConfig(8, (1, 1, 2, 2, 4, 4), (4,), 128, image_size=256)
 
 
 @pytest.mark.parametrize(
-    ("shape", "count"),
+    "shape, count",
     [
         # The reference's network, and the one of the full run.
         (EXPERIMENTS["ffhq-run2"].model, 60_372_867),

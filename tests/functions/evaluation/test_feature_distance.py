@@ -109,7 +109,7 @@ def test_of_many_held_out_images_evenly_spaced_ones_are_measured(tmp_path, capsy
 
 
 @pytest.mark.parametrize(
-    ("size", "trained", "message"),
+    "size, trained, message",
     [
         (16, 6, "the training images are too few, or too alike"),
         (11, 20, "a distance needs images of 12 pixels a side or more; these have 11"),

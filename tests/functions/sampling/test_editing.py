@@ -322,7 +322,7 @@ def test_the_script_interpolates_between_images_of_the_seed(tiny_run, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("command", "steps", "ways_back"),
+    "command, steps, ways_back",
     [
         # The model has 100 timesteps, fewer than the default of 200 steps.
         ("invert {} {run}", 100, {0: 2}),

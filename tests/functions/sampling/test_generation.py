@@ -88,7 +88,7 @@ def test_indices_are_images_of_the_seed(tiny_run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "options", "text"),
+    "flags, options, text",
     [
         (
             "--sampler dpm++ --steps 9 --spacing trailing --eta 0",

@@ -113,7 +113,7 @@ def test_a_run_of_ones_own_comes_before_the_recipe(recipe, tiny_run, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("flags", "changed"),
+    "flags, changed",
     [
         ("--steps 9 --seed 3", {"steps": 9, "seed": 3}),
         ("--sampler dpm++ --temperature 1", {"temperature": 1.0}),
@@ -197,7 +197,7 @@ def test_a_wrong_value_is_one_sentence_with_the_file_and_the_key(recipe, key):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "sentence"),
+    "old, new, sentence",
     [
         (
             'model = "model.safetensors"\n',

@@ -129,7 +129,7 @@ def test_a_lock_deletes_what_a_killed_training_left_and_no_more(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("done", "kept"),
+    "done, kept",
     [
         (60, [50, 60]),
         # Checkpoints beyond the step that was reached are no reason to delete another.

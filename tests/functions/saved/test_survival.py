@@ -138,7 +138,7 @@ def test_signals_finish_the_step_save_and_exit_with_75(tiny_run, pictures, tmp_p
 
 @posix
 @pytest.mark.parametrize(
-    ("inherited", "received"), [(signal.SIG_DFL, "SIGHUP"), (signal.SIG_IGN, None)]
+    "inherited, received", [(signal.SIG_DFL, "SIGHUP"), (signal.SIG_IGN, None)]
 )
 def test_a_hangup_stops_a_run_unless_it_was_started_by_nohup(inherited, received):
     before = signal.signal(signal.SIGHUP, inherited)

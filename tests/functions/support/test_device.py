@@ -57,7 +57,7 @@ def native(request, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("device", "native", "name", "previous", "expected"),
+    "device, native, name, previous, expected",
     [
         (CUDA, True, "auto", None, torch.bfloat16),
         (CUDA, False, "auto", None, torch.float16),
@@ -84,7 +84,7 @@ def test_a_training_has_the_fastest_precision_of_the_device(
 
 
 @pytest.mark.parametrize(
-    ("device", "native", "trained", "expected"),
+    "device, native, trained, expected",
     [
         # Where the device has the instructions, samples have the precision of the training.
         (CPU, True, "bfloat16", torch.bfloat16),
@@ -102,7 +102,7 @@ def test_samples_have_the_precision_of_the_training(device, native, trained, exp
 
 
 @pytest.mark.parametrize(
-    ("cpuinfo", "has"),
+    "cpuinfo, has",
     [
         ("processor : 0\nflags\t\t: fpu sse avx2 avx512f avx512_bf16\n", True),
         ("processor : 0\nFeatures : fp asimd bf16 i8mm\n", True),

@@ -52,7 +52,7 @@ def test_a_schedule_that_leaves_the_image_in_x_T_is_warned_of(trained, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("threads", "share", "warns"), [(2, 0.05, 0), (2, 0.2, 1), (1, 0.2, 0)])
+@pytest.mark.parametrize("threads, share, warns", [(2, 0.05, 0), (2, 0.2, 1), (1, 0.2, 0)])
 def test_busy_cores_are_named_with_what_to_do(threads, share, warns, trained, monkeypatch, capsys):
     """The threads wait for cores for this share of the time in which they have one."""
     monkeypatch.setattr(recorder, "CHECKED_STEP", 3)

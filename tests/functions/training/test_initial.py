@@ -128,7 +128,7 @@ def test_a_preset_of_twice_the_size_and_a_level_more_is_what_grows():
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    "flags, message",
     [
         ("--model.image-size 64", "image_size is 64; it must be 16 or 32 for the weights of"),
         ("--model.image-size 8", "image_size is 8; it must be 16 or 32 for the weights of"),

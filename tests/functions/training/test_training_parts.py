@@ -144,7 +144,7 @@ def test_validation_is_the_mean_over_fixed_triples_whatever_the_batch_size():
 
 
 @pytest.mark.parametrize(
-    ("count", "expected"),
+    "count, expected",
     [
         # The middles of the strata are 83, 250, 416, 583, 750 and 916.
         (6, [83, (250 + 416) / 2, 583, (750 + 916) / 2]),
