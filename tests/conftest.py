@@ -123,6 +123,11 @@ def pixels_of(path):
     return np.asarray(Image.open(path))
 
 
+def samples_of(folder):
+    """Return the single images that sample.py wrote to a folder, in their order: (N, H, W, C)."""
+    return np.stack([pixels_of(path) for path in sorted(folder.glob("0*.png"))])
+
+
 def words(*arguments):
     """Return the words of a command line; a text may have several, with spaces between them."""
     return [
@@ -171,6 +176,13 @@ def tiny_run(pictures, tmp_path_factory):
 def grey_run(pictures, tmp_path_factory):
     """Return a finished run like `tiny_run`, of a network with one channel."""
     return train_tiny(pictures, tmp_path_factory.mktemp("grey"), "--model.channels 1")
+
+
+@pytest.fixture(scope="session")
+def large_run(pictures, tmp_path_factory):
+    """Return a finished run like `tiny_run`, of images of twice the size."""
+    size = "--model.image-size 32 --model.lowest-resolution-size 16"
+    return train_tiny(pictures, tmp_path_factory.mktemp("large"), size)
 
 
 @pytest.fixture

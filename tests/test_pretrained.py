@@ -13,7 +13,6 @@ from PIL import Image
 
 import edit
 import evaluate
-import sample
 import sampleFFHQ
 from config import Experiment
 from data import datasets
@@ -34,20 +33,6 @@ TAKEN = (
     "using pretrained/people.toml, which comes with the repository "
     "(train your own: python train.py)"
 )
-FEW = "--n 2 --steps 3"
-
-
-@pytest.fixture
-def box(tiny_run, tmp_path, monkeypatch):
-    """Return a folder with a model and others, in a working directory without runs."""
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "pretrained"
-    folder.mkdir()
-    shutil.copy(checkpoints_of(tiny_run, "snapshots")[-1], folder / "faces.safetensors")
-    recipe = folder / "people.toml"
-    recipe.write_text('model = "faces.safetensors"\nsteps = 3')
-    monkeypatch.setattr(run_folder, "PRETRAINED", recipe)
-    return folder
 
 
 def card_row(path, name):
@@ -56,19 +41,15 @@ def card_row(path, name):
     return re.search(rf"^\| {name} \| `?(.+?)`? \|$", card, re.MULTILINE)[1]
 
 
-def test_without_a_run_the_box_is_sampled_and_evaluated_and_says_so(
-    box, tiny_run, tmp_path, capsys
+def test_without_a_run_the_box_is_evaluated_and_edited_and_says_so(
+    tiny_run, tmp_path, monkeypatch, capsys
 ):
-    call(sample, "--n 2")
-    printed = capsys.readouterr().out
-    assert TAKEN in printed
-    assert f"\n{box / 'faces.safetensors'}: EMA weights" in printed
-    [path] = Path("samples").glob("faces-*-seed0-n2/grid.png")
-    drawn = Image.open(path)
-
-    call(sample, checkpoints_of(tiny_run, "snapshots")[-1], FEW, "--out", tmp_path / "a")
-    assert drawn.tobytes() == Image.open(tmp_path / "a" / "grid.png").tobytes()
-
+    """tests/functions/sampling/test_recipes.py samples from it."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(checkpoints_of(tiny_run, "snapshots")[-1], "faces.safetensors")
+    recipe = tmp_path / "people.toml"
+    recipe.write_text('model = "faces.safetensors"\nsteps = 3')
+    monkeypatch.setattr(run_folder, "PRETRAINED", recipe)
     for script, flags in ((evaluate, "--images 2 --t-stride 50"), (edit, "vary 0")):
         call(script, flags)
         assert TAKEN in capsys.readouterr().out
@@ -91,7 +72,9 @@ def test_only_sampling_works_without_the_photos(pictures, tmp_path, monkeypatch,
     # A run of another experiment does not count.
     other = shutil.copytree(run, "runs/faces-20260101-120000")
     call(sampleFFHQ, "--steps 3")
-    assert "runs: no run of an experiment ffhq* with a checkpoint" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "runs: no run of an experiment ffhq* with a checkpoint here yet; using pre" in printed
+    assert "python train.py ffhq-64)" in printed
     shutil.rmtree(other)
     [folder] = Path("samples").iterdir()
     assert {"grid.png", "denoising.gif"} <= {path.name for path in folder.iterdir()}

@@ -10,7 +10,6 @@ from PIL import Image
 import edit
 import evaluate
 import sample
-import sampleFFHQ
 import train
 from functions.sampling import recipes
 from functions.sampling.options import add_sampling_flags
@@ -18,9 +17,8 @@ from functions.saved import run_folder
 from functions.saved.run_folder import checkpoints_of
 from functions.support.command_line import Parser
 from functions.support.errors import CheckpointError
-from tests.conftest import TINY, call, pixels_of, refused, train_tiny, words
+from tests.conftest import TINY, call, pixels_of, refused, words
 
-SIZE = "--model.image-size 32 --model.lowest-resolution-size 16"
 TEXT = """\
 model = "model.safetensors"
 guide = 'guides/early.safetensors'
@@ -35,12 +33,6 @@ FLAGS = "--sampler dpm++ --steps 4 --spacing trailing --guidance 2 --temperature
 # What is left of it for another sampler.
 OTHER = {"steps": None, "spacing": None, "temperature": 1.0}
 FEW = "--device cpu --n 2"
-
-
-@pytest.fixture(scope="module")
-def large_run(pictures, tmp_path_factory):
-    """Return a run like `tiny_run` of images of twice the size."""
-    return train_tiny(pictures, tmp_path_factory.mktemp("large"), SIZE)
 
 
 @pytest.fixture
@@ -80,16 +72,10 @@ def test_a_recipe_draws_into_one_folder_what_its_flags_draw(recipe, monkeypatch,
 
     # Samples of the models in the box go into the working directory.
     monkeypatch.setattr(run_folder, "PRETRAINED", recipe)
-    capsys.readouterr()
-    call(sample, FEW)
+    call(sample, FEW, "--gif")
     [of_the_box] = Path("samples").glob("*/grid.png")
     assert of_the_box.read_bytes() == before
-    taken = "no run with a checkpoint here yet; using pretrained/people.toml"
-    assert taken in capsys.readouterr().out
-    call(sampleFFHQ, FEW)
-    printed = capsys.readouterr().out
-    assert "no run of an experiment ffhq* with a checkpoint here yet; using pretrained/" in printed
-    assert "python train.py ffhq-64)" in printed
+    assert "no run with a checkpoint here yet; using pretrained/" in capsys.readouterr().out
     # The animation has the size of the enlarged images, which the last frame shows.
     with Image.open(of_the_box.parent / "denoising.gif") as animation:
         assert animation.n_frames == 5
@@ -118,14 +104,16 @@ def test_a_run_of_ones_own_comes_before_the_recipe(recipe, tiny_run, monkeypatch
         ("--steps 9 --seed 3", {"steps": 9, "seed": 3}),
         ("--sampler dpm++ --temperature 1", {"temperature": 1.0}),
         # Another sampler drops what was meant for the recipe's.
-        ("--sampler ddim", OTHER | {"sampler": "ddim"}),
         ("--sampler=ddpm --steps=9", OTHER | {"sampler": "ddpm", "steps": 9}),
         ("--eta 0.5", {"eta": 0.5}),
         ("--eta 0", {"eta": 0.0, "temperature": 1.0}),
         ("--enlarge a --enlarge b", {"enlarge": [Path("a"), Path("b")]}),
         ("--guide 3", {"guide": "3"}),
-        ("--guidance 3", {"guidance": 3.0}),
-        ("--label a --cfg 3", {"label": ("a",), "cfg": 3.0, "guide": None, "guidance": None}),
+        # Names with commas are quoted, as some of ImageNet's.
+        (
+            '--label "a,b",c --cfg 3',
+            {"label": ("a,b", "c"), "cfg": 3.0, "guide": None, "guidance": None},
+        ),
     ],
 )
 def test_a_given_flag_wins_and_takes_along_what_it_makes_void(recipe, flags, changed):
@@ -169,58 +157,22 @@ def test_export_and_evaluation_use_the_model_alone(recipe, tiny_run, capsys):
     assert "enlarged" not in printed
 
 
-BROKEN = {
-    "steps": ("steps = 1.5", "people.toml: argument --steps: '1.5' is not an integer"),
-    "eta": ('eta = "0.5"', "eta cannot be the text '0.5'; write a number"),
-    "temperature": ("temperature = nan", "argument --temperature: 'nan' is not a number from 0"),
-    "sampler": ('sampler = "euler"', "argument --sampler: invalid choice: 'euler'"),
-    "spacing": ("spacing = true", "people.toml: spacing cannot be True"),
-    "enlarge": ("enlarge = [true]", "people.toml: enlarge cannot be True"),
-    "guide": ('guide = ["a"]', "people.toml: guide cannot be ['a']"),
-    "guidance": ("guidance = {}", "people.toml: guidance cannot be {}"),
-    "model": ("model = 3", "people.toml: model is '3', and there is no "),
-    "seed": ("seed = 3", "people.toml: unrecognized arguments: --seed=3"),
-    "device": ('device = "cpu"', "unrecognized arguments: --device=cpu"),
-    "checkpoint": ('checkpoint = "a"', "unrecognized arguments: --checkpoint=a"),
-}
-
-
-@pytest.mark.parametrize("key", BROKEN)
-def test_a_wrong_value_is_one_sentence_with_the_file_and_the_key(recipe, key):
-    line, sentence = BROKEN[key]
-    lines = [each for each in TEXT.splitlines() if not each.startswith(f"{key} ")]
-    recipe.write_text("\n".join([*lines, line]))
-    with refused(f"^{recipe}: ") as error:
-        call(sample, recipe)
-    assert sentence in str(error.value)
-    assert "\n" not in str(error.value)
-
-
 @pytest.mark.parametrize(
     "old, new, sentence",
     [
-        (
-            'model = "model.safetensors"\n',
-            "",
-            "people.toml: the following arguments are required: --model",
-        ),
+        ('model = "model.safetensors"', "", "people.toml: the following arguments .*: --model"),
         ("model.safetensors", "other.safetensors", "model is 'other.safetensors', and there is no"),
-        (
-            '["large"]',
-            '["large", "large/run"]',
-            "enlarge is 'large/run', and there is no",
-        ),
-        (
-            "'guides/early.safetensors'",
-            "'guides\\early.safetensors'",
-            "guide is .*; write / between",
-        ),
-        ("'guides/early.safetensors'", '"guides\\\\early.safetensors"', "guide is .*; write / bet"),
-        ("'guides/early.safetensors'", '"runs\\faces"', "guide is .*; write / between"),
-        ("'guides/early.safetensors'", '"guides\\early.safetensors"', "with / and not"),
+        ('["large"]', '["large", "large/run"]', "enlarge is 'large/run', and there is no"),
+        ("'guides/early.safetensors'", r"'guides\early.safetensors'", "write / between"),
+        # Backslashes in double quotes are a page break, and nothing that TOML has.
+        ("'guides/early.safetensors'", r'"runs\faces"', "guide is .*; write / between"),
+        ("'guides/early.safetensors'", r'"guides\early.safetensors"', "with / and not"),
         ("steps = 4", "steps = = 4", r"people.toml: Invalid value \(at line 6"),
-        ("steps = 4", "steps = 4\nsteps = 5", "people.toml: Cannot overwrite a value"),
         ("steps", "st\udcffeps", "'utf-8' codec can't decode"),
+        ("steps = 4", "steps = 1.5", "people.toml: argument --steps: '1.5' is not an integer"),
+        ("steps = 4", 'steps = "4"', "steps cannot be the text '4'; write a number"),
+        ("steps = 4", "steps = true", "people.toml: steps cannot be True"),
+        ("steps = 4", "seed = 3", "people.toml: unrecognized arguments: --seed=3"),
         ("model.safetensors", "people.toml", "people.toml is a recipe, and no model"),
         ("guides/early.safetensors", "people.toml", "people.toml is a recipe, and no model"),
         ('"large"', '"people.toml"', "people.toml is a recipe, and no model"),
@@ -232,12 +184,6 @@ def test_a_broken_recipe_is_one_sentence(recipe, old, new, sentence):
         call(sample, recipe, FEW)
     assert "people.toml" in str(error.value)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("flag", ["--guide", "--enlarge"])
-def test_a_recipe_is_no_part_of_another_drawing(recipe, tiny_run, flag):
-    with refused("people.toml is a recipe, and no model", CheckpointError):
-        call(sample, tiny_run, flag, recipe, FEW)
 
 
 def test_a_training_does_not_begin_with_a_recipe(recipe, pictures):
