@@ -23,12 +23,10 @@ COMMANDS = {
     "train.py --resume {run} --init {run}": "--init starts a new run, but --resume continues one",
     "train.py --device gpu": "'gpu'",
     "train.py fases": "invalid choice: 'fases' (choose from",
-    "train.py --diffusion.batch-size many": "--diffusion.batch-size: invalid int value: 'many'",
     "sample.py --n 0": "--n/-n: '0' is not an integer of at least 1",
     "sample.py --eta 2": "--eta: '2' is not a number from 0 to 1",
     "sample.py --temperature 2": "--temperature: '2' is not a number from 0 to 1",
     "sample.py {run} --sampler ddim --temperature 0.5": "and these add none (--eta)",
-    "sample.py --sampler euler": "invalid choice: 'euler' (choose from",
     "sample.py {run} --sampler ddim --variance large": "--sampler ddim are --spacing and --eta",
     "sample.py {run} --n 101": "a grid shows 1 to 100 images; for 101 add --individual",
     "sample.py --n 36 --indices 3,7": "--indices: not allowed with argument --n/-n",
@@ -38,7 +36,8 @@ COMMANDS = {
     "sample.py {run} --guidance 1.5": "needs a --guide",
     "sample.py {run} --guide=": '--guide "" names neither',
     "sample.py {run} --guide 5 --guidance nan": "'nan' is not a finite number",
-    "sample.py {run} --guide 5 --guidance inf": "'inf' is not a finite number",
+    "sample.py {run} --label 2": "was trained without labels; --label and --cfg need some",
+    "sample.py {run} --label 2 --cfg 2 --guide 30": "--cfg and --guide exclude each other",
     "sample.py runs/faces-20260101-120000": "faces-20260101-120000: there is no such file",
     "sample.py {run} --steps 101": "steps is 101; a model with 100 timesteps takes 1 to 100",
     "edit.py interpolate 1 2 --depths 0.5,2": "'2' is not a number from 0 to 1",
@@ -47,6 +46,8 @@ COMMANDS = {
     "edit.py invert 1 {run} --sampler ddim --eta 1": "--eta has no effect on an inversion",
     "edit.py invert 1 {run} --variance large": "--sampler ddim are --spacing and --eta",
     "edit.py invert 1 {run} --temperature 0.5": "--temperature has no effect on an inversion",
+    "edit.py invert 1 {run} --cfg 2": "--cfg has no effect on an inversion",
+    "edit.py vary 1 {run} --label 2,blue": "an edit has one --label",
     "edit.py invert 1 {run} --guide 4": "--guide has no effect on an inversion",
     "edit.py invert 1 {run} --enlarge {run}": "--enlarge has no effect on an inversion",
     "edit.py invert 1 {run} --precision bfloat16": "--precision has no effect on an inversion",
@@ -60,7 +61,6 @@ COMMANDS = {
     # The folder is an error before the measurement, which may take hours, shows its bar.
     "evaluate.py {run} --t-stride 100 --out {empty}/notes.txt/out": "notes.txt",
     "evaluate.py distance": "required: DATA (see evaluate.py distance --help)",
-    "evaluate.py distance {run} {pictures} --n 5": "unrecognized arguments: --n 5",
 }
 if not torch.cuda.is_available():
     COMMANDS["train.py --device cuda"] = "PyTorch must have it"

@@ -18,15 +18,14 @@ import train
 from config import EXPERIMENTS, ConfigError
 from data.datasets import load_images, split_images
 from functions.denoiser import Denoiser
-from functions.enlarging import Keeping, Known
+from functions.enlarging import Keeping
 from functions.evaluation.bits_per_dim import evenly_spaced
 from functions.guidance import GUIDED_LOG_SNR, Guided
 from functions.noise_scheduler import NoiseScheduler
 from functions.sampling import editing
-from functions.sampling.options import SamplerOptions, add_sampling_flags
-from functions.saved.loading import load_denoiser, load_model
+from functions.sampling.options import SamplerOptions
+from functions.saved.loading import load_model
 from functions.saved.run_folder import checkpoints_of
-from functions.support.command_line import Parser
 from functions.training.draws import training_draws
 from functions.training.run import LABEL_TABLE, TrainingRun
 from models.unet import UNet
@@ -42,9 +41,11 @@ from tests.conftest import (
     normal,
     pixels_of,
     refused,
+    samples_of,
     terminate,
     train_tiny,
 )
+from tests.data.packing import IMAGES, encoded, write_folder
 from tests.functions.support.test_processes import two
 from tests.small_training import same
 
@@ -54,12 +55,12 @@ FEW = "--steps 4 --device cpu"
 
 @pytest.fixture(scope="module")
 def coloured(tmp_path_factory):
-    """Return a folder of 40 plain pictures in folders of their colour, 10 to 16 in each."""
+    """Return a folder of 40 plain pictures in folders of their colour, 13 or 14 in each."""
     folder = tmp_path_factory.mktemp("coloured")
     rng = np.random.default_rng(0)
     colours = {"2": (230, 30, 30), "10": (30, 230, 30), "blue": (30, 30, 230)}
     for i in range(40):
-        name = [*colours][min(i // 10, 2) if i < 30 else rng.integers(3)]
+        name = [*colours][i % 3]
         (folder / "a" / name).mkdir(parents=True, exist_ok=True)
         noisy = np.clip(colours[name] + rng.normal(0, 20, (16, 16, 3)), 0, 255)
         Image.fromarray(noisy.astype(np.uint8)).save(folder / "a" / name / f"{i:03d}.png")
@@ -94,8 +95,7 @@ def test_the_nearest_folder_is_the_label_and_numbers_are_sorted_as_such(coloured
 @pytest.mark.parametrize(
     "names, sentence",
     [
-        (["a.png", "b.png"], "has no label for .*: folders are labels"),
-        (["1/a.png", "b.png"], "has no label for b.png"),
+        (["1/a.png", "b.png"], "has no label for b.png: folders are labels"),
         (["1/a.png", "1/b.png"], "has one label, 1; two are needed"),
         # These folders say which images are held out.
         (["train/a.png", "val/b.png"], "has no label for train/a.png"),
@@ -106,9 +106,7 @@ def test_the_nearest_folder_is_the_label_and_numbers_are_sorted_as_such(coloured
     ],
 )
 def test_without_labels_one_sentence_says_what_they_are(names, sentence, tmp_path):
-    for name in names:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    write_folder(tmp_path, [], more=dict.fromkeys(names, encoded(IMAGES[0])))
     if sentence:
         with refused(sentence):
             load_images(tmp_path, 8, inputs=["label"])
@@ -120,8 +118,7 @@ def test_a_row_has_the_class_of_its_column(tmp_path):
     """By the names of Hugging Face's metadata, else by its number."""
     pa = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    image = {"bytes": (tmp_path / "a.png").read_bytes(), "path": None}
+    image = {"bytes": encoded(IMAGES[0]), "path": None}
     info = {"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}
     for name, labels, metadata, expected in (
         ("named", [1, 0, 1], info, ("cat", "dog")),
@@ -141,13 +138,6 @@ def test_a_row_has_the_class_of_its_column(tmp_path):
     assert len(load_images(shards, 8).ids) == 4
     with refused("has no label for a.parquet/0"):
         load_images(shards, 8, inputs=["label"])
-
-
-def test_names_with_commas_are_quoted():
-    """So are those of ImageNet."""
-    parser = Parser()
-    add_sampling_flags(parser)
-    assert parser.parse_args(["--label", '"dog, wet", cat']).label == ("dog, wet", "cat")
 
 
 def test_the_embedding_is_added_to_that_of_t_and_begins_at_zero():
@@ -191,35 +181,28 @@ def test_labels_are_dropped_by_place_and_purpose():
     assert torch.equal(dropped, draws.label_drop < 0.25)
 
 
-def test_samples_have_the_colours_of_their_labels(labelled_run, coloured, tmp_path, capsys):
-    """Image i has the label i mod K, so more images change none."""
-    call(sample, labelled_run, FEW, "--label blue,10 --n 8 --individual --out", tmp_path / "a")
+def test_samples_have_the_colours_of_their_labels(labelled_run, tmp_path, capsys):
+    """Image i has the label i mod K, whatever its batch is; --cfg makes the colour stronger."""
+    flags = f"{FEW} --label blue,10 --n 8 --batch-size 3 --individual"
+    call(sample, labelled_run, flags, "--out", tmp_path / "plain")
     assert "label ['blue', '10']" in capsys.readouterr().out
-    images = np.stack([pixels_of(path) for path in sorted((tmp_path / "a").glob("0*.png"))])
+    images = samples_of(tmp_path / "plain")
     channels = images.mean((1, 2)).argmax(axis=1)
     assert (channels == [2, 1] * 4).mean() > 0.8
-    call(sample, labelled_run, FEW, "--label blue,10 --n 3 --individual --out", tmp_path / "b")
-    assert (
-        np.abs(images[:3] - np.stack([*map(pixels_of, sorted((tmp_path / "b").glob("0*")))])).max()
-        <= 1
+
+    call(sample, labelled_run, flags, "--cfg 4 --out", tmp_path / "guided")
+    plain, guided = (
+        each[::2, ..., 2].mean() - each[::2, ..., :2].mean()
+        for each in (images, samples_of(tmp_path / "guided"))
     )
-    manifest = json.loads((tmp_path / "a" / "samples.json").read_text())
-    assert (manifest["label"], "cfg" in manifest) == (["blue", "10"], False)
-
-    # Guidance by the label makes the colour stronger.
-    mean = {}
-    for weight in (1, 4):
-        out = tmp_path / str(weight)
-        call(
-            sample, labelled_run, FEW, f"--label blue --cfg {weight} --n 8 --individual --out", out
-        )
-        images = np.stack([pixels_of(path) for path in sorted(out.glob("0*.png"))]).astype(float)
-        mean[weight] = images[..., 2].mean() - images[..., :2].mean()
-    assert mean[4] > mean[1] + 2
-    assert json.loads((tmp_path / "4" / "samples.json").read_text())["cfg"] == 4.0
+    assert guided > plain + 2
+    for name, facts in (("plain", {}), ("guided", {"cfg": 4.0})):
+        manifest = json.loads((tmp_path / name / "samples.json").read_text())
+        chosen = {key: manifest[key] for key in ("label", "cfg") if key in manifest}
+        assert chosen == {"label": ["blue", "10"], **facts}
 
 
-def test_guidance_by_the_label_is_the_line_through_both_predictions(network):
+def test_guidance_by_the_label_is_the_line_through_both_predictions():
     """It is so at middle noise; elsewhere the model with its label draws alone."""
     labelled_net = UNet(**SMALL_MODEL, label_count=2)
     for parameter in labelled_net.parameters():
@@ -240,32 +223,17 @@ def test_guidance_by_the_label_is_the_line_through_both_predictions(network):
         assert inside == (t == 400)
         assert_close(x_0, without + 2.5 * (own - without) if inside else own, rtol=1e-4, atol=1e-4)
         assert not torch.equal(own, without)
-    # Without labels the sampler's model is as it was.
-    plain_sampler = image_sampler_of(labelled_net)
-    assert plain_sampler.given([0]) == plain_sampler.denoiser
+    # What has no network of its own says so.
+    with refused("Keeping takes no label", TypeError):
+        Keeping(plain, None).given(label=labels)
 
 
-@pytest.mark.parametrize(
-    "flags, sentence",
-    [
-        ("--label green", "'green' is no label of .*, which has '2', '10', 'blue'"),
-        ("--label 2,", "'' is no label of"),
-        ("--cfg 2", "--cfg needs a --label: '2', '10', 'blue'"),
-        ("--label 2 --cfg 2 --guide 30", "--cfg and --guide exclude each other"),
-    ],
-)
-def test_labels_that_cannot_be_drawn_are_one_sentence(flags, sentence, labelled_run):
-    with refused(sentence):
-        call(sample, labelled_run, FEW, flags)
-
-
-def test_a_model_without_labels_says_so(tiny_run, labelled_run):
-    with refused("was trained without labels; --label and --cfg need some"):
-        call(sample, tiny_run, FEW, "--label 2")
-    with refused("an edit has one --label"):
-        call(edit, "vary 0", labelled_run, FEW, "--label 2,blue")
-    with refused("--cfg has no effect on an inversion"):
-        call(edit, "invert 0", labelled_run, FEW, "--label 2 --cfg 2")
+def test_labels_that_cannot_be_drawn_are_one_sentence(labelled_run):
+    """tests/test_bad_input.py has what is refused of any model."""
+    with refused("'green' is no label of .*, which has '2', '10', 'blue'"):
+        call(sample, labelled_run, FEW, "--label 2,green")
+    with refused("--cfg needs a --label: '2', '10', 'blue'"):
+        call(sample, labelled_run, FEW, "--cfg 2")
 
 
 def test_edits_have_one_label(labelled_run, tmp_path, monkeypatch):
@@ -273,8 +241,8 @@ def test_edits_have_one_label(labelled_run, tmp_path, monkeypatch):
     monkeypatch.setattr(editing, "save_strip", lambda columns, *_: shown.append(columns))
     call(sample, labelled_run, FEW, "--label blue --cfg 2 --indices 1 --individual --out", tmp_path)
     own = pixels_of(tmp_path / "00001.png").astype(float)
-    flags = "--label blue --cfg 2 --depths 1"
-    call(edit, "vary 1", labelled_run, FEW, flags, "--out", tmp_path)
+    flags = "--label blue --cfg 2 --depths 1 --out"
+    call(edit, "vary 1", labelled_run, FEW, flags, tmp_path)
     original, *variations = shown.pop().values()
     assert abs(original[0] - own).max() <= 1
     # From pure noise, each has the label's colour.
@@ -391,17 +359,6 @@ def test_grids_of_a_training_show_the_labels_in_turn(labelled_run, tmp_path):
     flags = "--sampler dpm++ --steps 4 --n 4 --label 2,10,blue --device cpu --precision float32"
     call(sample, labelled_run, flags, "--out", tmp_path)
     assert np.abs(grid.astype(float) - pixels_of(tmp_path / "grid.png")).max() <= 1
-
-
-def test_what_has_no_network_takes_no_inputs(labelled_run):
-    denoiser = load_denoiser(labelled_run)
-    assert denoiser.given(label=torch.tensor([1])).inputs["label"] == 1
-    assert denoiser.inputs == {}
-    image = torch.zeros(3, 16, 16)
-    keeping = Keeping(denoiser, Known(image, image[0] > 0))
-    assert keeping.given() is keeping
-    with pytest.raises(TypeError, match="Keeping takes no label"):
-        keeping.given(label=torch.tensor([1]))
 
 
 def test_a_guide_has_the_labels_of_the_model(labelled_run, coloured, tmp_path):
