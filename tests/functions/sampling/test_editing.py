@@ -38,9 +38,8 @@ from tests.conftest import (
     call,
     image_sampler_of,
     normal,
-    pixels_of,
     refused,
-    train_tiny,
+    samples_of,
 )
 from tests.functions.known_denoisers import white
 
@@ -187,56 +186,44 @@ def saved(monkeypatch):
     return save
 
 
-def test_the_script_paints_what_is_erased_and_keeps_the_rest(photo, grey_run, saved):
-    flags = "--sampler ddim --eta 1 --steps 4 --n 2 --out out"
-    call(edit, "inpaint erased.png", grey_run, flags)
-    shown, known, first, second = saved.call_args.args[0]
-    image, anew = read_with_mask("erased.png", None, (1, 16, 16))
-    assert np.array_equal(shown, image)
-    assert (known[anew] == 128).all()
-    assert not np.array_equal(first, second)
-    for answer in (known, first, second):
-        assert np.array_equal(answer[~anew], image[~anew])
+def test_the_script_paints_what_is_erased_and_keeps_the_rest(
+    photo, grey_run, tiny_run, large_run, saved
+):
+    """With --enlarge the photo is read, and kept, at the size of the enlarged images."""
+    for run, flags, shape in (
+        (grey_run, "--sampler ddim --eta 1", (1, 16, 16)),
+        (tiny_run, f"--enlarge {large_run}", (3, 32, 32)),
+    ):
+        few = "--steps 4 --n 3 --batch-size 2 --out out"
+        call(edit, "inpaint erased.png", run, flags, few)
+        shown, known, *answers = saved.call_args.args[0]
+        image, anew = read_with_mask("erased.png", None, shape)
+        assert np.array_equal(shown, image)
+        assert (known[anew] == 128).all()
+        assert len(answers) == 3
+        for answer in (known, *answers):
+            assert np.array_equal(answer[~anew], image[~anew])
+            assert not np.array_equal(answer[anew], image[anew])
+        assert not np.array_equal(*answers[:2])
 
 
-@pytest.fixture(scope="module")
-def enlarging(pictures, tmp_path_factory):
-    """Return the flag --enlarge with a run of images of 32 px."""
-    size = "--model.image-size 32 --model.lowest-resolution-size 16"
-    return f"--enlarge {train_tiny(pictures, tmp_path_factory.mktemp('large'), size)}"
-
-
-def test_an_enlarged_inpainting_keeps_what_is_not_erased(photo, tiny_run, enlarging, saved):
-    """The photo is read at the size of the enlarged images."""
-    call(
-        edit, "inpaint erased.png", tiny_run, "--steps 4 --n 3 --batch-size 2 --out out", enlarging
-    )
-    shown, known, *answers = saved.call_args.args[0]
-    image, anew = read_with_mask("erased.png", None, (3, 32, 32))
-    assert np.array_equal(shown, image)
-    assert (known[anew] == 128).all()
-    assert len(answers) == 3
-    for answer in answers:
-        assert np.array_equal(answer[~anew], image[~anew])
-        assert not np.array_equal(answer[anew], image[anew])
-
-
-def test_enlarged_images_of_the_seed_are_those_of_sample(tiny_run, enlarging, tmp_path, saved):
+def test_enlarged_images_of_the_seed_are_those_of_sample(tiny_run, large_run, tmp_path, saved):
     """Both ends of a row are, and what comes back of them is enlarged with noise of its own."""
-    common = [tiny_run, "--steps 5 --batch-size 4 --device cpu", enlarging, "--out", tmp_path]
+    flags = f"--steps 5 --batch-size 4 --device cpu --enlarge {large_run} --out"
+    common = [tiny_run, flags, tmp_path]
     call(sample, *common, "--individual --indices 1,3")
-    own = {i: pixels_of(tmp_path / f"0000{i}.png").astype(float) for i in (1, 3)}
+    first, third = samples_of(tmp_path).astype(float)
     call(edit, "interpolate 1 3", *common, "--depths 0,1")
     columns = [*saved.call_args.args[0].values()]
     assert columns[0].shape == (2, 32, 32, 3)
-    for column, i in ((0, 1), (10, 3)):
-        assert abs(columns[column] - own[i]).max() <= 1
+    assert abs(columns[0] - first).max() <= 1
+    assert abs(columns[10] - third).max() <= 1
     # At depth 0 the mixture with all of an end is that end, but for its details.
-    assert 0 < abs(columns[1][0] - own[1]).mean() < abs(columns[1][0] - own[3]).mean() / 2
+    assert 0 < abs(columns[1][0] - first).mean() < abs(columns[1][0] - third).mean() / 2
 
     call(edit, "vary 3", *common, "--depths 0")
     columns = [*saved.call_args.args[0].values()]
-    assert abs(columns[0] - own[3]).max() <= 1
+    assert abs(columns[0] - third).max() <= 1
     assert not np.array_equal(columns[1], columns[2])
 
 
@@ -308,7 +295,7 @@ def test_the_script_interpolates_between_images_of_the_seed(tiny_run, tmp_path, 
     So do they as mixtures at depth 0, where nothing is noised.
     """
     call(sample, tiny_run, "--n 4 --steps 5 --individual --out", tmp_path)
-    own = [pixels_of(tmp_path / f"0000{i}.png").astype(int) for i in range(4)]
+    own = samples_of(tmp_path).astype(int)
     flags = "--steps 5 --batch-size 4 --depths 0,0.2,0.295,1 --out"
     call(edit, "interpolate 1 3", tiny_run, flags, tmp_path)
     columns, path, rows = saved.call_args.args
@@ -338,12 +325,11 @@ def test_the_script_says_by_how_much_images_come_back_changed(
     columns, path, rows = saved.call_args.args
     columns = [*columns.values()]
     assert rows == ["t = 100"]
-    # The folder's manifest has the settings, which are printed, too.
+    # The folder's manifest has the settings.
     settings = json.loads((path.parent / "samples.json").read_text())
     assert settings.items() >= {"sampler": "ddim", "steps": steps, "eta": 0.0}.items()
 
     output = capsys.readouterr()
-    assert f": sampler ddim, steps {steps}, spacing trailing, eta 0.0, seed 0" in output.out
     # The bar counts the steps of both ways.
     assert "100%" in output.err
     printed = re.findall(r"([\d.]+) of 255 levels off", output.out)

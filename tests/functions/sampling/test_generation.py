@@ -22,7 +22,7 @@ from functions.saved.loading import load_denoiser
 from functions.support.command_line import run_script
 from functions.support.pictures import grid_of
 from models.unet import UNet
-from tests.conftest import CPU, LittleMemory, call, image_sampler_of, pixels_of, refused
+from tests.conftest import CPU, LittleMemory, call, image_sampler_of, pixels_of, refused, samples_of
 from tests.functions.training.test_objectives_trained import assert_samples_are_the_grid
 
 
@@ -110,8 +110,7 @@ def test_flags_give_the_images_of_their_options(flags, options, text, tiny_run, 
     # The files are compared with what these options give in memory.
     image_sampler = ImageSampler(load_denoiser(tiny_run), options, (3, 16, 16), 3, CPU)
     expected = to_uint8(generate(image_sampler, range(2)))
-    images = [*map(pixels_of, sorted(tmp_path.glob("0*.png")))]
-    assert np.array_equal(images, expected)
+    assert np.array_equal(samples_of(tmp_path), expected)
 
 
 def test_the_temperature_scales_the_noise_of_later_steps_alone(network, monkeypatch):
