@@ -68,9 +68,11 @@ def write_zip(path, images=IMAGES, pattern="{number:05d}.png", more=()):
 
 
 def write_npz(path, images=IMAGES):
-    """Write the images as one array; return the file's path."""
+    """Write the images as one array, beside labels and a text; return the file's path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(path, images, labels=np.arange(len(images)))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("readme.txt", "These are images.")
     return path
 
 

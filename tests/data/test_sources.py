@@ -3,9 +3,7 @@
 import json
 import os
 import sys
-import tarfile
 import zipfile
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -208,21 +206,6 @@ def test_an_array_without_a_pixel_is_refused(tmp_path):
         find_source(path)
 
 
-def test_a_file_beside_the_array_does_no_harm(tmp_path):
-    path = write_npz(tmp_path / "set.npz")
-    with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr("readme.txt", "These are ten images.")
-    assert_array_equal(load(path).images, IMAGES)
-
-
-def test_a_typo_in_a_reader_is_no_damaged_archive(tmp_path, monkeypatch):
-    path = write_zip(tmp_path / "set.zip")
-    members = [SimpleNamespace(filename="1.png")]
-    monkeypatch.setattr(zipfile.ZipFile, "infolist", lambda archive: members)
-    with pytest.raises(AttributeError, match="no attribute 'CRC'"):
-        find_source(path)
-
-
 def test_an_archive_that_the_disk_does_not_give_is_not_called_damaged(tmp_path):
     for name in ("a.zip", "a.npz", "a.parquet"):
         folder = tmp_path / name[2:]
@@ -252,14 +235,9 @@ def test_parquet_without_pyarrow_says_what_is_missing(tmp_path, monkeypatch):
 
 
 def test_what_is_no_source_is_said_in_a_sentence(tmp_path):
-    (tmp_path / "empty").mkdir()
-    write_zip(tmp_path / "text.zip", [], more={"readme.txt": b"no image"})
-    folder = write_folder(tmp_path / "tars", [], more={"a.tar": b""})
-    with tarfile.open(tmp_path / "set.tar.gz", "w:gz") as archive:
-        archive.add(folder)
-    (tmp_path / "tar.zip").write_bytes((tmp_path / "set.tar.gz").read_bytes())
-    np.save(tmp_path / "array.npy", IMAGES)
-    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+    write_folder(tmp_path / "tars", [], more={"a.tar": b""})
+    (tmp_path / "text.zip").write_bytes(b"no archive")
+    (tmp_path / "text.tar.gz").write_bytes(b"no archive")
     header = b"\x93NUMPY\x01\x00\x0e\x00{'shape': (10,"
     write_zip(tmp_path / "header.npz", [], more={"a.npy": header})
 
@@ -267,15 +245,10 @@ def test_what_is_no_source_is_said_in_a_sentence(tmp_path):
     unusable = r"cannot be read \(.*\). Either its download was cut short, or it is no "
     for name, message in (
         ("missing.zip", f"does not exist. {unpack}"),
-        ("empty", f"contains no image that can be read. {unpack}"),
-        ("text.zip", f"contains no image that can be read; ignored: 1 .txt. {unpack}"),
         ("tars", f"contains no image that can be read; ignored: 1 .tar. {unpack}"),
-        ("set.tar.gz", f"contains no image that can be read. {unpack}"),
-        ("tar.zip", f"{unusable}.zip file"),
-        ("array.npz", f"{unusable}.npz file"),
+        ("text.tar.gz", f"contains no image that can be read. {unpack}"),
+        ("text.zip", f"{unusable}.zip file"),
         ("header.npz", f"{unusable}.npz file"),
     ):
-        with refused(f"{name} {message}") as raised:
+        with refused(f"{name} {message}"):
             find_source(tmp_path / name)
-        if name in ("tar.zip", "header.npz"):
-            assert raised.value.__cause__

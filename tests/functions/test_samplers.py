@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from functions.likelihood import model_variance
 from functions.noise_scheduler import BETA_SCHEDULES, NoiseScheduler
-from functions.samplers import SAMPLERS, VARIANCES, ddim_sample, ddpm_sample
+from functions.samplers import SAMPLERS, VARIANCES, ddpm_sample
 from functions.timesteps import SPACINGS, sampling_times
 from tests.conftest import refused
 from tests.functions.known_denoisers import Exact
@@ -91,16 +91,6 @@ def test_noise_is_asked_for_once_a_step_and_not_at_the_end(row, options):
         assert bool(every) == (options["eta"] > 0)
     # A way that ends at t = 20 ends before the clean image, so noise is left there.
     assert noise_steps(row, options, [60, 40, 20]) == every[:2]
-
-
-@pytest.mark.parametrize("clip", [True, False])
-@pytest.mark.parametrize("steps", [100, 7])
-def test_ddpm_is_ddim_with_eta_1(steps, clip):
-    """So says Section 4.1 of DDIM's paper."""
-    options = {"spacing": "logsnr", "clip_x_0": clip}
-    ddpm = ddpm_sample(DENOISER, pure_noise(), steps, step_noise=noise_source(), **options)
-    ddim = ddim_sample(DENOISER, pure_noise(), steps, 1.0, step_noise=noise_source(), **options)
-    assert_close(ddpm, ddim, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(
