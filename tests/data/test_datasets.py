@@ -104,6 +104,7 @@ FULL = range(70_000)
         (FULL[1:], "FFHQ", "official", 60_000, "FFHQ's ids from 60,000 on"),
         # Parts of FFHQ.
         (range(62_000), "FFHQ", "reference", 55_800, "last 10% by id"),
+        (range(63_000, 63_020), "FFHQ", "reference", 63_018, "last 10% by id"),
         (range(2), "id", "reference", 1, "last 10% by id"),
         (range(19), "id", "official", 18, "last 10% by id"),
     ],
