@@ -117,33 +117,6 @@ def test_fields_begin_with_the_values_of_flags(chromium, run, tmp_path):
     assert_array_equal(grid, pixels_of(tmp_path / "out" / "grid.png"))
 
 
-def test_a_model_of_few_timesteps_begins_with_all_of_them(trained, monkeypatch):
-    import demo
-
-    shown = []
-    run = trained("--diffusion.timesteps-diff 11 --diffusion.beta-end 0.01")
-
-    def interface(call, inputs, *_, **__):
-        shown.append(inputs[2].value)
-
-    monkeypatch.setattr(demo.gr, "Interface", interface)
-    monkeypatch.setattr(demo.gr, "TabbedInterface", mock.Mock(side_effect=KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        call(demo, run)
-    # An inpainting begins with 50 steps, or all.
-    assert shown == [11] * 3
-
-
-def test_flags_of_one_sampler_leave_the_others_as_they_are(run, monkeypatch):
-    import demo
-
-    monkeypatch.setattr(demo.gr, "Interface", lambda call, *_, **__: call)
-    begun = sampler_of(run, "--sampler dpm++ --steps 4 --eta 0.5 --temperature 0.5")
-    submit = demo.tab(begun, lambda image_sampler: image_sampler.options, [*SAMPLERS])
-    assert submit(None, 0, "dpm++", 4) == begun.options
-    assert submit(None, 0, "ddim", 3) == SamplerOptions("ddim", 3)
-
-
 def sampler_of(run, *flags):
     """Return the `ImageSampler` that sample.py has for these flags."""
     parser = Parser()
@@ -223,14 +196,11 @@ def test_it_listens_to_this_machine_alone(served_run):
         socket.create_connection(("127.0.0.2", port))
 
 
-def test_a_model_with_labels_has_fields_for_them(pictures, tmp_path, monkeypatch):
-    """An empty label draws without one, and then the weight has no effect."""
+@pytest.fixture
+def shown(monkeypatch):
+    """Let a tab be the function of its button; return the first values of the fields, by tab."""
     import demo
 
-    data = tmp_path / "data"
-    for name in ("a", "b"):
-        shutil.copytree(pictures, data / name)
-    run = train_tiny(data, tmp_path / "runs", "--diffusion.labels true --diffusion.epochs 1")
     shown = []
 
     def interface(call, inputs, *_, **__):
@@ -238,8 +208,41 @@ def test_a_model_with_labels_has_fields_for_them(pictures, tmp_path, monkeypatch
         return call
 
     monkeypatch.setattr(demo.gr, "Interface", interface)
-    begun = sampler_of(run, "--sampler dpm++ --steps 4 --label b --cfg 2")
-    submit = demo.tab(begun, lambda image_sampler: image_sampler, [*SAMPLERS])
+    return shown
+
+
+def options_tab(begun):
+    """Return a tab that returns its sampler."""
+    import demo
+
+    return demo.tab(begun, lambda image_sampler: image_sampler, [*SAMPLERS])
+
+
+def test_a_model_of_few_timesteps_begins_with_all_of_them(trained, shown, monkeypatch):
+    import demo
+
+    run = trained("--diffusion.timesteps-diff 11 --diffusion.beta-end 0.01")
+    monkeypatch.setattr(demo.gr, "TabbedInterface", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        call(demo, run)
+    # An inpainting begins with 50 steps, or all.
+    assert [steps for _, _, steps, *_ in shown] == [11] * 3
+
+
+def test_flags_of_one_sampler_leave_the_others_as_they_are(run, shown):
+    begun = sampler_of(run, "--sampler dpm++ --steps 4 --eta 0.5 --temperature 0.5")
+    submit = options_tab(begun)
+    assert submit(None, 0, "dpm++", 4).options == begun.options
+    assert submit(None, 0, "ddim", 3).options == SamplerOptions("ddim", 3)
+
+
+def test_a_model_with_labels_has_fields_for_them(pictures, tmp_path, shown):
+    """An empty label draws without one, and then the weight has no effect."""
+    for name in ("a", "b"):
+        shutil.copytree(pictures, tmp_path / "data" / name)
+    labels = "--diffusion.labels true --diffusion.epochs 1"
+    run = train_tiny(tmp_path / "data", tmp_path / "runs", labels)
+    submit = options_tab(sampler_of(run, "--sampler dpm++ --steps 4 --label b --cfg 2"))
     assert shown == [[0, "dpm++", 4, "b", 2.0]]
     drawing = submit(None, 0, "dpm++", 4, "a", 3)
     assert drawing.denoiser.weight == 3

@@ -43,7 +43,6 @@ PREVIEWED = encoded(
 
 # For each form: a file's bytes, the right pixels, and how far off these may be.
 FORMS = {
-    "grey": (encoded(RGB[..., 0]), RGB[..., :1], 0),
     "one bit": (encoded(ONE_BIT), np.asarray(ONE_BIT)[..., None] * 255, 0),
     "16-bit grey, scaled and not clipped": (
         encoded(GREY_16),

@@ -34,7 +34,6 @@ def test_bits_per_dim_of_a_run(tiny_run, pictures, tmp_path, monkeypatch, capsys
     assert f"{result['bits_per_dim']:.4f}" in printed
     assert json.dumps(result["settings"]) in printed
     assert result["settings"]["images"] == 4
-    assert result["settings"]["weights"] == "EMA"
 
     # The same command again writes the same, bit for bit, and other settings add a file.
     call(evaluate, tiny_run, BPD, "--out", out)
@@ -47,6 +46,4 @@ def test_bits_per_dim_of_a_run(tiny_run, pictures, tmp_path, monkeypatch, capsys
     both = files_of(out)
     assert len(both) == 2
     assert first.items() < both.items()
-    printed = capsys.readouterr()
-    assert "MAY NOT BE THE IMAGES IT WAS TRAINED ON" in printed.err
-    assert '"variance": "large"' in printed.out
+    assert "MAY NOT BE THE IMAGES IT WAS TRAINED ON" in capsys.readouterr().err

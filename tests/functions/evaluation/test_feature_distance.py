@@ -10,11 +10,12 @@ from PIL import Image
 
 import evaluate
 import sample
-from data.datasets import ImageSet, load_images
+from data.datasets import load_images
 from data.pixels import to_model_range
 from functions.evaluation import fidelity
 from functions.evaluation.fidelity import features_beside, frechet_distance
 from tests.conftest import HELD_OUT, TRAINED, call, normal, refused
+from tests.data.test_datasets import FULL, named_set
 
 
 def distances(capsys, *arguments):
@@ -128,10 +129,7 @@ def test_samples_are_compared_with_the_split_of_their_run(tiny_run, tmp_path, mo
     manifest = tmp_path / "samples.json"
     manifest.write_text(manifest.read_text().replace('"reference"', '"official"'))
 
-    # The full FFHQ, but for its pixels
-    ids = list(range(70_000))
-    pixels = np.zeros((70_000, 1, 1, 3), np.uint8)
-    ffhq = ImageSet("FFHQ", pixels, ids, [*map(str, ids)], "FFHQ")
+    ffhq = named_set(map(str, FULL), "FFHQ", FULL)
     monkeypatch.setattr(fidelity, "load_images", lambda name, *_: ffhq)
     _, split = fidelity.load_like(tmp_path, "FFHQ")
     assert len(split.train_indices) == 60_000
