@@ -12,7 +12,7 @@ import torch
 from tests.conftest import ROOT
 
 # Each command has its sentence. The texts {empty} and {pictures} stand for a folder without and
-# with images, and {run} for a trained model.
+# with images, {run} for a trained model, and {init} for a training that begins with it.
 COMMANDS = {
     "train.py --diffusion.dataset-name no/such/folder": "no/such/folder",
     "train.py --diffusion.dataset-name {pictures} --diffusion.batch-size 47": "fewer than one step",
@@ -21,12 +21,20 @@ COMMANDS = {
     "train.py --resume {empty}": "not a run folder with a checkpoint",
     "train.py --resume": "no unfinished run",
     "train.py --resume {run} --init {run}": "--init starts a new run, but --resume continues one",
+    "{init} --model.image-size 64": "image_size is 64; it must be 16 or 32 for the weights of",
+    "{init} --model.image-size 8": "image_size is 8; it must be 16 or 32 for the weights of",
+    "{init} --model.image-size 16 --model.base-dim 16": "base_dim is 8 for the weights of",
+    "{init} --model.image-size 16 --diffusion.objective v": "objective is eps for the weights of",
+    "{init} --model.image-size 32 --diffusion.log-snr-shift 0": "and grow to 32; it cannot be",
+    "{init} --model.image-size 32 --model.dim-multiply 1,2,2": "dim_multiply is [1, 1, 2] for",
+    "{init} --model.image-size 32 --model.dim-multiply 1,2": "leave it as it is for the weights",
+    "train.py --init {root}/pretrained/people.toml": "people.toml is a recipe, and no model",
     "train.py --device gpu": "'gpu'",
     "train.py fases": "invalid choice: 'fases' (choose from",
     "sample.py --n 0": "--n/-n: '0' is not an integer of at least 1",
     "sample.py --eta 2": "--eta: '2' is not a number from 0 to 1",
     "sample.py --temperature 2": "--temperature: '2' is not a number from 0 to 1",
-    "sample.py {run} --sampler ddim --temperature 0.5": "and these add none (--eta)",
+    "sample.py {run} --sampler dpm++ --eta 0 --temperature 0.5": "and these add none (--eta)",
     "sample.py {run} --sampler ddim --variance large": "--sampler ddim are --spacing and --eta",
     "sample.py {run} --n 101": "a grid shows 1 to 100 images; for 101 add --individual",
     "sample.py --n 36 --indices 3,7": "--indices: not allowed with argument --n/-n",
@@ -38,6 +46,8 @@ COMMANDS = {
     "sample.py {run} --guide 5 --guidance nan": "'nan' is not a finite number",
     "sample.py {run} --label 2": "was trained without labels; --label and --cfg need some",
     "sample.py {run} --label 2 --cfg 2 --guide 30": "--cfg and --guide exclude each other",
+    "sample.py {run} --enlarge {run} --enlarge {run}": "samples it must draw (3, 32, 32)",
+    "sample.py none.toml": "none.toml: there is no such file",
     "sample.py runs/faces-20260101-120000": "faces-20260101-120000: there is no such file",
     "sample.py {run} --steps 101": "steps is 101; a model with 100 timesteps takes 1 to 100",
     "edit.py interpolate 1 2 --depths 0.5,2": "'2' is not a number from 0 to 1",
@@ -74,7 +84,8 @@ def test_errors_are_one_line_and_leave_nothing(
     empty.mkdir()
     (empty / "notes.txt").write_text("not an image")
     folders = {"empty": empty, "pictures": pictures, "root": ROOT, "run": tiny_run}
-    name, *arguments = (text.format(**folders) for text in command.split())
+    folders["init"] = f"train.py --init {tiny_run}"
+    name, *arguments = command.format(**folders).split()
     monkeypatch.setattr(sys, "argv", [name, *arguments, "--runs", str(tmp_path / "runs")])
     monkeypatch.chdir(tmp_path)
     before = {*tiny_run.rglob("*")}

@@ -10,14 +10,12 @@ from PIL import Image
 import edit
 import evaluate
 import sample
-import train
 from functions.sampling import recipes
 from functions.sampling.options import add_sampling_flags
 from functions.saved import run_folder
 from functions.saved.run_folder import checkpoints_of
 from functions.support.command_line import Parser
-from functions.support.errors import CheckpointError
-from tests.conftest import TINY, call, pixels_of, refused, words
+from tests.conftest import call, pixels_of, refused, words
 
 TEXT = """\
 model = "model.safetensors"
@@ -184,13 +182,6 @@ def test_a_broken_recipe_is_one_sentence(recipe, old, new, sentence):
         call(sample, recipe, FEW)
     assert "people.toml" in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_a_training_does_not_begin_with_a_recipe(recipe, pictures):
-    with refused("people.toml is a recipe, and no model", CheckpointError):
-        call(train, "--diffusion.dataset-name", pictures, TINY, "--init", recipe)
-    with refused("none.toml: there is no such file", CheckpointError):
-        call(sample, "none.toml")
 
 
 def test_a_byte_order_mark_and_what_is_no_file_are_read(recipe):
