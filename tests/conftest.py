@@ -123,6 +123,12 @@ def pixels_of(path):
     return np.asarray(Image.open(path))
 
 
+def only_in(folder):
+    """Return the path of the one file or folder in a folder, such as the one run of `--runs`."""
+    [path] = folder.iterdir()
+    return path
+
+
 def samples_of(folder):
     """Return the single images that sample.py wrote to a folder, in their order: (N, H, W, C)."""
     return np.stack([pixels_of(path) for path in sorted(folder.glob("0*.png"))])
@@ -282,7 +288,7 @@ def stopped_run(pictures, tmp_path_factory):
     runs = tmp_path_factory.mktemp("stopped")
     with pytest.raises(SystemExit, match="75"), during(7, terminate):
         train_tiny(pictures, runs)
-    return next(runs.iterdir())
+    return only_in(runs)
 
 
 @pytest.fixture

@@ -33,7 +33,6 @@ COMMANDS = {
     "train.py fases": "invalid choice: 'fases' (choose from",
     "sample.py --n 0": "--n/-n: '0' is not an integer of at least 1",
     "sample.py --eta 2": "--eta: '2' is not a number from 0 to 1",
-    "sample.py --temperature 2": "--temperature: '2' is not a number from 0 to 1",
     "sample.py {run} --sampler dpm++ --eta 0 --temperature 0.5": "and these add none (--eta)",
     "sample.py {run} --sampler ddim --variance large": "--sampler ddim are --spacing and --eta",
     "sample.py {run} --n 101": "a grid shows 1 to 100 images; for 101 add --individual",

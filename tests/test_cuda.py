@@ -20,6 +20,7 @@ from tests.conftest import (
     during,
     image_sampler_of,
     newest,
+    only_in,
     small_unet,
     terminate,
     train_tiny,
@@ -59,7 +60,7 @@ def test_a_deterministic_run_resumes_bit_for_bit(precision, pictures, tmp_path):
     straight = train_tiny(pictures, tmp_path / "straight", *flags)
     with pytest.raises(SystemExit, match="75"), during(7, terminate):
         train_tiny(pictures, tmp_path / "cut", *flags)
-    (cut,) = (tmp_path / "cut").iterdir()
+    cut = only_in(tmp_path / "cut")
     call(train, "--resume", cut, "--device cuda")
     assert_same_run(straight, cut)
 
@@ -133,5 +134,5 @@ def test_one_process_of_nccl_gives_the_numbers_of_none(pictures, tmp_path):
     assert program.wait() == 0, program.printed
     alone = tmp_path / "alone"
     call(train, *flags, alone)
-    models = [newest(next(runs.iterdir()))["model"] for runs in (nccl, alone)]
+    models = [newest(only_in(runs))["model"] for runs in (nccl, alone)]
     torch.testing.assert_close(*models)

@@ -39,6 +39,7 @@ from tests.conftest import (
     image_sampler_of,
     newest,
     normal,
+    only_in,
     pixels_of,
     refused,
     samples_of,
@@ -298,15 +299,14 @@ def test_a_resumed_run_and_two_processes_give_the_run_of_one(coloured, tmp_path)
     whole = newest(train_tiny(coloured, tmp_path / "whole", flags, ONE_LEVEL))
     with pytest.raises(SystemExit, match="75"), during(3, terminate):
         train_tiny(coloured, tmp_path / "half", flags, ONE_LEVEL)
-    [half] = (tmp_path / "half").iterdir()
+    half = only_in(tmp_path / "half")
     call(train, "--resume", half, "--device cpu")
     assert same(newest(half)["ema"], whole["ema"])
 
     words = ["--runs", tmp_path / "shared", "--diffusion.dataset-name", coloured, TINY, flags]
     programs = two(tmp_path, "faces", *words, ONE_LEVEL, act=train.main)
     assert [program.wait() for program in programs] == [0, 0], programs[1].printed
-    [shared] = (tmp_path / "shared").iterdir()
-    for name, tensor in newest(shared)["ema"].items():
+    for name, tensor in newest(only_in(tmp_path / "shared"))["ema"].items():
         assert_close(tensor, whole["ema"][name], rtol=1e-3, atol=1e-4)
     assert whole["ema"][LABEL_TABLE].abs().max() > 0
 

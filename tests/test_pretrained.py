@@ -26,7 +26,7 @@ from functions.saved import run_folder
 from functions.saved.checkpoint import load_weights
 from functions.saved.run_folder import PRETRAINED, checkpoints_of, newest_run
 from functions.support.pictures import grid_of
-from tests.conftest import HELD_OUT, ROOT, TRAINED, call, pixels_of, refused, train_tiny
+from tests.conftest import HELD_OUT, ROOT, TRAINED, call, only_in, pixels_of, refused, train_tiny
 
 TAKEN = (
     "using pretrained/people.toml, which comes with the repository "
@@ -75,7 +75,7 @@ def test_only_sampling_works_without_the_photos(pictures, tmp_path, monkeypatch,
     assert "runs: no run of an experiment ffhq* with a checkpoint here yet; using pre" in printed
     assert "python train.py ffhq-64)" in printed
     shutil.rmtree(other)
-    [folder] = Path("samples").iterdir()
+    folder = only_in(Path("samples"))
     assert {"grid.png", "denoising.gif"} <= {path.name for path in folder.iterdir()}
     # It has five columns and four rows.
     grid = Image.open(folder / "grid.png")

@@ -13,7 +13,7 @@ from PIL import Image
 import sample
 from functions.sampling import generation
 from functions.sampling.samples_folder import image_path
-from tests.conftest import call, posix, refused
+from tests.conftest import call, only_in, posix, refused
 from tests.forked import Program
 from tests.functions.support.test_processes import two
 
@@ -149,7 +149,7 @@ def test_the_name_of_the_folder_is_not_too_long(tiny_run, tmp_path, monkeypatch)
     exported = tmp_path / f"{100 * 'x'}.safetensors"
     call(sample, tiny_run, "--export", exported)
     call(sample, exported, "--steps 2 -n 1 --seed 123456")
-    [folder] = (tmp_path / "samples").iterdir()
+    folder = only_in(tmp_path / "samples")
     assert re.fullmatch(r"x+-[0-9a-f]{8}-seed123456-n1", folder.name)
     assert len(folder.name) == 70
 

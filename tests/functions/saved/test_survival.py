@@ -29,6 +29,7 @@ from tests.conftest import (
     interrupt,
     load_checkpoint,
     newest,
+    only_in,
     posix,
     refused,
     train_tiny,
@@ -62,7 +63,7 @@ def test_a_step_cut_short_in_its_accumulation_is_done_again(pictures, tmp_path, 
         train_tiny(pictures, tmp_path / "cut", flags)
     call(train, "faces --resume --runs", tmp_path / "cut")
 
-    (cut,) = (tmp_path / "cut").iterdir()
+    cut = only_in(tmp_path / "cut")
     assert_same_run(straight, cut)
     snapshots = [path.name for path in (straight / "snapshots").iterdir()]
     # They are of steps 4, 8 and 10.
@@ -98,7 +99,7 @@ def test_killed_in_the_middle_of_a_write(tiny_run, pictures, tmp_path):
     program = Program(tmp_path / "printed", *flags, act=train_until_a_write_kills)
     assert program.wait() == -signal.SIGKILL
 
-    (run,) = (tmp_path / "runs").iterdir()
+    run = only_in(tmp_path / "runs")
     (leftover,) = run.glob("checkpoints/.*.tmp")
     call(train, "--resume", run)
 
@@ -123,7 +124,7 @@ def test_signals_finish_the_step_save_and_exit_with_75(tiny_run, pictures, tmp_p
         assert stop.value.code == 75
         assert signal.getsignal(signal.SIGTERM) == before
 
-        (run,) = runs.iterdir()
+        run = only_in(runs)
         assert newest(run)["run"]["step"] == step
         printed = capsys.readouterr().out
         advice = f"saved; continue with: python train.py --resume '{run}'"
@@ -182,8 +183,7 @@ def test_a_run_whose_output_is_closed_saves_and_exits_with_75(pictures, tmp_path
         os.close(terminal)
 
     assert program.wait() == 75
-    (run,) = runs.iterdir()
-    assert 0 < newest(run)["run"]["step"] < 1000
+    assert 0 < newest(only_in(runs))["run"]["step"] < 1000
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from torch.distributed.run import main as torchrun_program
 
 import train
 from functions.training.metrics import read_metrics
-from tests.conftest import ROOT, TINY, call, newest
+from tests.conftest import ROOT, TINY, call, newest, only_in
 from tests.forked import Program, train_script, wait_until
 from tests.functions.training.test_bad_numbers import not_a_number, poison
 from tests.kill import sample_grids
@@ -89,8 +89,8 @@ def test_two_processes_give_the_losses_of_one(pictures, tmp_path, capsys):
     assert program.printed.count("finished") == 1
     assert program.printed.count(" 0/10 ") == 1
 
-    alone = next((tmp_path / "1").iterdir())
-    together = next((tmp_path / "2").iterdir())
+    alone = only_in(tmp_path / "1")
+    together = only_in(tmp_path / "2")
     assert_alike(alone, together)
 
     capsys.readouterr()
@@ -109,20 +109,20 @@ def test_a_step_that_fails_in_one_of_two_is_left_out_in_both(pictures, tmp_path,
     flags = [FLAGS, "--diffusion.dataset-name", pictures, "--runs"]
     programs = two(tmp_path, *flags, tmp_path / "two", act=train_with_a_bad_loss)
     assert [program.wait() for program in programs] == [0, 0], programs[1].printed
-    together = next((tmp_path / "two").iterdir())
+    together = only_in(tmp_path / "two")
     # Of ten steps, both processes have skipped one.
     assert newest(together)["optimizer"]["step.conv_in.bias"] == 9
 
     # A single process has three passes a step.
     poison(monkeypatch, {7: not_a_number})
     call(train, *flags, tmp_path / "one")
-    assert_alike(next((tmp_path / "one").iterdir()), together)
+    assert_alike(only_in(tmp_path / "one"), together)
 
 
 def at_work(runs, alive):
     """Wait until a run has a checkpoint, and return its folder."""
     wait_until(lambda: list(runs.glob("*/checkpoints/*.safetensors")), alive)
-    return next(runs.iterdir())
+    return only_in(runs)
 
 
 @pytest.mark.parametrize("victim", [0, 1])

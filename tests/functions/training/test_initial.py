@@ -13,7 +13,7 @@ from functions.saved.run_folder import checkpoints_of
 from functions.training.opening import open_run
 from models.growing import LOG_SNR_SHIFT, grown_arguments, grown_weights
 from models.unet import UNet
-from tests.conftest import TINY, call, during, interrupt, newest
+from tests.conftest import TINY, call, during, interrupt, newest, only_in
 from tests.functions.saved.test_diffusers_folder import SMALL
 from tests.kill import assert_same_run
 from tests.small_training import same
@@ -89,14 +89,13 @@ def test_a_grown_run_forgets_its_empty_level_and_resumes_bit_for_bit(tiny_run, p
         flags = ["--init", tiny_run, "--model.image-size 32 --runs", tmp_path / folder]
         flags += ["--diffusion.dataset-name", pictures, *TRAINING]
         call(train, "faces", *flags)
-        (run,) = (tmp_path / folder).iterdir()
-        return run
+        return only_in(tmp_path / folder)
 
     whole = train_grown("whole")
     # The run dies in step 9 without saving, so steps 6 to 8 are repeated.
     with pytest.raises(KeyboardInterrupt), during(9, interrupt):
         train_grown("killed")
-    (killed,) = (tmp_path / "killed").iterdir()
+    killed = only_in(tmp_path / "killed")
     assert newest(killed)["run"]["step"] == 5
     call(train, "--resume", killed)
 

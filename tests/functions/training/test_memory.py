@@ -5,7 +5,7 @@ import torch
 
 import train
 from models.unet import UNet
-from tests.conftest import call, newest
+from tests.conftest import call, newest, only_in
 
 
 def limit(patch, most, after=0):
@@ -33,7 +33,7 @@ def test_a_run_that_is_out_of_memory_goes_on_with_half_of_the_images(
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
         limit(patch, 4, after=9)
         trained()
-    (run,) = tmp_path.iterdir()
+    run = only_in(tmp_path)
     limit(monkeypatch, 4)
     half = "--diffusion.batch-size 4 --diffusion.gradient-accumulation 2"
     call(train, "--resume", run, half)

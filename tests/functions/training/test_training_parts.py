@@ -150,8 +150,8 @@ def test_validation_is_the_mean_over_fixed_triples_whatever_the_batch_size():
         (1, [math.nan, math.nan, 500, math.nan]),
     ],
 )
-def test_the_loss_of_a_quarter_is_the_mean_of_its_triples(count, expected, monkeypatch, tmp_path):
-    """The losses are made to be the t. Means of no number are drawn as gaps."""
+def test_the_loss_of_a_quarter_is_the_mean_of_its_triples(count, expected, monkeypatch):
+    """The losses are made to be the t."""
     monkeypatch.setattr(
         "functions.training.validation.denoising_loss", lambda denoiser, x_0, t, eps: t.float()
     )
@@ -160,11 +160,6 @@ def test_the_loss_of_a_quarter_is_the_mean_of_its_triples(count, expected, monke
     gather = ImageFeeder(np.zeros((2, 4, 4, 3), np.uint8), CPU).gather
     [(*_, q0, q1, q2, q3)] = validation_losses([denoiser], gather, np.arange(2), config)
     assert [q0, q1, q2, q3] == pytest.approx(expected, nan_ok=True)
-
-    log = MetricsLog(tmp_path)
-    log.write(step=1, val_loss_q0=q0, val_loss_q2=q2)
-    log.close()
-    plot_losses(tmp_path / "metrics.csv", tmp_path / "losses.png")
 
 
 def test_a_run_validates_on_the_images_that_are_held_out(tiny_run, pictures):
