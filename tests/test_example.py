@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.testing import assert_close
 
 import example
 from functions.denoiser import Denoiser
@@ -29,8 +30,8 @@ def scheduler(monkeypatch):
 
 def test_its_betas_and_its_posterior_are_the_schedulers():
     scheduler = NoiseScheduler(example.T)
-    torch.testing.assert_close(example.beta, scheduler.betas)
-    torch.testing.assert_close(example.alpha_bar, scheduler.alphas_cumprod)
+    assert_close(example.beta, scheduler.betas)
+    assert_close(example.alpha_bar, scheduler.alphas_cumprod)
 
     states = []
 
@@ -45,7 +46,7 @@ def test_its_betas_and_its_posterior_are_the_schedulers():
     for t, (x_t, x_s) in zip(reversed(range(example.T)), pairwise(states), strict=True):
         x_0 = scheduler.predict_x_0(x_t, t, x_t * math.cos(t)).clamp(-1, 1)
         mean, variance = scheduler.q_posterior(x_0, x_t, t, t - 1)
-        torch.testing.assert_close(x_s, mean + variance**0.5 * torch.randn_like(x_t))
+        assert_close(x_s, mean + variance**0.5 * torch.randn_like(x_t))
 
 
 def test_its_loss_is_denoising_loss_and_its_average_that_of_the_definition(scheduler, monkeypatch):
@@ -60,7 +61,7 @@ def test_its_loss_is_denoising_loss_and_its_average_that_of_the_definition(sched
     ema_model, [loss, _] = example.train(model, images)
     parameters = (each.parameters() for each in (before, model, ema_model))
     for old, new, average in zip(*parameters, strict=True):
-        torch.testing.assert_close(average, 0.49 * old + 0.51 * new, rtol=0, atol=1e-6)
+        assert_close(average, 0.49 * old + 0.51 * new, rtol=0, atol=1e-6)
     # The first step changes the weights by far more than this tolerance.
     assert (new - old).abs().max() > 1e-4
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.testing import assert_close
 
 import edit
 import sample
@@ -246,7 +247,7 @@ def test_between_two_images_the_ends_are_what_comes_back_of_each(network):
         times = [49, 39, 29, 19, 9, -1]
         draws = [noise() for _ in times]
         by_hand = ddpm_sample(image_sampler.denoiser, x_t, times, step_noise=draws.__getitem__)
-        torch.testing.assert_close(interpolated, by_hand[0], rtol=1e-3, atol=1e-3)
+        assert_close(interpolated, by_hand[0], rtol=1e-3, atol=1e-3)
 
 
 def test_mixtures_of_the_noise_of_two_images_are_mixtures_of_the_images():
@@ -267,12 +268,12 @@ def test_mixtures_of_the_noise_of_two_images_are_mixtures_of_the_images():
     noise, mixtures = interpolate_exactly(image_sampler, ends, WEIGHTS)
     alpha_bar = image_sampler.scheduler.alpha_bar(999)
     growth = 2 * (1 - 0.75 * alpha_bar) ** 0.5
-    torch.testing.assert_close(noise, growth * expected, rtol=0.01, atol=0.01)
-    torch.testing.assert_close(mixtures, expected, rtol=0.01, atol=0.01)
+    assert_close(noise, growth * expected, rtol=0.01, atol=0.01)
+    assert_close(mixtures, expected, rtol=0.01, atol=0.01)
 
     # An image that is mixed with itself is inverted alone.
     alone = interpolate_exactly(image_sampler, ends[:1], WEIGHTS[:1])
-    torch.testing.assert_close(torch.cat(alone), torch.stack([noise[0], mixtures[0]]))
+    assert_close(torch.cat(alone), torch.stack([noise[0], mixtures[0]]))
 
 
 def test_variations_differ_more_the_deeper_they_come_from():
@@ -283,10 +284,10 @@ def test_variations_differ_more_the_deeper_they_come_from():
     assert (near - x_0).std() < (middle - x_0).std() < (far - x_0).std()
 
     # From pure noise nothing of the image is left: the variances of independent draws add up.
-    torch.testing.assert_close((far - x_0).var(), x_0.var() + far.var(), rtol=0.1, atol=0)
+    assert_close((far - x_0).var(), x_0.var() + far.var(), rtol=0.1, atol=0)
 
     # A variation depends on its number alone.
-    torch.testing.assert_close(variations(image_sampler, x_0, 99, [4, 1]), far[[4, 1]])
+    assert_close(variations(image_sampler, x_0, 99, [4, 1]), far[[4, 1]])
 
 
 def test_the_script_interpolates_between_images_of_the_seed(tiny_run, tmp_path, saved):
