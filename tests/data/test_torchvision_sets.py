@@ -11,6 +11,7 @@ from numpy.testing import assert_array_equal
 from torchvision.datasets import CIFAR10
 
 from data import datasets, prepare
+from data.datasets import load_images, split_images
 from tests.conftest import call, refused
 from tests.data.packing import random_pixels
 
@@ -64,13 +65,9 @@ def cifar10(data_folder, monkeypatch):
     # A row has the red, the green and the blue plane of an image.
     rows = PHOTOS.transpose(0, 3, 1, 2).reshape(107, -1)
     names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
-    files = [
-        write(
-            name,
-            {"data": rows[20 * i : 20 * i + 20], "labels": LABELS[20 * i : 20 * i + 20].tolist()},
-        )
-        for i, name in enumerate(names)
-    ]
+    ends = range(20, 120, 20)
+    parts = zip(names, np.split(rows, ends), np.split(LABELS, ends), strict=True)
+    files = [write(name, {"data": data, "labels": labels.tolist()}) for name, data, labels in parts]
     meta = write("batches.meta", {"label_names": [f"kind {i}" for i in range(10)]})
     monkeypatch.setattr(CIFAR10, "train_list", files[:5])
     monkeypatch.setattr(CIFAR10, "test_list", files[5:])
@@ -91,25 +88,25 @@ def test_images_come_as_they_were_and_those_of_the_test_files_validate(
     request.getfixturevalue(name.lower())
     size, channels = images.shape[2:]
 
-    image_set = datasets.load_images(name, size, channels=channels, inputs=["label"])
+    image_set = load_images(name, size, channels=channels, inputs=["label"])
     assert_array_equal(image_set.images, images)
     assert image_set.inputs["label"].tolist() == LABELS[: len(images)].tolist()
     assert image_set.label_names[3] == ("3" if name == "MNIST" else "kind 3")
     assert image_set.ids == list(range(len(images)))
     for split_name in ("reference", "official"):
-        split = datasets.split_images(image_set, split_name)
+        split = split_images(image_set, split_name)
         assert split.train_indices.tolist() == list(range(train_count))
         assert split.val_indices.tolist() == list(range(train_count, len(images)))
         assert "its test images" in split.description
 
 
 def test_other_images_under_the_same_names_are_noticed(mnist):
-    assert_array_equal(datasets.load_images("MNIST", 28, channels=1).images, DIGITS)
+    assert_array_equal(load_images("MNIST", 28, channels=1).images, DIGITS)
     # Those of FashionMNIST have the names and the number of MNIST's.
     others = 255 - DIGITS[:40]
     file = mnist / "train-images-idx3-ubyte"
     file.write_bytes(idx(2051, 40, 28, 28, content=others))
-    assert_array_equal(datasets.load_images("MNIST", 28, channels=1).images[:40], others)
+    assert_array_equal(load_images("MNIST", 28, channels=1).images[:40], others)
 
 
 def test_a_damaged_or_missing_set_is_one_sentence(mnist, cifar10, data_folder):
@@ -118,17 +115,17 @@ def test_a_damaged_or_missing_set_is_one_sentence(mnist, cifar10, data_folder):
     for content in (gzip.compress(file.read_bytes()), b"<!DOCTYPE html>", file.read_bytes()[:-1]):
         file.write_bytes(content)
         with refused(r"MNIST cannot be read .* Delete a damaged copy"):
-            datasets.load_images("MNIST", 28)
+            load_images("MNIST", 28)
 
     (mnist / "t10k-labels-idx1-ubyte").unlink()
     file.write_bytes(idx(2051, 40, 28, 28, content=DIGITS[:40]))
     with refused(r"MNIST cannot be read .* --download"):
-        datasets.load_images("MNIST", 28)
+        load_images("MNIST", 28)
 
     # The pickle is not read, because its md5 is wrong.
     (cifar10 / "data_batch_3").write_bytes(b"")
     with refused(r"CIFAR10 cannot .* binary version is not read.*download"):
-        datasets.load_images("CIFAR10", 32)
+        load_images("CIFAR10", 32)
 
 
 def test_a_set_is_downloaded_only_if_that_is_asked_for(data_folder, monkeypatch):
@@ -140,7 +137,7 @@ def test_a_set_is_downloaded_only_if_that_is_asked_for(data_folder, monkeypatch)
 
     monkeypatch.setattr(CIFAR10, "download", no_network)
     with refused("CIFAR10 cannot be read"):
-        datasets.load_images("CIFAR10", 32)
+        load_images("CIFAR10", 32)
     assert not calls
 
     with refused("no network"):

@@ -62,14 +62,12 @@ def test_ema_is_the_weighted_sum_of_its_definition(ramp):
 
 
 def test_draws_depend_on_seed_and_step_alone():
-    def draws(seed, step):
-        return training_draws(seed, step, 64, (3, 4, 4), 1000, CPU)._asdict()
-
     # Between the two draws of the same step there are draws of others.
-    first, *others, again = (draws(*place) for place in ((0, 7), (0, 6), (0, 8), (1, 7), (0, 7)))
-    for name, values in first.items():
-        assert torch.equal(values, again[name])
-        assert not any(torch.equal(values, other[name]) for other in others)
+    places = ((0, 7), (0, 6), (0, 8), (1, 7), (0, 7))
+    draws = [training_draws(*place, 64, (3, 4, 4), 1000, CPU) for place in places]
+    for first, *others, again in zip(*draws, strict=True):
+        assert torch.equal(first, again)
+        assert not any(torch.equal(first, other) for other in others)
 
 
 def test_no_two_images_of_a_seed_have_the_same_noise():
