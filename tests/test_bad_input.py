@@ -83,7 +83,7 @@ def test_errors_are_one_line_and_leave_nothing(
     empty.mkdir()
     (empty / "notes.txt").write_text("not an image")
     folders = {"empty": empty, "pictures": pictures, "root": ROOT, "run": tiny_run}
-    folders["init"] = f"train.py --init {tiny_run}"
+    folders["init"] = f"train.py --init {tiny_run} --diffusion.dataset-name {pictures}"
     name, *arguments = command.format(**folders).split()
     monkeypatch.setattr(sys, "argv", [name, *arguments, "--runs", str(tmp_path / "runs")])
     monkeypatch.chdir(tmp_path)
