@@ -88,13 +88,13 @@ def test_indices_are_images_of_the_seed(tiny_run, tmp_path):
 
 
 def test_flags_give_the_images_of_their_options(tiny_run, tmp_path, capsys):
-    flags = "--temperature 0.5 --steps 20 --variance large --seed 3 --n 2 --individual --out"
+    flags = "--temperature 0.5 --steps 100 --variance large --seed 3 --n 2 --individual --out"
     call(sample, tiny_run, flags, tmp_path)
-    options = "sampler ddpm, steps 20, spacing trailing, variance large, temperature 0.5, seed 3"
+    options = "sampler ddpm, steps 100, spacing trailing, variance large, temperature 0.5, seed 3"
     assert options in capsys.readouterr().out
 
     # The files are compared with what these options give in memory.
-    options = SamplerOptions(steps=20, variance="large", temperature=0.5)
+    options = SamplerOptions(steps=100, variance="large", temperature=0.5)
     image_sampler = ImageSampler(load_denoiser(tiny_run), options, (3, 16, 16), 3, CPU)
     assert np.array_equal(samples_of(tmp_path), to_uint8(generate(image_sampler, range(2))))
 
