@@ -14,7 +14,6 @@ from functools import partial
 from math import prod
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 import numpy as np
 from filelock import FileLock
@@ -28,9 +27,6 @@ from functions.support.files import sha256, write_text
 
 # Increase this whenever the same files would give different pixels. Then all packs are made again.
 FORMAT_VERSION = 2
-
-# The types of what a record has.
-RECORD = {"shape": list, "ids": list, "pixels_hash": str, "summary": str, "bad_images": list}
 
 # So many prepared images are in memory at a time.
 CHUNK = 1000
@@ -120,7 +116,7 @@ def open_packed(
     """
     key = pack_key(source, image_size)
     path = pack_path(source, image_size)
-    read = partial(read_pack, key=key, source=source, image_size=image_size)
+    read = partial(read_pack, key=key, source=source)
     outgrown = partial(can_read_more, source=source, image_size=image_size)
     # The hash comes from a file, and becomes a part of a name.
     earlier = pixels_hash.isalnum() and read(earlier_path(path, pixels_hash))
@@ -190,43 +186,22 @@ def can_read_more(pack: ImageSet, source: Source, image_size: int) -> bool:
     return any(not isinstance(result, BadImage) for result in results)
 
 
-def read_pack(path: Path, key: str, source: Source, image_size: int) -> ImageSet | None:
+def read_pack(path: Path, key: str, source: Source) -> ImageSet | None:
     """Map a packed file, or return None if it is missing, outdated, or not whole by its hashes."""
     try:
         file = json.loads(Path(f"{path}.json").read_text())
-    except (FileNotFoundError, ValueError, RecursionError):
+    except (FileNotFoundError, ValueError):
         return None
     if not isinstance(file, dict) or file.get("key") != key:
         return None
     record = file.get("record")
     if file.get("sha256") != sha256(json.dumps(record)):
         return None
-    if not fits(record, source, image_size):
-        return None
     if not path.is_file() or path.stat().st_size != prod(record["shape"]):
         return None
     pack = map_pack(path, record, source)
     is_whole = hashlib.sha256(pack.images).hexdigest()[:16] == pack.pixels_hash
     return pack if is_whole else None
-
-
-def fits(record: Any, source: Source, image_size: int) -> bool:
-    """Return whether a record has what this version writes, for images of this source."""
-    if not isinstance(record, dict) or {k: type(v) for k, v in record.items()} != RECORD:
-        return False
-    ids = record["ids"]
-    shape = [len(ids), image_size, image_size, source.channels]
-    return (
-        # 50.0 would be equal to 50, too.
-        json.dumps(record["shape"]) == json.dumps(shape)
-        and len(ids) > 0
-        and {*map(type, ids)} <= {int, str}
-        and {*ids} <= source.members.keys()
-        and all(
-            isinstance(bad, list) and [*map(type, bad)] == [str, str]
-            for bad in record["bad_images"]
-        )
-    )
 
 
 def map_pack(path: Path, record: dict, source: Source) -> ImageSet:

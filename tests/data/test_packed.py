@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import json
 import os
 import signal
 import zipfile
@@ -124,29 +123,6 @@ def test_a_damaged_pack_is_made_anew(path, ending, capsys):
         assert said.startswith(
             f"{path / 'set-8px.packed'} is outdated or damaged, and is made anew"
         )
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"ids": []},
-        {"ids": [[]] * 10},
-        {"ids": list(range(1, 11))},
-        {"shape": [2**50, 8, 8, 3]},
-        {"shape": [10.0, 8, 8, 3]},
-        {"bad_images": [1]},
-        {"more": 1},
-    ],
-)
-def test_a_record_that_this_version_does_not_write_is_made_anew(path, change):
-    file = Path(f"{load(path).images.filename}.json")
-    whole = file.read_bytes()
-    content = json.loads(whole)
-    content["record"] |= change
-    content["sha256"] = packed.sha256(json.dumps(content["record"]))
-    file.write_text(json.dumps(content))
-    assert_array_equal(load(path).images, IMAGES)
-    assert file.read_bytes() == whole
 
 
 def typo(*_, **__):
