@@ -190,7 +190,7 @@ def read_pack(path: Path, key: str, source: Source) -> ImageSet | None:
     """Map a packed file, or return None if it is missing, outdated, or not whole by its hashes."""
     try:
         file = json.loads(Path(f"{path}.json").read_text())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
     if not isinstance(file, dict) or file.get("key") != key:
         return None
