@@ -52,10 +52,11 @@ def own_run(folder, checkpoint=None, **changes):
     return TrainingRun("mine", experiment, images, Normed(), folder, CPU, checkpoint)
 
 
-def test_a_run_with_labels_and_buffers_resumes_and_is_loaded(tmp_path):
+def test_a_run_with_labels_and_buffers_resumes_and_is_loaded(tmp_path, capsys):
     """A resumed run equals an uninterrupted one, and what is loaded draws with the averages."""
     straight = own_run(tmp_path / "straight")
     train.train(straight)
+    assert "sample from it: load_denoiser" in capsys.readouterr().out
     cut = own_run(tmp_path / "cut")
     with pytest.raises(KeyboardInterrupt), during(4, interrupt):
         train.train(cut)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from config import OwnNetwork
 from data.pixels import to_uint8
 from functions.losses import eps_errors
 from functions.sampling.generation import ImageSampler, generate
@@ -73,9 +74,10 @@ class Recorder:
             if run.step == run.total_steps:
                 # It is said here, where a lost output does not spoil a finished run.
                 self.bar.close()
-                processes.print_main(
-                    f"finished: {run.folder}\nsample from it: python sample.py {quoted(run.folder)}"
-                )
+                how = f"python sample.py {quoted(run.folder)}"
+                if isinstance(run.experiment.model, OwnNetwork):
+                    how = "load_denoiser (docs/sampling.md)"
+                processes.print_main(f"finished: {run.folder}\nsample from it: {how}")
 
     def open_files(self, stack: ExitStack, is_new: bool) -> None:
         """Open the files of the run in rank 0; the stack closes them."""
