@@ -591,12 +591,8 @@ class Experiment:
         model = {name: changes.pop(name) for name in vars(self.model) if name in changes}
         return Experiment(replace(self.diffusion, **changes), replace(self.model, **model))
 
-    def resumed(self, changed: "Experiment") -> dict[str, tuple]:
-        """Return the fields that a resumed run changes (`differences`).
-
-        Raises ConfigError, with the names of the fields, for changes that such a run cannot make.
-        """
-        differences = self.differences(changed)
+    def check_resumption(self, changed: "Experiment") -> None:
+        """Raise ConfigError, with the names of the fields, for what a resumed run cannot change."""
         may_change = fields_with(DiffusionConfig, "changeable")
         # Another GPU may have less memory. With the same effective batch, a step differs only in
         # its dropout.
@@ -606,12 +602,11 @@ class Experiment:
         if 0 in (self.diffusion.ema_decay, changed.diffusion.ema_decay):
             may_change -= {"ema_decay"}
 
-        fixed = differences.keys() - {f"diffusion.{name}" for name in may_change}
+        fixed = self.differences(changed).keys() - {f"diffusion.{name}" for name in may_change}
         if fixed:
             raise ConfigError(
                 f"a resumed run cannot change {', '.join(sorted(fixed))}; start a new run for that"
             )
-        return differences
 
     def differences(self, other: "Experiment") -> dict[str, tuple]:
         """Return the fields that differ: {"diffusion.epochs": (value, value in `other`), ...}."""

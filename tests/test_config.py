@@ -99,17 +99,17 @@ def test_what_differs_is_named_and_only_what_leaves_the_meaning_may_change():
     harmless |= {"clip_grad_norm": 0.5, "ema_decay": 0.99, "use_augmentation": False}
     harmless |= {"max_rotation": 1.0, "label_dropout": 0.2}
     resumed = faces.override(**harmless)
-    assert faces.resumed(resumed) == faces.differences(resumed)
-    assert len(faces.resumed(resumed)) == len(harmless)
+    faces.check_resumption(resumed)
+    assert len(faces.differences(resumed)) == len(harmless)
 
     own = Experiment(faces.diffusion, OwnNetwork("Own", 32, 3))
     with refused("cannot change model", ConfigError):
-        own.resumed(faces)
+        own.check_resumption(faces)
     # A run has an average of its weights from the first step on, or none.
     plain = faces.override(ema_decay=0.0)
     for before, after in ((faces, plain), (plain, faces), (faces, faces.override(seed=1))):
         with refused("a resumed run cannot change diffusion.(ema_decay|seed);", ConfigError):
-            before.resumed(after)
+            before.check_resumption(after)
 
 
 def test_weights_fix_the_objective_and_all_that_the_schedule_is_built_from():

@@ -280,11 +280,11 @@ def test_a_run_goes_on_only_with_its_labels(coloured, tmp_path):
     # The images and their names are the same, and so are their ids.
     target = data / "a" / "blue" / moved.name
     moved.rename(target)
-    with refused("was trained with other labels than", ConfigError):
+    with refused("was trained with other labels or inputs than", ConfigError):
         call(train, *resume)
     target.rename(moved)
     (data / "a" / "blue").rename(data / "a" / "azure")
-    with refused("was trained with other labels than", ConfigError):
+    with refused("was trained with other labels or inputs than", ConfigError):
         call(train, *resume)
     (data / "a" / "azure").rename(data / "a" / "blue")
     call(train, *resume)

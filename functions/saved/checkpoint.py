@@ -148,7 +148,7 @@ def is_model(config: Any = None, run: Any = None, scaler: Any = None, **_: Any) 
         and isinstance(scaler or {}, dict)
         and all(isinstance(run.get(name), kind) for name, kind in types.items())
         and all(isinstance(run.get(name, kind()), kind) for name, kind in optional.items())
-        and 0 <= run["step"] <= max(run["total_steps"], 0)
+        and 0 <= run["step"] <= run["total_steps"]
     )
 
 

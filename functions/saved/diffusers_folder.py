@@ -163,7 +163,7 @@ def refusing_damage() -> Iterator[None]:
 
 
 def parts_of(path: Path) -> tuple[Path, Path]:
-    """Return the folders of network and schedule. Raises ValueError for another pipeline."""
+    """Return the folders of network and schedule. Raises ConfigError for another pipeline."""
     unets = [path / "unet"]
     index = path / "model_index.json"
     if index.exists():

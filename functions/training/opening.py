@@ -148,5 +148,5 @@ def resume_run(folder: Path, args: Namespace, device: torch.device) -> TrainingR
         build_network(saved.model)
     experiment = saved.override(**given_fields(args))
     # `TrainingRun` checks this, too, but images of another size would be prepared before.
-    saved.resumed(experiment)
+    saved.check_resumption(experiment)
     return make_run(name, experiment, folder.parent, device, checkpoint)

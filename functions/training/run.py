@@ -49,6 +49,7 @@ class TrainingRun:
 
     Names are resolved by functions/training/opening.py alone: a run is given its images and its
     network, f(x_t, t, **inputs of the images), of any class.
+
     Raises ConfigError for images that do not fit the config or the checkpoint, for changes that a
     resumed run cannot make, and CheckpointError for a checkpoint that does not fit.
 
@@ -172,7 +173,7 @@ class TrainingRun:
         names = [self.image_set.names[i] for i in self.split.train_indices]
         numbers_hash = hash_ids(choose_ids(names))
         for name, what in (
-            ("labels_hash", "trained with other labels"),
+            ("labels_hash", "trained with other labels or inputs"),
             ("train_ids_hash", "trained on other images"),
             ("val_ids_hash", "validated on other images"),
             ("pixels_hash", "trained on other pixels"),
@@ -188,7 +189,7 @@ class TrainingRun:
                     f"{self.folder} was {what} than {self.config.dataset_name} has{reason}; it "
                     "cannot continue with these"
                 )
-        self.earlier.resumed(self.experiment)
+        self.earlier.check_resumption(self.experiment)
         if self.step >= self.total_steps:
             raise ConfigError(
                 f"the run is finished with {self.config.epochs} epochs of {self.steps_per_epoch:,} "
@@ -331,7 +332,7 @@ class TrainingRun:
         if facts["initial"]:
             lines.append(f"  begins as  {facts['initial']}")
         if self.earlier:
-            changes = self.earlier.resumed(self.experiment)
+            changes = self.earlier.differences(self.experiment)
             for field, (earlier, now) in changes.items():
                 lines.append(f"changed: {field} was {earlier}, is now {now}")
             departing = {f"diffusion.{name}" for name in fields_with(DiffusionConfig, "departs")}
