@@ -15,6 +15,7 @@ sha256      the SHA-256 of `contents`
 import errno
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from functions.support.errors import CheckpointError, UserError, short
 from functions.support.files import check_file, parse_json, replacing, sha256
 
 FORMAT = "ddpm-faces checkpoint 3"
+# Those of other versions
+OUR_FORMATS = re.compile(r"ddpm-faces checkpoint \d{1,9}")
 # Tensors by their names.
 Tensors = dict[str, Tensor]
 
@@ -83,12 +86,14 @@ class Checkpoint:
         with open_safetensors(path) as file:
             metadata = file.metadata() or {}
         text = metadata.get("contents", "")
-        if metadata.get("format", FORMAT) != FORMAT:
+        file_format = metadata.get("format", "")
+        if file_format != FORMAT and OUR_FORMATS.fullmatch(file_format):
             # It is intact, so the one before it is not used instead.
             raise UserError(
-                f"{path}: not a checkpoint of this version, but a {short(metadata['format'])} (see "
-                "CHANGELOG.md)"
+                f"{path}: not a checkpoint of this version, but a {file_format} (see CHANGELOG.md)"
             )
+        if file_format != FORMAT:
+            raise unreadable(path, f"its format is {file_format!r}")
         if metadata.get("sha256") != sha256(text):
             raise unreadable(path, "it has a wrong checksum")
         self.contents = parse_json(path, text)

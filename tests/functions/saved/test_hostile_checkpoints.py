@@ -9,14 +9,14 @@ import train
 from functions.saved import checkpoint
 from functions.saved.checkpoint import load_weights, verify_checkpoint, write_tensors
 from functions.saved.loading import rebuild
-from functions.support.errors import UserError
+from functions.support.errors import CheckpointError, UserError
 from tests.conftest import CPU, call
 from tests.small_training import checkpoint_parts, stepped_run
 
 
-def refusal(path, read=verify_checkpoint):
+def refusal(path, read=verify_checkpoint, error=CheckpointError):
     """Return what is said of a file, which is one short line that begins with its name."""
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(error) as caught:
         read(path)
     message = str(caught.value)
     assert message.startswith(f"{path}: ")
@@ -40,12 +40,12 @@ def begin(path):
 
 
 def test_a_cut_or_a_flipped_bit_anywhere(path):
-    """It is in the header's length, in the contents, their checksum, a name or the numbers."""
+    """It is in the header's length, contents, their checksum, the format, a name or the numbers."""
     write_tensors(path, *checkpoint_parts())
     whole = path.read_bytes()
     places = [0, 8, len(whole) - 1]
     # These digits differ from others in one bit.
-    for text in (rb"\"step\": 1", b'"sha256":"', b"exp_avg"):
+    for text in (rb"\"step\": 1", b'"sha256":"', b"ddpm-faces", b"exp_avg"):
         places.append(whole.index(text) + len(text))
     for place in places:
         path.write_bytes(whole[:place])
@@ -114,7 +114,8 @@ def test_files_of_others_and_of_earlier_versions(path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "FORMAT", "ddpm-faces checkpoint 2")
         write_tensors(path, *checkpoint_parts())
-    assert "not a checkpoint of this version" in refusal(path)
+    # The one before it is not used instead (tests/functions/saved/test_run_folder.py).
+    assert "not a checkpoint of this version" in refusal(path, error=UserError)
     write_tensors(path, {"others": {}}, {})
     assert refusal(path) == "neither a checkpoint nor a model"
     assert refusal(path.parent) == "there is no such file"

@@ -88,7 +88,7 @@ def test_an_intact_checkpoint_that_cannot_be_read_now_is_not_passed_over(
     run = make_run(tmp_path, "faces-20260101-000000", [50])
     with monkeypatch.context() as patch:
         if error is UserError:
-            patch.setattr(checkpoint, "FORMAT", "ddpm-faces checkpoint of a later version")
+            patch.setattr(checkpoint, "FORMAT", "ddpm-faces checkpoint 4")
         make_run(tmp_path, run.name, [60])
     newest = checkpoints_of(run)[-1]
     if error is PermissionError:
