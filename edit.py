@@ -13,53 +13,35 @@ those of sample.py. Of a recipe, invert and --exact use the model alone, and inp
 """
 
 import argparse
-from dataclasses import replace
+from functools import partial
 
-from functions.sampling.editing import INPAINTING_STEPS, VERBS
-from functions.sampling.generation import open_drawing
-from functions.sampling.options import add_out_flag, add_sampling_flags
-from functions.sampling.recipes import OF_SAMPLER, parse_drawing
-from functions.sampling.samples_folder import drawing_settings, open_folder, samples_folder
+from functions.sampling.editing import EXACT_STEPS, INPAINTING_STEPS, VERBS, edited_path, use_of
+from functions.sampling.generation import given, open_drawing
+from functions.sampling.settings import add_out_flag, add_sampling_flags, settings_of
 from functions.support.command_line import Parser, fraction, positive, run_script
 from functions.support.errors import UserError
-
-# An inversion has this many steps, or all if there are fewer, unless --steps says otherwise.
-EXACT_STEPS = 200
-# An inversion accepts these values of the flags of sampling, and uses the last one of each.
-EXACT_FLAGS = {
-    "sampler": ("ddpm", "ddim"),
-    "eta": (None, 0.0),
-    "temperature": (1.0,),
-    "guide": (None,),
-    "cfg": (None,),
-    "enlarge": ([],),
-    "precision": ("auto", "float32"),
-}
 
 
 def main() -> None:
     """Read the command line, edit the images, and print which file was written."""
     args = parse_flags()
-    image_sampler = open_drawing(args)
-    if args.default_steps and not args.steps:
-        steps = min(args.default_steps, image_sampler.scheduler.timesteps)
-        # Not all steps are done, so the variance is not that of the model.
-        options = replace(image_sampler.options, steps=steps, variance=args.variance)
-        image_sampler = replace(image_sampler, options=options)
-    print(f"{args.verb}: {image_sampler}")
-    folder = args.out or samples_folder(image_sampler)
-    VERBS[args.verb](args, image_sampler.for_edits(), folder)
-    if not args.out:
-        open_folder(folder, drawing_settings(image_sampler))
+    use = use_of(args.verb, args.exact)
+    config = settings_of(args, use=use)
+    if len(config.label) > 1:
+        raise UserError("an edit has one --label")
+    drawing = open_drawing(args, config, use.steps)
+    print(f"{args.verb}: {drawing}")
+    # All that an edit draws has the conditions of image 0.
+    VERBS[args.verb](args, given(drawing, [0]), partial(edited_path, args, drawing))
 
 
 def parse_flags() -> argparse.Namespace:
-    """Read the command line. Raises UserError for flags that have no effect on an inversion."""
+    """Read the command line."""
     parser = Parser(description=__doc__)
-    parser.set_defaults(exact=False, default_steps=None)
+    parser.set_defaults(exact=False)
     verbs = parser.add_subparsers(dest="verb", required=True)
     interpolating = add_verb(verbs, "interpolate", 2, "A B: mix two images.")
-    inverting = add_verb(
+    add_verb(
         verbs,
         "invert",
         1,
@@ -67,7 +49,6 @@ def parse_flags() -> argparse.Namespace:
         f"in {EXACT_STEPS} steps each way unless --steps says otherwise. Of 40 steps another face "
         "can come back; 100 steps missed it by up to 26 of 255 levels (RMS), 250 by up to 4.",
     )
-    inverting.set_defaults(exact=True)
     varying = add_verb(verbs, "vary", 1, "A: sample images similar to one.")
     inpainting = add_verb(
         verbs,
@@ -76,7 +57,6 @@ def parse_flags() -> argparse.Namespace:
         f"A: regenerate a part of an image, in {INPAINTING_STEPS} steps unless --steps says "
         "otherwise. All else stays as it is, at the size of enlarged samples, too.",
     )
-    inpainting.set_defaults(default_steps=INPAINTING_STEPS)
 
     mixing = interpolating.add_mutually_exclusive_group()
     for group in (mixing, varying):
@@ -115,24 +95,7 @@ def parse_flags() -> argparse.Namespace:
         help="How many inpaintings to sample. Default: %(default)s.",
     )
 
-    args = parse_drawing(parser, keeps=keeps_of_recipe)
-    if len(args.label) > 1:
-        raise UserError("an edit has one --label")
-    if args.exact:
-        args.default_steps = EXACT_STEPS
-        for flag, values in EXACT_FLAGS.items():
-            if getattr(args, flag) not in values:
-                raise UserError(
-                    f"--{flag} has no effect on an inversion, which is that of ddim with eta 0 in "
-                    "float32, without other models; use --steps and --spacing alone"
-                )
-            setattr(args, flag, values[-1])
-    return args
-
-
-def keeps_of_recipe(args: argparse.Namespace, key: str) -> bool:
-    """Return whether a key of a recipe is used: an inpainting needs ddpm."""
-    return not args.exact and (args.verb != "inpaint" or key not in {"sampler", *OF_SAMPLER})
+    return parser.parse_args()
 
 
 def add_verb(verbs, name: str, image_count: int, help: str) -> argparse.ArgumentParser:

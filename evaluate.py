@@ -14,6 +14,7 @@
 import json
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +32,10 @@ from functions.evaluation.fidelity import (
     training_features,
 )
 from functions.samplers import VARIANCES
-from functions.sampling.generation import open_sampler
-from functions.sampling.options import add_model_flags, add_out_flag
+from functions.sampling.generation import Drawing
+from functions.sampling.models import open_models
 from functions.sampling.samples_folder import MANIFEST
+from functions.sampling.settings import add_model_flags, settings_of
 from functions.saved.loading import load_and_split
 from functions.saved.run_folder import results_folder
 from functions.support.command_line import Parser, positive, run_script
@@ -90,10 +92,7 @@ def parse_flags() -> Namespace:
         type=positive,
         help="The most timesteps in a network call. Default: 64, or 16 on a CPU.",
     )
-    add_out_flag(bits)
-    # `open_sampler` needs these. The bound is computed in float32, whatever the precision of
-    # sampling, and is that of a single model, which the mix of a guided one is not.
-    bits.set_defaults(precision="float32", sampler="ddpm", steps=None, variance=None, seed=0)
+    bits.add_argument("--out", type=Path, help="The folder for the results. Default: the run's.")
 
     for verb in (distance, images):
         verb.add_argument(
@@ -126,9 +125,13 @@ def parse_flags() -> Namespace:
 
 def evaluate_bits(args: Namespace) -> None:
     """Measure bits/dim of held-out images; print and write it."""
-    image_sampler = open_sampler(args)
-    saved = image_sampler.saved
-    device = image_sampler.device
+    # The bound is computed in float32, whatever the precision of sampling, and is that of a single
+    # model, which the mix of a guided one is not.
+    config = replace(settings_of(args).alone(), precision="float32", batch_size=args.batch_size)
+    drawing = Drawing(open_models(config, args.device), config)
+    models = drawing.models
+    saved = models.saved
+    device = models.device
     if device.type == "mps":
         raise UserError("bits/dim needs float64, which mps does not have; use --device cpu")
     # On a GPU, float32 would otherwise mean TF32.
@@ -152,13 +155,13 @@ def evaluate_bits(args: Namespace) -> None:
 
     options = BoundOptions(
         args.t_stride,
-        image_sampler.batch_size,
+        drawing.batch_size,
         args.bpd_variance,
         # For some diffusers models, samplers do not clip x_0. The bound then does not either.
-        image_sampler.options.clip_x_0,
+        models.clip_x_0,
     )
     indices = evenly_spaced(split.val_indices, args.images)
-    result = measure_bits_per_dim(image_sampler.denoiser, load, indices, options)
+    result = measure_bits_per_dim(models.denoiser, load, indices, options)
     numbers = result.numbers()
     # Two results that differ in one of these cannot be compared.
     settings = {

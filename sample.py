@@ -1,14 +1,14 @@
 """Sample images from a trained model: `python sample.py` uses the newest run and writes a grid.
 
 Without any run, it draws people by the recipe pretrained/people.toml, which comes with the
-repository. A recipe names models and settings (functions/sampling/recipes.py).
+repository. A recipe names models and settings (functions/sampling/settings.py).
 
 The network and its EMA weights come from the checkpoint, and no other file is needed. Images are
 sampled from pure noise over all timesteps (Algorithm 2 of Ho et al. 2020), or in fewer steps with
 --sampler and --steps (functions/samplers.py).
 
-Several GPUs can divide many images among them. If this command is interrupted, starting it again
-samples only the batches with missing images:
+Several GPUs can divide many images among them. If this command, with its --out, is interrupted,
+starting it again samples only the batches with missing images:
 
     torchrun --nproc-per-node 8 sample.py -n 50000 --individual --out FOLDER
 """
@@ -21,23 +21,23 @@ from data.batches import batches_of
 from data.pixels import to_uint8
 from functions.sampling.export import export
 from functions.sampling.generation import (
-    ImageSampler,
+    Drawing,
     generate,
     open_drawing,
-    open_sampler,
+    sample_batch,
     step_bar,
 )
-from functions.sampling.options import add_out_flag, add_sampling_flags
-from functions.sampling.recipes import parse_drawing
+from functions.sampling.models import open_models
 from functions.sampling.samples_folder import (
-    drawing_settings,
     generate_frames,
     image_indices,
     image_path,
+    manifest_of,
+    new_samples_folder,
     open_folder,
-    samples_folder,
     save_columns,
 )
+from functions.sampling.settings import add_out_flag, add_sampling_flags, settings_of
 from functions.support import processes
 from functions.support.command_line import Parser, integers, positive, run_script
 from functions.support.errors import UserError
@@ -56,38 +56,37 @@ def main(n: int = 36, gif: bool = False, name_prefix: str = "", description: str
     # Every process that torchrun starts executes all of this, but only rank 0 prints. The processes
     # divide single images among them; a grid alone is sampled by rank 0.
     with processes.connected():
-        args = parse_flags(n, gif, description, name_prefix)
+        args = parse_flags(n, gif, description)
+        # The flags, or the recipe's settings with the given flags in their place
+        config = settings_of(args, name_prefix)
         if args.export:
-            image_sampler = open_sampler(args)
+            models = open_models(config.alone(), args.device)
             if processes.is_main():
-                export(image_sampler, args.export)
+                export(models, args.seed, args.export)
                 print(f"wrote {args.export}")
             return
 
         # The networks and their schedules come only from the checkpoints.
-        image_sampler = open_drawing(args)
-        shown = None if args.individual else list(args.indices)
-        folder = args.out or samples_folder(image_sampler, shown)
-        settings = drawing_settings(image_sampler)
+        drawing = open_drawing(args, config)
+        folder = args.out or new_samples_folder(args.checkpoint, drawing.models.saved)
         if args.individual:
-            sample_files(args.indices, image_sampler, folder, settings)
+            sample_files(args.indices, drawing, folder)
         elif processes.is_main():
-            sample_pictures(args, image_sampler, folder, settings)
+            sample_pictures(args, drawing, folder)
 
 
-def sample_pictures(
-    args: Namespace, image_sampler: ImageSampler, folder: Path, settings: dict
-) -> None:
+def sample_pictures(args: Namespace, drawing: Drawing, folder: Path) -> None:
     """Sample the images, and write a grid and the figures that the flags ask for."""
     indices = list(args.indices)
-    open_folder(folder, settings, indices)
-    print(f"sampling {len(indices)} images: {image_sampler}")
+    manifest = manifest_of(drawing)
+    open_folder(folder, manifest, indices)
+    print(f"sampling {len(indices)} images: {drawing}")
     if args.strip or args.progressive or args.gif:
-        images, states, estimates = generate_frames(image_sampler, indices)
+        images, states, estimates = generate_frames(drawing, indices)
     else:
-        images = generate(image_sampler, indices, progress=True)
+        images = generate(drawing, indices, progress=True)
     # Another command may have opened the folder at the same moment.
-    open_folder(folder, settings, indices)
+    open_folder(folder, manifest, indices)
     if args.gif:
         # The last frame shows the details, too.
         frames = [enlarged_pixels(state, images.shape[-1]) for state in states.values()]
@@ -101,28 +100,27 @@ def sample_pictures(
     print(f"wrote {folder / 'grid.png'}")
 
 
-def sample_files(
-    indices: Sequence[int], image_sampler: ImageSampler, folder: Path, settings: dict
-) -> None:
+def sample_files(indices: Sequence[int], drawing: Drawing, folder: Path) -> None:
     """Sample those images that are not in the folder, and write a PNG file of each.
 
     The processes share the batches, which depend neither on the number of processes nor on where
     an earlier command was interrupted. So the images are the same up to rounding.
     """
-    processes.on_main(open_folder, folder, settings)
+    manifest = manifest_of(drawing)
+    processes.on_main(open_folder, folder, manifest)
     on_disk = processes.on_main(image_indices, folder)
-    batches = batches_of(indices, image_sampler.batch_size)
+    batches = batches_of(indices, drawing.batch_size)
     remaining = [batch for batch in batches if not on_disk.issuperset(batch)]
     processes.print_main(
-        f"sampling {sum(map(len, remaining))} of {len(indices)} images: {image_sampler}"
+        f"sampling {sum(map(len, remaining))} of {len(indices)} images into {folder}: {drawing}"
     )
 
     shard = [remaining[i] for i in processes.shard(len(remaining))]
-    with step_bar(image_sampler, sum(map(len, shard)), processes.is_main()) as bar:
+    with step_bar(drawing, sum(map(len, shard)), processes.is_main()) as bar:
         for batch in shard:
-            images = to_uint8(image_sampler.sample(batch, bar))
+            images = to_uint8(sample_batch(drawing, batch, bar))
             # Another command may have opened the folder at the same moment.
-            open_folder(folder, settings)
+            open_folder(folder, manifest)
             for i, image in zip(batch, images, strict=True):
                 if i not in on_disk:
                     save_image(image, image_path(folder, i))
@@ -131,7 +129,7 @@ def sample_files(
     processes.print_main(f"all {len(indices)} images are in {folder}")
 
 
-def parse_flags(n: int, gif: bool, description: str, name_prefix: str) -> Namespace:
+def parse_flags(n: int, gif: bool, description: str) -> Namespace:
     """Read the command line. Raises UserError for more images than a grid shows."""
     parser = Parser(description=description)
     add_sampling_flags(parser)
@@ -186,7 +184,7 @@ def parse_flags(n: int, gif: bool, description: str, name_prefix: str) -> Namesp
         "and the models of --enlarge are not written. Default: no.",
     )
 
-    args = parse_drawing(parser, name_prefix=name_prefix)
+    args = parser.parse_args()
     if args.indices is None:
         args.indices = range(args.n or n)
     count = len(args.indices)

@@ -22,7 +22,7 @@ from data.batches import batches_of
 from data.pixels import to_model_range
 from functions.ema import copy_buffers, update_ema
 from functions.losses import denoising_loss
-from functions.sampling.options import add_place_flags
+from functions.sampling.settings import add_place_flags
 from functions.support import processes
 from functions.support.command_line import Parser, add_config_flags, run_script
 from functions.support.random_numbers import seed_of
@@ -153,8 +153,12 @@ def parse_flags() -> argparse.Namespace:
         help="Prepare the data, describe the run and its cost, and stop.",
     )
     add_place_flags(parser)
-    add_config_flags(parser, "diffusion", DiffusionConfig)
-    add_config_flags(parser, "model", ModelConfig)
+    for prefix, config_class in (("diffusion.", DiffusionConfig), ("model.", ModelConfig)):
+        title = (
+            f"override any field of {config_class.__name__} for this run; "
+            "a default applies if the experiment in config.py does not set the field"
+        )
+        add_config_flags(parser, config_class, title, prefix)
     args = parser.parse_args()
 
     if args.init and args.resume not in (None, "auto"):

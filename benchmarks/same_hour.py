@@ -50,8 +50,9 @@ from data.datasets import load_images, split_images
 from data.pixels import to_model_range, to_uint8
 from functions.evaluation.bits_per_dim import evenly_spaced
 from functions.evaluation.fidelity import Features, frechet_distance, training_features
-from functions.sampling.generation import ImageSampler, generate
-from functions.sampling.options import SamplerOptions
+from functions.sampling.generation import Drawing, generate
+from functions.sampling.models import Models
+from functions.sampling.settings import DrawingConfig
 from functions.support.command_line import Parser, positive, run_script
 from functions.support.device import choose_precision
 from functions.support.errors import UserError
@@ -100,16 +101,10 @@ def train_ours(
             return super().after_step(*step)
 
         def draw(self, n):
-            sampler = ImageSampler(
-                self.run.sample_denoiser,
-                SamplerOptions("dpm++", CALLS),
-                MODEL.image_shape,
-                seed=0,
-                device=self.run.device,
-                batch_size=BATCH,
-            )
+            models = Models(self.run.sample_denoiser, MODEL.image_shape, self.run.device)
+            config = DrawingConfig(model=name, sampler="dpm++", steps=CALLS, batch_size=BATCH)
             with self.run.sample_denoiser.evaluating():
-                return to_uint8(generate(sampler, range(n)))
+                return to_uint8(generate(Drawing(models, config), range(n)))
 
     flags = {
         "diffusion.dataset-name": data,

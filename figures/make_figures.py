@@ -26,9 +26,10 @@ from config import EXPERIMENTS, build_network
 from data.augmentation import rotate
 from data.datasets import load_images
 from data.pixels import to_model_range, to_uint8
-from figures.saved_model import GUIDE_STEPS, GUIDED, open_saved
+from figures import saved_model
+from figures.saved_model import GUIDE_STEPS, open_saved
 from functions.noise_scheduler import NoiseScheduler
-from functions.sampling.generation import ImageSampler, generate
+from functions.sampling.generation import Drawing, generate
 from functions.sampling.samples_folder import generate_frames, save_columns
 from functions.saved.loading import load_and_split
 from functions.saved.run_folder import PRETRAINED, checkpoints_of, step_of
@@ -55,6 +56,7 @@ SCHEDULES = {
 }
 
 GUIDE = f"--guide {GUIDE_STEPS['ffhq-64']}"
+GUIDED = f"{saved_model.GUIDED} {GUIDE}"
 
 # The name of a picture -> a command for the run PEOPLE or the recipes CLEAR and VARIED, and a
 # pattern of the file that it writes. Images are samples of seed 0, by their indices.
@@ -267,15 +269,15 @@ def draw_faces(run: Path) -> None:
     And the training image that is nearest to each of some samples.
     """
     plot_losses(run / "metrics.csv", FIGURES / "losses.png")
-    image_sampler = open_saved(run)
-    images, states, estimates = generate_frames(image_sampler, range(36))
+    drawing = open_saved(run)
+    images, states, estimates = generate_frames(drawing, range(36))
     faces = to_uint8(images)
     save_grid(faces, FIGURES / "faces.png", columns=9)
     save_columns(states, FIGURES / "strip.png")
     save_columns(estimates, FIGURES / "progressive.png")
 
     # Each nearest training image is right below its sample, to show which samples are copies.
-    image_set, split = load_and_split(image_sampler.saved)
+    image_set, split = load_and_split(drawing.models.saved)
     neighbours, _ = nearest(faces[:12], image_set.images[split.train_indices])
     save_grid(np.concatenate([faces[:12], neighbours]), FIGURES / "neighbours.png", columns=12)
 
@@ -292,23 +294,27 @@ def draw_people(run: Path) -> None:
     rows = [draw_pixels(open_saved(path, GUIDED), 9) for path in chosen]
     save_grid(np.concatenate(rows), FIGURES / "people_by_step.png", columns=9)
 
-    image_sampler = open_saved(run, GUIDED)
+    drawing = open_saved(run, GUIDED)
     columns = {}
     for weight in WEIGHTS:
-        denoiser = replace(image_sampler.denoiser, weight=weight)
-        columns[f"w = {weight:g}"] = draw_pixels(replace(image_sampler, denoiser=denoiser), 8)
+        denoiser = replace(drawing.models.denoiser, weight=weight)
+        columns[f"w = {weight:g}"] = draw_pixels(drawing.with_denoiser(denoiser), 8)
     save_strip(columns, FIGURES / "guidance.png")
 
-    image_sampler = open_saved(run, f"--steps 250 {GUIDE}")
-    _, states, _ = generate_frames(image_sampler, range(6))
+    drawing = open_saved(run, f"--steps 250 {GUIDE}")
+    _, states, _ = generate_frames(drawing, range(6))
     save_gif(states.values(), FIGURES / "denoising.gif", columns=6)
 
 
 def draw_enlarged() -> None:
     """Draw samples of the recipe, then as each enlarger leaves them, in rows of equal height."""
     recipe = open_saved(PRETRAINED, "--device cpu")
-    parts = [recipe.enlargers[:k] for k in range(len(recipe.enlargers) + 1)]
-    rows = [generate(replace(recipe, enlargers=enlargers), range(8)) for enlargers in parts]
+    models = recipe.models
+    parts = [models.enlargers[:k] for k in range(len(models.enlargers) + 1)]
+    rows = [
+        generate(replace(recipe, models=replace(models, enlargers=enlargers)), range(8))
+        for enlargers in parts
+    ]
     # Each pixel of a small sample becomes a square.
     rows = [F.interpolate(samples, rows[-1].shape[-1]) for samples in rows]
     save_grid(to_uint8(torch.cat(rows)), FIGURES / "enlarged.png", columns=8)
@@ -327,26 +333,26 @@ def draw_cure(faces: Path, faces_v: Path) -> None:
 
 def draw_labels(run: Path) -> None:
     """Draw a sample of each label, from the same noise in both rows, with each weight."""
-    flags = f"--sampler dpm++ --steps 20 --label {','.join(open_saved(run).label_names)}"
-    samplers = [open_saved(run, f"{flags} --cfg {weight}") for weight in LABEL_WEIGHTS]
-    names = samplers[0].label_names
-    rows = [draw_pixels(sampler, len(names)) for sampler in samplers]
+    names = open_saved(run).models.label_names
+    flags = f"--sampler dpm++ --steps 20 --label {','.join(names)}"
+    drawings = [open_saved(run, f"{flags} --cfg {weight}") for weight in LABEL_WEIGHTS]
+    rows = [draw_pixels(drawing, len(names)) for drawing in drawings]
     titles = [f"w = {weight}" for weight in LABEL_WEIGHTS]
     columns = dict(zip(names, np.stack(rows, axis=1), strict=True))
     save_strip(columns, FIGURES / "labels.png", titles)
 
 
-def draw_pixels(image_sampler: ImageSampler, count: int) -> np.ndarray:
+def draw_pixels(drawing: Drawing, count: int) -> np.ndarray:
     """Return the first samples as uint8 images, (count, H, W, C)."""
-    return to_uint8(generate(image_sampler, range(count)))
+    return to_uint8(generate(drawing, range(count)))
 
 
 def draw_commands(run: Path, temporary: Path) -> None:
     """Run each of COMMANDS in a temporary folder, and copy its picture into this folder."""
     # Inpainting reads its image and the mask from files. White marks what is replaced: the lower
     # half.
-    image_sampler = open_saved(run, GUIDED)
-    [image] = to_uint8(generate(image_sampler, [26]))
+    drawing = open_saved(run, GUIDED)
+    [image] = to_uint8(generate(drawing, [26]))
     save_image(image, temporary / "26.png")
     mask = np.zeros(image.shape[:2], np.uint8)
     mask[len(mask) // 2 :] = 255

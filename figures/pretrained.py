@@ -12,6 +12,7 @@ by hand, and stays.
 import hashlib
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,9 @@ from figures.make_figures import nearest
 from figures.saved_model import GUIDE_STEPS, GUIDED, open_saved
 from functions.evaluation.bits_per_dim import evenly_spaced
 from functions.evaluation.fidelity import frechet_distance, training_features
-from functions.sampling.generation import ImageSampler, find_guide, generate, guide_beside
-from functions.sampling.recipes import read_recipe
+from functions.sampling.generation import Drawing, generate
+from functions.sampling.models import guide_path
+from functions.sampling.settings import DrawingConfig, read_recipe
 from functions.saved.checkpoint import SavedModel, load_weights
 from functions.saved.loading import load_and_split
 from functions.saved.run_folder import PRETRAINED
@@ -45,7 +47,7 @@ def main() -> None:
     args = parser.parse_args()
     run = args.run
 
-    source = open_saved(run, "--device cpu").saved
+    source = open_saved(run, "--device cpu").models.saved
     facts = source.provenance
     if facts["step"] != facts["total_steps"]:
         raise UserError(f"{run} is not finished; train.py --resume continues it")
@@ -61,30 +63,28 @@ def main() -> None:
     files = {"file": (snapshot, boxed)}
     rows = {}
     # What cannot draw or enlarge is refused before it is copied.
-    parts, recipe = read_recipe(PRETRAINED)
+    recipe = read_recipe(PRETRAINED)
     if boxed.stem in GUIDE_STEPS:
         step = GUIDE_STEPS[boxed.stem]
-        path = args.guide or find_guide(str(step), source)
+        path = args.guide or guide_path(step, source)
         guide = load_weights(path)
         origin = path.parent.name, guide.provenance["step"], guide.provenance["pixels_hash"]
         # A checkpoint has the optimiser's state, too.
         if origin != ("snapshots", step, split.pixels_hash):
             raise UserError(f"{path} is no snapshot of step {step} and of the images of {run}")
-        files["guide"] = path, guide_beside(boxed)
+        boxed_guide = boxed.with_stem(f"{boxed.stem}-guide")
+        files["guide"] = path, boxed_guide
         rows["command of the guide"] = f"`{command_of(guide)}`, after {step:,} steps"
         flags = GUIDED
-        if boxed.stem == parts.model.stem:
-            alone = recipe | {"guide": [f"--guide={step}"], "enlarge": []}
-            flags = " ".join(word for words in alone.values() for word in words)
-        command = f"{boxed.name} {flags}"
-        image_sampler = open_saved(
-            snapshot, f"{flags} --guide {shlex.quote(str(path))} --device cpu"
-        )
+        if boxed.stem == Path(recipe.model).stem:
+            flags = flags_of(replace(recipe, guide=None, guidance=None, enlarge=()))
+        command = f"{boxed.name} {flags} --guide pretrained/{boxed_guide.name}"
+        drawing = open_saved(snapshot, f"{flags} --guide {shlex.quote(str(path))} --device cpu")
     elif args.guide:
         raise UserError(f"{boxed.stem} enlarges, without a guide")
     else:
-        enlarge = [*recipe["enlarge"][:-1], f"--enlarge={snapshot}"]
-        image_sampler = open_saved(PRETRAINED, f"{shlex.join(enlarge)} --device cpu")
+        parts = [f"--enlarge={part}" for part in (*recipe.enlarge[:-1], snapshot)]
+        drawing = open_saved(PRETRAINED, f"{shlex.join(parts)} --device cpu")
         command = PRETRAINED.name
 
     boxed.parent.mkdir(exist_ok=True)
@@ -94,10 +94,19 @@ def main() -> None:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         copied |= {kind: f"`{path.name}`", f"SHA-256 of the {kind}": f"`{digest}`"}
     rows = copied | rows | facts_of_run(run, source)
-    rows |= measured(image_set, split, image_sampler, f"python sample.py pretrained/{command}")
+    rows |= measured(image_set, split, drawing, f"python sample.py pretrained/{command}")
     card = boxed.with_suffix(".md")
     write_table(card, rows)
     print(f"wrote {boxed} and {card}")
+
+
+def flags_of(config: DrawingConfig) -> str:
+    """Return the flags of settings that have no guide and no enlargers."""
+    return shlex.join(
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in vars(config).items()
+        if name != "model" and value != getattr(DrawingConfig, name)
+    )
 
 
 def command_of(source: SavedModel) -> str:
@@ -138,14 +147,12 @@ def facts_of_run(run: Path, source: SavedModel) -> dict[str, str]:
     }
 
 
-def measured(
-    image_set: ImageSet, split: Split, image_sampler: ImageSampler, command: str
-) -> dict[str, str]:
+def measured(image_set: ImageSet, split: Split, drawing: Drawing, command: str) -> dict[str, str]:
     """Return what is measured on samples, by this command, and on as many held-out images."""
     ids = image_set.ids
     trained, held_out = split.train_indices, split.val_indices
     real = image_set.images[evenly_spaced(held_out, SAMPLE_COUNT)]
-    samples = generate(image_sampler, range(len(real)), progress=True)
+    samples = generate(drawing, range(len(real)), progress=True)
 
     features = training_features(image_set, split)
     distances = [frechet_distance(features([images])) for images in (samples, to_model_range(real))]

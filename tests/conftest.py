@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -19,8 +20,9 @@ from PIL import Image
 import train
 from functions.denoiser import Denoiser
 from functions.noise_scheduler import NoiseScheduler
-from functions.sampling.generation import ImageSampler
-from functions.sampling.options import SamplerOptions
+from functions.sampling.generation import Drawing
+from functions.sampling.models import Models
+from functions.sampling.settings import DrawingConfig
 from functions.saved import run_folder
 from functions.saved.checkpoint import verify_checkpoint
 from functions.support.errors import UserError
@@ -29,7 +31,6 @@ from models.unet import UNet
 
 ROOT = Path(train.__file__).resolve().parent
 CPU = torch.device("cpu")
-OPTIONS = SamplerOptions()
 
 # Of the 50 simple pictures, these are held out: the SHA-256 of their names, 00033.png and so on,
 # begins with a number below a tenth.
@@ -203,10 +204,16 @@ def path(tmp_path):
     return tmp_path / "step-00000005.safetensors"
 
 
-def image_sampler_of(network, timesteps=100, options=OPTIONS, seed=0, device="cpu") -> ImageSampler:
-    """Return the `ImageSampler` of a network for images of 16 x 16."""
-    denoiser = Denoiser(network, NoiseScheduler(timesteps))
-    return ImageSampler(denoiser, options, (3, 16, 16), seed, torch.device(device))
+def drawing_of(network, timesteps=100, seed=0, device=CPU, **settings) -> Drawing:
+    """Return the drawing with these settings by a network for images of 16 x 16."""
+    models = Models(Denoiser(network, NoiseScheduler(timesteps)), (3, 16, 16), device)
+    return Drawing(models, DrawingConfig(model="network", **settings), seed)
+
+
+def changed(drawing, models=(), **settings) -> Drawing:
+    """Return a drawing with other settings, and other fields of its `Models`."""
+    models = replace(drawing.models, **dict(models))
+    return replace(drawing, models=models, config=replace(drawing.config, **settings))
 
 
 def normal(seed, *shape, dtype=torch.float32):

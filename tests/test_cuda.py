@@ -9,16 +9,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 import train
 from functions.optimizers import Muon
-from functions.sampling.generation import generate
-from functions.sampling.options import SamplerOptions
+from functions.sampling.generation import generate, take_steps
 from functions.support import processes
 from functions.support.command_line import run_script
 from functions.training.metrics import read_metrics
 from tests.conftest import (
     TINY,
     call,
+    drawing_of,
     during,
-    image_sampler_of,
     newest,
     only_in,
     small_unet,
@@ -84,23 +83,22 @@ def test_muon_waits_for_no_device(waiting_is_an_error):
 
 
 def test_the_host_never_waits_for_the_gpu(waiting_is_an_error):
-    options = SamplerOptions("dpm++", 5)
-    image_sampler = image_sampler_of(small_unet().cuda(), options=options, device="cuda")
-    noise = image_sampler.noise(range(4))
+    cuda = torch.device("cuda")
+    drawing = drawing_of(small_unet().cuda(), device=cuda, sampler="dpm++", steps=5)
+    noise = drawing.noise(range(4))
     # The first call loads kernels, for which the host waits.
-    image_sampler.denoise(noise(), 99, noise)
+    take_steps(drawing, noise(), drawing.times, noise)
     # In the second one tables are made before the end of the first step.
-    waiting = replace(image_sampler, on_step=lambda k, t, x, x_0: waiting_is_an_error())
-    waiting.denoise(noise(), 99, noise)
+    take_steps(drawing, noise(), drawing.times, noise, lambda *step: waiting_is_an_error())
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_samples_are_those_of_the_cpu(precision):
     model = small_unet()
-    options = SamplerOptions("ddim", 10)
-    expected = generate(image_sampler_of(model, options=options), range(8))
-    on_gpu = image_sampler_of(model.cuda(), options=options, device="cuda")
-    on_gpu = replace(on_gpu, denoiser=replace(on_gpu.denoiser, precision=precision))
+    expected = generate(drawing_of(model, sampler="ddim", steps=10), range(8))
+    cuda = torch.device("cuda")
+    on_gpu = drawing_of(model.cuda(), device=cuda, sampler="ddim", steps=10)
+    on_gpu = on_gpu.with_denoiser(replace(on_gpu.models.denoiser, precision=precision))
     assert (generate(on_gpu, range(8)) - expected).square().mean().sqrt() < 0.05
 
 

@@ -6,7 +6,6 @@ It shows what sample.py and edit.py write, and answers bad input with a sentence
 import importlib.util
 import shutil
 import socket
-from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -22,10 +21,9 @@ from data.pixels import picture_of, to_uint8
 from functions.samplers import SAMPLERS
 from functions.sampling.editing import interpolate_images
 from functions.sampling.generation import generate, open_drawing
-from functions.sampling.options import SamplerOptions, add_sampling_flags
-from functions.sampling.recipes import parse_drawing
+from functions.sampling.settings import DrawingConfig, add_sampling_flags, settings_of
 from functions.support.command_line import Parser
-from tests.conftest import call, pixels_of, refused, train_tiny, words
+from tests.conftest import call, changed, pixels_of, refused, train_tiny, words
 
 pytest.importorskip("playwright", reason="requirements-dev.txt is not installed")
 # Gradio takes seconds to import, which tests that are not slow need not wait for.
@@ -117,11 +115,12 @@ def test_fields_begin_with_the_values_of_flags(chromium, run, tmp_path):
     assert_array_equal(grid, pixels_of(tmp_path / "out" / "grid.png"))
 
 
-def sampler_of(run, *flags):
-    """Return the `ImageSampler` that sample.py has for these flags."""
+def opened(run, *flags):
+    """Return the `Drawing` that sample.py has for these flags."""
     parser = Parser()
     add_sampling_flags(parser)
-    return open_drawing(parse_drawing(parser, words(run, "--device cpu", *flags)))
+    args = parser.parse_args(words(run, "--device cpu", *flags))
+    return open_drawing(args, settings_of(args))
 
 
 def test_mix(page, run, pictures):
@@ -129,10 +128,10 @@ def test_mix(page, run, pictures):
     tab(page, "Mix")
     fill(page, Seed=3, Steps=5, Depth=0.5, Share=0.3, Index_of_the_second_image=12)
     submit(page)
-    image_sampler = sampler_of(run, "--seed 3 --sampler dpm++ --steps 5")
-    ends = generate(replace(image_sampler, batch_size=1), [0, 12])
-    t = image_sampler.time_at(0.5)
-    mixture = interpolate_images(image_sampler, ends, t, torch.tensor([0.3]))
+    drawing = opened(run, "--seed 3 --sampler dpm++ --steps 5")
+    ends = generate(changed(drawing, batch_size=1), [0, 12])
+    t = drawing.time_at(0.5)
+    mixture = interpolate_images(drawing, ends, t, torch.tensor([0.3]))
     expected = to_uint8(torch.stack([ends[0], mixture[0], ends[1]]))
     assert_array_equal(cut(picture(page)), expected)
 
@@ -166,9 +165,9 @@ def test_paint(page, run, tmp_path):
 
     image, kept, *answers = cut(inpaint(page))
     # The page begins with image 0 of the flags' seed, enlarged and then reduced again.
-    sampler = sampler_of(run, "--sampler dpm++ --steps 20")
-    first = picture_of(to_uint8(generate(sampler, [0]))[0]).resize((512, 512))
-    assert_array_equal(image, fit_image(first, sampler.shape))
+    drawing = opened(run, "--sampler dpm++ --steps 20")
+    first = picture_of(to_uint8(generate(drawing, [0]))[0]).resize((512, 512))
+    assert_array_equal(image, fit_image(first, drawing.models.shape))
     # The page shows in grey what is painted over.
     painted = (kept == 128).all(axis=2)
     assert 0.02 < painted.mean() < 0.4
@@ -177,8 +176,7 @@ def test_paint(page, run, tmp_path):
     Image.fromarray(np.uint8(255) * painted).save(tmp_path / "mask.png")
     files = [tmp_path / "image.png", run, "--mask", tmp_path / "mask.png", "--out", tmp_path]
     call(edit, "inpaint", *files, "--steps 4 --seed 3 --n 4 --device cpu")
-    [path] = tmp_path.glob("inpainting-image-*.png")
-    by_script = cut(pixels_of(path))[2:]
+    by_script = cut(pixels_of(tmp_path / "inpainting-image.png"))[2:]
     for answer, expected in zip(answers, by_script, strict=True):
         assert_array_equal(answer, expected)
         assert_array_equal(answer[~painted], image[~painted])
@@ -186,7 +184,7 @@ def test_paint(page, run, tmp_path):
     from demo import paint  # This imports Gradio.
 
     with refused("with --temperature 1"):
-        paint(sampler_of(run, "--temperature 0.5"), 1, {})
+        paint(opened(run, "--temperature 0.5"), 1, {})
 
 
 def test_it_listens_to_this_machine_alone(served_run):
@@ -211,11 +209,11 @@ def shown(monkeypatch):
     return shown
 
 
-def options_tab(begun):
-    """Return a tab that returns its sampler."""
+def drawing_tab(begun):
+    """Return a tab that returns its drawing."""
     import demo
 
-    return demo.tab(begun, lambda image_sampler: image_sampler, [*SAMPLERS])
+    return demo.tab(begun, lambda drawing: drawing, [*SAMPLERS])
 
 
 def test_a_model_of_few_timesteps_begins_with_all_of_them(trained, shown, monkeypatch):
@@ -230,10 +228,11 @@ def test_a_model_of_few_timesteps_begins_with_all_of_them(trained, shown, monkey
 
 
 def test_flags_of_one_sampler_leave_the_others_as_they_are(run, shown):
-    begun = sampler_of(run, "--sampler dpm++ --steps 4 --eta 0.5 --temperature 0.5")
-    submit = options_tab(begun)
-    assert submit(None, 0, "dpm++", 4).options == begun.options
-    assert submit(None, 0, "ddim", 3).options == SamplerOptions("ddim", 3)
+    begun = opened(run, "--sampler dpm++ --steps 4 --eta 0.5 --temperature 0.5")
+    submit = drawing_tab(begun)
+    assert submit(None, 0, "dpm++", 4).config == begun.config
+    plain = DrawingConfig(model=begun.config.model, sampler="ddim", steps=3)
+    assert submit(None, 0, "ddim", 3).config == plain
 
 
 def test_a_model_with_labels_has_fields_for_them(pictures, tmp_path, shown):
@@ -242,10 +241,11 @@ def test_a_model_with_labels_has_fields_for_them(pictures, tmp_path, shown):
         shutil.copytree(pictures, tmp_path / "data" / name)
     labels = "--diffusion.labels true --diffusion.epochs 1"
     run = train_tiny(tmp_path / "data", tmp_path / "runs", labels)
-    submit = options_tab(sampler_of(run, "--sampler dpm++ --steps 4 --label b --cfg 2"))
+    submit = drawing_tab(opened(run, "--sampler dpm++ --steps 4 --label b --cfg 2"))
     assert shown == [[0, "dpm++", 4, "b", 2.0]]
     drawing = submit(None, 0, "dpm++", 4, "a", 3)
-    assert drawing.denoiser.weight == 3
-    assert drawing.denoiser.model.inputs["label"].tolist() == [0]
+    guided = drawing.models.denoiser
+    assert guided.weight == 3
+    assert guided.model.inputs["label"].tolist() == [0]
     plain = submit(None, 0, "dpm++", 4, "", 3)
-    assert plain.denoiser.inputs == {}
+    assert plain.models.denoiser.inputs == {}

@@ -23,7 +23,7 @@ from functions.evaluation.bits_per_dim import evenly_spaced
 from functions.guidance import GUIDED_LOG_SNR, Guided
 from functions.noise_scheduler import NoiseScheduler
 from functions.sampling import editing
-from functions.sampling.options import SamplerOptions
+from functions.sampling.generation import given
 from functions.saved.loading import load_model
 from functions.saved.run_folder import checkpoints_of
 from functions.training.draws import training_draws
@@ -35,8 +35,9 @@ from tests.conftest import (
     SMALL_MODEL,
     TINY,
     call,
+    changed,
+    drawing_of,
     during,
-    image_sampler_of,
     newest,
     normal,
     only_in,
@@ -206,9 +207,8 @@ def test_guidance_by_the_label_is_the_line_through_both_predictions():
     labelled_net = UNet(**SMALL_MODEL, label_count=2)
     for parameter in labelled_net.parameters():
         parameter.data.add_(0.05 * torch.randn_like(parameter))
-    options = SamplerOptions(label=("b", "a"), cfg=2.5)
-    image_sampler = image_sampler_of(labelled_net, 1000, options)
-    guided = replace(image_sampler, label_names=["b", "a"]).given([0, 1, 2])
+    drawing = drawing_of(labelled_net, 1000, label=("b", "a"), cfg=2.5)
+    guided = given(changed(drawing, {"label_names": ["b", "a"]}), [0, 1, 2]).models.denoiser
     assert isinstance(guided, Guided)
     x_t = normal(0, 3, 3, 16, 16)
     labels = torch.tensor([0, 1, 0])

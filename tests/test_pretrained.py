@@ -3,6 +3,7 @@
 import hashlib
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,8 @@ from data.pixels import to_uint8
 from figures import pretrained
 from figures.saved_model import GUIDE_STEPS, GUIDED, open_saved
 from functions.evaluation.bits_per_dim import evenly_spaced
-from functions.sampling.generation import generate, guide_beside
-from functions.sampling.recipes import read_recipe
+from functions.sampling.generation import generate
+from functions.sampling.settings import read_recipe
 from functions.saved import run_folder
 from functions.saved.checkpoint import load_weights
 from functions.saved.run_folder import PRETRAINED, checkpoints_of, newest_run
@@ -53,7 +54,7 @@ def test_without_a_run_the_box_is_evaluated_and_edited_and_says_so(
         call(script, flags)
         assert TAKEN in capsys.readouterr().out
     assert list(Path("evaluation").glob("faces-bpd-*.json"))
-    assert list(Path("samples").glob("*/variations-0-*.png"))
+    assert list(Path("samples").glob("*/variations-0.png"))
 
 
 def test_only_sampling_works_without_the_photos(pictures, tmp_path, monkeypatch, capsys):
@@ -169,21 +170,21 @@ def test_a_run_is_boxed_with_a_guide_and_a_card(
 def test_the_real_model_is_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert newest_run(Path("runs")) == newest_run(Path("runs"), "ffhq") == PRETRAINED
-    recipe, flags = read_recipe(PRETRAINED)
-    base = recipe.model
-    enlargers = [Path(word.partition("=")[2]) for word in flags["enlarge"]]
-    drawn_by = {path: "sample.py pretrained/people.toml" for path in enlargers}
-    alone = flags | {"guide": [f"--guide={GUIDE_STEPS[base.stem]}"], "enlarge": []}
-    drawn_by[base] = " ".join(word for words in alone.values() for word in words)
+    recipe = read_recipe(PRETRAINED)
+    base = Path(recipe.model)
+    drawn_by = {Path(path): "sample.py pretrained/people.toml" for path in recipe.enlarge}
+    drawn_by[base] = pretrained.flags_of(replace(recipe, guide=None, enlarge=()))
     drawn_by[base.with_name("ffhq-64.safetensors")] = GUIDED
     for model, command in drawn_by.items():
         saved = load_weights(model)
         assert saved.provenance["experiment"] == model.stem
         assert saved.digest[:16] in card_row(model, "source")
-        assert command in card_row(model, "measured on")
+        measured = card_row(model, "measured on")
+        assert command in measured
         files = {"file": model}
         if model.stem in GUIDE_STEPS:
-            files["guide"] = guide_beside(model)
+            files["guide"] = model.with_stem(f"{model.stem}-guide")
+            assert files["guide"].name in measured
             step = load_weights(files["guide"]).provenance["step"]
             assert step == GUIDE_STEPS[model.stem]
         for kind, path in files.items():

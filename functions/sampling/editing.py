@@ -1,7 +1,7 @@
 """Edit images: mix two, vary one, find its noise, inpaint it; and the verbs of edit.py.
 
 An image is noised to t, one of the sampler's timesteps, and denoised (Ho et al. 2020, Section 4.4).
-t = -1 is the image itself. Images are in [-1, 1], on the sampler's device.
+t = -1 is the image itself. Images are in [-1, 1], on the models' device.
 
 Inpainting resamples the masked pixels so that they match the rest (RePaint, Lugmayr et al. 2022,
 arXiv:2201.09865). After each step the known pixels, noised to the new level, replace those outside
@@ -12,8 +12,9 @@ RePaint's jumps back have length 10, for 250 steps.
 All of this happens at the size of the model. What the enlargers then draw is shown.
 """
 
+import itertools
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -29,9 +30,17 @@ from data.decode import fit_image, fit_mask, open_image_file, to_pixels
 from data.pixels import to_model_range, to_uint8
 from functions.enlarging import Keeping, Known
 from functions.samplers import ddim_invert, ddim_sample
-from functions.sampling.generation import ImageSampler, generate, step_bar
+from functions.sampling.generation import (
+    Drawing,
+    denoise,
+    enlarge_images,
+    generate,
+    step_bar,
+    take_steps,
+)
+from functions.sampling.samples_folder import manifest_of, new_samples_folder, open_folder
+from functions.sampling.settings import Use
 from functions.support.errors import UserError
-from functions.support.files import sha256
 from functions.support.pictures import save_grid, save_strip
 
 # A row of a figure has this many mixtures, from the first image to the second.
@@ -40,49 +49,84 @@ MIXTURE_COUNT = 9
 VARIATION_COUNT = 8
 # An inpainting has this many steps, or all if there are fewer, unless --steps says otherwise.
 INPAINTING_STEPS = 50
+# An inversion has this many steps, or all if there are fewer.
+EXACT_STEPS = 200
+# What the verbs use of the settings
+NOISE_OF_INPAINTING = (
+    "inpaint needs --sampler ddpm, or ddim --eta 1, with --temperature 1: others add too little "
+    "noise, or depend on earlier steps, which inpainting undoes"
+)
+INPAINTING = Use(
+    {
+        "sampler": ("ddpm", "ddim"),
+        "steps": (None, ...),
+        "spacing": (None, ...),
+        "eta": (None, 1.0),
+        "variance": (None, ...),
+        "temperature": (1.0,),
+    },
+    INPAINTING_STEPS,
+    NOISE_OF_INPAINTING,
+)
+INVERSION = Use(
+    {
+        "sampler": ("ddim",),
+        "steps": (None, ...),
+        "spacing": (None, ...),
+        "eta": (None, 0.0),
+        "variance": (None,),
+        "temperature": (1.0,),
+        "guide": (None,),
+        "guidance": (None,),
+        "cfg": (None,),
+        "enlarge": ((),),
+        "precision": ("float32",),
+    },
+    EXACT_STEPS,
+    "an inversion is that of ddim with eta 0 in float32, without other models; use --steps and "
+    "--spacing alone",
+)
 # Grey that fills the mask in the picture of the known pixels.
 GREY = 128
+# It returns a free path for a picture of this kind.
+NewPath = Callable[[str], Path]
 
 
-def interpolate_images(
-    image_sampler: ImageSampler, ends: Tensor, t: int, weights: Tensor
-) -> Tensor:
+def interpolate_images(drawing: Drawing, ends: Tensor, t: int, weights: Tensor) -> Tensor:
     """Noise two images to timestep t, interpolate linearly, and denoise: (L, C, H, W) images.
 
     `ends` are (2, C, H, W). `weights`, (L,), are the weights of the second end.
     """
     # An end may have been sampled from the noise of image 0. The purpose makes this noise differ
     # from that of image 0.
-    noise = image_sampler.noise([0], "interpolation")
+    noise = drawing.noise([0], "interpolation")
     # Both ends get the same noise, so the mixture is as noisy as the ends are.
-    first, second = image_sampler.scheduler.q_sample(ends, t, noise())
+    first, second = drawing.scheduler.q_sample(ends, t, noise())
     w = weights.view(-1, 1, 1, 1)
     x_t = (1 - w) * first + w * second
     # The noise of a step is the same for all mixtures, too.
-    return image_sampler.denoise(x_t, t, lambda: noise().expand_as(x_t))
+    return denoise(drawing, x_t, t, lambda: noise().expand_as(x_t))
 
 
-def variations(image_sampler: ImageSampler, x_0: Tensor, t: int, indices: Sequence[int]) -> Tensor:
+def variations(drawing: Drawing, x_0: Tensor, t: int, indices: Sequence[int]) -> Tensor:
     """Noise x_0 (C, H, W) to timestep t with different noise, and denoise: (N, C, H, W) images.
 
     For the same x_0 and t, each variation depends only on the seed and its index.
     """
-    noise = image_sampler.noise(indices, "variation")
-    x_t = image_sampler.scheduler.q_sample(x_0, t, noise())
-    return image_sampler.denoise(x_t, t, noise)
+    noise = drawing.noise(indices, "variation")
+    x_t = drawing.scheduler.q_sample(x_0, t, noise())
+    return denoise(drawing, x_t, t, noise)
 
 
-def interpolate_exactly(
-    image_sampler: ImageSampler, ends: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor]:
+def interpolate_exactly(drawing: Drawing, ends: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Mix the noise of two images, and sample by DDIM: the noise and the images, (L, C, H, W) each.
 
     `ends` are (2, C, H, W), or (1, C, H, W) for an image that is mixed with itself. `weights`,
     (L,), are the weights of the second end.
     """
-    denoiser = image_sampler.denoiser
-    times = image_sampler.times
-    with step_bar(image_sampler, len(ends) + len(weights), True) as bar:
+    denoiser = drawing.models.denoiser
+    times = drawing.times
+    with step_bar(drawing, len(ends) + len(weights), True) as bar:
 
         def on_step(k, t, x, x_0):
             bar.update(len(x))
@@ -91,7 +135,7 @@ def interpolate_exactly(
         noise = slerp(x_T[0], x_T[-1], weights)
         images = [
             ddim_sample(denoiser, batch, times, clip_x_0=False, on_step=on_step)
-            for batch in noise.split(image_sampler.batch_size)
+            for batch in noise.split(drawing.batch_size)
         ]
     return noise, torch.cat(images)
 
@@ -110,22 +154,20 @@ def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
     return mixture / torch.sin(angle)
 
 
-def inpaint(
-    image_sampler: ImageSampler, known: Known, resample: int, indices: Sequence[int]
-) -> Tensor:
+def inpaint(drawing: Drawing, known: Known, resample: int, indices: Sequence[int]) -> Tensor:
     """Inpaint by RePaint's Algorithm 1, with jumps of length 1: each step is done `resample` times.
 
-    The known image is in [-1, 1], on the sampler's device, for its size (C, H, W), and its mask is
-    true where pixels are sampled. Returns one result for each index: (B, C, H, W). The sampler's
-    options are those that `require_full_noise` lets pass.
+    The known image is in [-1, 1], on the models' device, for its size (C, H, W), and its mask is
+    true where pixels are sampled. Returns one result for each index: (B, C, H, W). The
+    settings are those that `require_full_noise` lets pass.
     """
     x_0, mask = known.at_size()
     # Of an image that is larger, pixels at the edge of the mask are known in part.
-    keeping = replace(image_sampler, denoiser=Keeping(image_sampler.denoiser, known))
-    scheduler = image_sampler.scheduler
+    keeping = drawing.with_denoiser(Keeping(drawing.models.denoiser, known))
+    scheduler = drawing.scheduler
     # A step leads from timestep t to s.
-    steps = list(pairwise(image_sampler.times))
-    noise = image_sampler.noise(indices, "inpainting")
+    steps = list(pairwise(drawing.times))
+    noise = drawing.noise(indices, "inpainting")
     x = noise()
     for t, s in tqdm(steps, "inpainting", unit="step"):
         # The last step leads to x_0, and is not repeated.
@@ -134,21 +176,18 @@ def inpaint(
             if repeat > 0:
                 beta = scheduler.step_beta(t, s)
                 x = (1 - beta) ** 0.5 * x + beta**0.5 * noise()
-            unknown = keeping.take_steps(x, [t, s], noise)
+            unknown = take_steps(keeping, x, [t, s], noise)
             # At s = -1, the clean image, this is x_0 itself.
             x = torch.where(mask, unknown, scheduler.q_sample(x_0, s, noise()))
     return x
 
 
-def require_full_noise(image_sampler: ImageSampler) -> None:
-    """Raise UserError for options with which steps add less noise than those of ddpm."""
-    options = image_sampler.options
-    full = options.sampler == "ddpm" or (options.sampler, options.eta) == ("ddim", 1.0)
-    if not full or options.temperature != 1:
-        raise UserError(
-            "inpaint needs --sampler ddpm, or ddim --eta 1, with --temperature 1: others add too "
-            "little noise, or depend on earlier steps, which inpainting undoes"
-        )
+def require_full_noise(drawing: Drawing) -> None:
+    """Raise UserError for settings with which steps add less noise than those of ddpm."""
+    config = drawing.config
+    full = config.sampler == "ddpm" or (config.sampler, config.eta) == ("ddim", 1.0)
+    if not full or config.temperature != 1:
+        raise UserError(NOISE_OF_INPAINTING)
 
 
 def read_with_mask(
@@ -183,63 +222,63 @@ def read_with_mask(
 
 
 def inpaint_image(
-    image_sampler: ImageSampler, image: np.ndarray, mask: np.ndarray, resample: int, count: int
+    drawing: Drawing, image: np.ndarray, mask: np.ndarray, resample: int, count: int
 ) -> np.ndarray:
     """Inpaint a uint8 image (H, W, C) `count` times where the mask, bool (H, W), is true.
 
     H and W are those of enlarged samples. What is known of the image is kept at every size. Returns
     the image, its known pixels on grey, and the results: (2 + count, H, W, C).
     """
-    device = image_sampler.device
+    device = drawing.models.device
     x_0 = to_model_range(image[None])[0].to(device)
     sizes = [Known(x_0, torch.from_numpy(mask).to(device))]
-    for _ in image_sampler.enlargers:
+    for _ in drawing.models.enlargers:
         sizes.insert(0, sizes[0].halved())
     smallest, *larger = sizes
     results = []
-    for indices in batches_of(range(count), image_sampler.batch_size):
-        images = inpaint(image_sampler, smallest, resample, indices)
-        images = image_sampler.enlarge(images, indices, "inpainting details", larger)
+    for indices in batches_of(range(count), drawing.batch_size):
+        images = inpaint(drawing, smallest, resample, indices)
+        images = enlarge_images(drawing, images, indices, "inpainting details", larger)
         results.append(to_uint8(images))
     pixels_left = np.where(mask[..., None], np.uint8(GREY), image)
     return np.concatenate([[image, pixels_left], *results])
 
 
-def save_mixtures(args: Namespace, image_sampler: ImageSampler, folder: Path) -> None:
+def save_mixtures(args: Namespace, drawing: Drawing, new_path: NewPath) -> None:
     """Save a figure of mixtures of two images: a row for each depth, or with --exact of noises."""
     (first, shown_first), (second, shown_second) = (
-        read_image(image_sampler, text) for text in args.images
+        read_image(drawing, text) for text in args.images
     )
     ends = torch.stack([first, second])
-    path = edited_path(args, folder, "interpolation")
-    weights = torch.linspace(0, 1, MIXTURE_COUNT, device=image_sampler.device)
+    path = new_path("interpolation")
+    weights = torch.linspace(0, 1, MIXTURE_COUNT, device=drawing.models.device)
     rows = {}
     if args.exact:
-        _, mixtures = interpolate_exactly(image_sampler, ends, weights)
+        _, mixtures = interpolate_exactly(drawing, ends, weights)
         print_errors(mixtures[[0, -1]] - ends)
-        rows[image_sampler.times[0]] = mixtures
+        rows[drawing.times[0]] = mixtures
     else:
-        for t in tqdm(times_of(image_sampler, args.depths), "interpolation", unit="row"):
-            batches = weights.split(image_sampler.batch_size)
-            rows[t] = torch.cat([mixtures_at(image_sampler, ends, t, batch) for batch in batches])
+        for t in tqdm(times_of(drawing, args.depths), "interpolation", unit="row"):
+            batches = weights.split(drawing.batch_size)
+            rows[t] = torch.cat([mixtures_at(drawing, ends, t, batch) for batch in batches])
     rows = {t: torch.cat([shown_first, row.cpu(), shown_second]) for t, row in rows.items()}
     save_rows(rows, ["A", *(f"{weight:.3g}" for weight in weights), "B"], path)
 
 
-def mixtures_at(image_sampler: ImageSampler, ends: Tensor, t: int, weights: Tensor) -> Tensor:
+def mixtures_at(drawing: Drawing, ends: Tensor, t: int, weights: Tensor) -> Tensor:
     """Return `interpolate_images`, enlarged with the same noise: (L, C, H, W), on the CPU."""
-    images = interpolate_images(image_sampler, ends, t, weights)
-    return image_sampler.enlarge(images, [0], "interpolation details")
+    images = interpolate_images(drawing, ends, t, weights)
+    return enlarge_images(drawing, images, [0], "interpolation details")
 
 
-def save_inversion(args: Namespace, image_sampler: ImageSampler, folder: Path) -> None:
+def save_inversion(args: Namespace, drawing: Drawing, new_path: NewPath) -> None:
     """Save a figure of an image, its noise, and what is sampled from this noise."""
-    x_0 = read_image(image_sampler, args.images[0])[0][None]
-    path = edited_path(args, folder, "inversion")
-    noise, again = interpolate_exactly(image_sampler, x_0, x_0.new_zeros(1))
+    x_0 = read_image(drawing, args.images[0])[0][None]
+    path = new_path("inversion")
+    noise, again = interpolate_exactly(drawing, x_0, x_0.new_zeros(1))
     print_errors(again - x_0)
     row = torch.cat([x_0, noise, again])
-    save_rows({image_sampler.times[0]: row}, ["A", "its noise", "its way back"], path)
+    save_rows({drawing.times[0]: row}, ["A", "its noise", "its way back"], path)
 
 
 def print_errors(differences: Tensor) -> None:
@@ -250,64 +289,73 @@ def print_errors(differences: Tensor) -> None:
         print(f"{name} comes back {127.5 * error:.2f} of 255 levels off (RMS)")
 
 
-def save_variations(args: Namespace, image_sampler: ImageSampler, folder: Path) -> None:
+def save_variations(args: Namespace, drawing: Drawing, new_path: NewPath) -> None:
     """Save a figure of an image and its variations, with a row for each depth."""
-    x_0, shown = read_image(image_sampler, args.images[0])
-    path = edited_path(args, folder, "variations")
+    x_0, shown = read_image(drawing, args.images[0])
+    path = new_path("variations")
     rows = {}
-    for t in tqdm(times_of(image_sampler, args.depths), "variations", unit="row"):
+    for t in tqdm(times_of(drawing, args.depths), "variations", unit="row"):
         results = []
-        for indices in batches_of(range(VARIATION_COUNT), image_sampler.batch_size):
-            images = variations(image_sampler, x_0, t, indices)
-            results.append(image_sampler.enlarge(images, indices, "variation details"))
+        for indices in batches_of(range(VARIATION_COUNT), drawing.batch_size):
+            images = variations(drawing, x_0, t, indices)
+            results.append(enlarge_images(drawing, images, indices, "variation details"))
         rows[t] = torch.cat([shown, *results])
     save_rows(rows, ["A", *map(str, range(VARIATION_COUNT))], path)
 
 
-def times_of(image_sampler: ImageSampler, depths: list[float]) -> list[int]:
+def times_of(drawing: Drawing, depths: list[float]) -> list[int]:
     """Return the sampler's timesteps nearest to these depths, each once."""
-    return list(dict.fromkeys(map(image_sampler.time_at, depths)))
+    return list(dict.fromkeys(map(drawing.time_at, depths)))
 
 
-def save_inpaintings(args: Namespace, image_sampler: ImageSampler, folder: Path) -> None:
+def save_inpaintings(args: Namespace, drawing: Drawing, new_path: NewPath) -> None:
     """Save a grid of an image, its known pixels, and its inpaintings."""
-    require_full_noise(image_sampler)
-    shape = image_sampler.enlarged_shape()
+    require_full_noise(drawing)
+    shape = drawing.models.enlarged_shape()
     image, mask = read_with_mask(args.images[0], args.mask, shape)
-    path = edited_path(args, folder, "inpainting")
-    pictures = inpaint_image(image_sampler, image, mask, args.resample, args.n)
+    path = new_path("inpainting")
+    pictures = inpaint_image(drawing, image, mask, args.resample, args.n)
     save_grid(pictures, path, columns=min(len(pictures), 8))
     print(f"wrote {path}")
 
 
-def read_image(image_sampler: ImageSampler, text: str) -> tuple[Tensor, Tensor]:
+def read_image(drawing: Drawing, text: str) -> tuple[Tensor, Tensor]:
     """Return the image that the command line names, at the model's size and as it is shown.
 
-    The first is (C, H, W) in [-1, 1], on the sampler's device, and the second is (1, C, H, W) on
+    The first is (C, H, W) in [-1, 1], on the models' device, and the second is (1, C, H, W) on
     the CPU, enlarged. `text` is the index of an image of the seed, which is sampled as sample.py
     does, or an image file. Raises UserError for an unreadable file.
     """
     if text.isdecimal():
         indices = [int(text)]
         purpose = "details"
-        small = generate(replace(image_sampler, enlargers=()), indices)
+        alone = replace(drawing, models=replace(drawing.models, enlargers=()))
+        small = generate(alone, indices)
     else:
         hint = "; give an image file, or the index (0, 1, ...) of an image that the seed generates"
-        pixels = fit_image(open_image_file(text, hint), image_sampler.shape)
+        pixels = fit_image(open_image_file(text, hint), drawing.models.shape)
         indices = [0]
         purpose = "file details"
         small = to_model_range(pixels[None])
-    small = small.to(image_sampler.device)
-    return small[0], image_sampler.enlarge(small, indices, purpose)
+    small = small.to(drawing.models.device)
+    return small[0], enlarge_images(drawing, small, indices, purpose)
 
 
-def edited_path(args: Namespace, folder: Path, kind: str) -> Path:
-    """Create the folder, and return the picture's path, which only the same command overwrites."""
-    folder.mkdir(parents=True, exist_ok=True)
+def edited_path(args: Namespace, drawing: Drawing, kind: str) -> Path:
+    """Return a free path for a picture of the images, in --out or in a new folder with a manifest.
+
+    The drawing is as it was opened.
+    """
+    folder = args.out
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+    else:
+        folder = new_samples_folder(args.checkpoint, drawing.models.saved)
+        open_folder(folder, manifest_of(drawing))
     # A file name has at most 255 bytes, and a letter up to four.
-    stems = [Path(text).stem[:25] for text in args.images]
-    digest = sha256(ascii(sorted(vars(args).items())))
-    return folder / f"{'-'.join([kind, *stems, digest[:8]])}.png"
+    name = "-".join([kind, *(Path(text).stem[:25] for text in args.images)])
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(path for name in names if not (path := folder / f"{name}.png").exists())
 
 
 def save_rows(rows: dict[int, Tensor], titles: list[str], path: Path) -> None:
@@ -325,3 +373,10 @@ VERBS = {
     "vary": save_variations,
     "inpaint": save_inpaintings,
 }
+
+
+def use_of(verb: str, exact: bool = False) -> Use:
+    """Return what a verb can use of the settings; `exact` is that flag of interpolate."""
+    if verb == "invert" or exact:
+        return INVERSION
+    return INPAINTING if verb == "inpaint" else Use()

@@ -2,12 +2,12 @@
 
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 from data.pixels import to_uint8
-from functions.sampling.generation import ImageSampler, generate
-from functions.sampling.options import SamplerOptions
+from functions.sampling.generation import Drawing, generate
+from functions.sampling.models import Models
+from functions.sampling.settings import DrawingConfig
 from functions.saved.checkpoint import SavedModel, write_tensors
 from functions.saved.diffusers_folder import write_folder
 from functions.support.errors import UserError
@@ -18,13 +18,15 @@ from functions.support.pictures import save_grid
 SAMPLE_COUNT = 16
 
 
-def export(image_sampler: ImageSampler, path: Path) -> None:
+def export(models: Models, seed: int, path: Path) -> None:
     """Write a .safetensors file, which sample.py reads, or a folder, which diffusers loads.
+
+    The model card of a folder shows samples of the seed.
 
     Raises UserError for a path that exists or has another extension, and CheckpointError as
     `write_folder` does.
     """
-    saved = image_sampler.saved
+    saved = models.saved
     if path.exists():
         raise UserError(f"{path} exists, and --export does not overwrite")
     if path.suffix == ".safetensors":
@@ -42,12 +44,12 @@ def export(image_sampler: ImageSampler, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write_folder(saved, temporary)
-        steps = min(20, image_sampler.scheduler.timesteps)
-        options = SamplerOptions("dpm++", steps, clip_x_0=image_sampler.options.clip_x_0)
-        sampler = replace(image_sampler, options=options)
-        images = generate(sampler, range(SAMPLE_COUNT), progress=True)
+        steps = min(20, saved.scheduler.timesteps)
+        config = DrawingConfig(model=str(saved.path), sampler="dpm++", steps=steps)
+        drawing = Drawing(models, config, seed)
+        images = generate(drawing, range(SAMPLE_COUNT), progress=True)
         save_grid(to_uint8(images), temporary / "samples.png")
-        caption = f"The first {SAMPLE_COUNT} images of seed {sampler.seed}: {sampler.options}."
+        caption = f"The first {SAMPLE_COUNT} images: {drawing}."
         write_text(temporary / "README.md", model_card(saved, path.name, caption))
         temporary.rename(path)
     finally:

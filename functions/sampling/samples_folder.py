@@ -12,18 +12,19 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from data.pixels import to_uint8
-from functions.sampling.generation import ImageSampler, generate
-from functions.saved.run_folder import results_folder
+from functions.sampling.generation import Drawing, generate
+from functions.saved.checkpoint import SavedModel
+from functions.saved.run_folder import is_recipe, new_folder, results_folder
 from functions.support import processes
 from functions.support.errors import UserError, short
-from functions.support.files import read_json, sha256, write_text
+from functions.support.files import read_json, write_text
 from functions.support.pictures import save_strip
 from functions.timesteps import FIRST_LOG_SNR
 
@@ -31,8 +32,8 @@ MANIFEST = "samples.json"
 # These show several images. The manifest's SHOWN has their indices, or None without pictures.
 PICTURES = ("grid.png", "strip.png", "progressive.png", "denoising.gif")
 SHOWN = "grid"
-# The most characters in the name of a default folder.
-NAME_LENGTH = 70
+# What is in a manifest if nothing else is said.
+DEFAULTS = {"temperature": 1.0}
 # About this many steps are recorded for the figures. An animation shows all of them.
 RECORDED_STEPS = 40
 # A figure of the denoising has at most this many columns and rows.
@@ -47,35 +48,32 @@ def image_path(folder: Path, i: int) -> Path:
     return folder / f"{i:05d}.png"
 
 
-def drawing_settings(image_sampler: ImageSampler) -> dict[str, str | int | float]:
-    """Return all that determines the pixels of all samples in a folder, for its manifest."""
-    saved = image_sampler.saved
-    settings = image_sampler.options.settings
-    if settings["spacing"] == "logsnr":
-        settings["first_log_snr"] = FIRST_LOG_SNR
-    return {
+def manifest_of(drawing: Drawing) -> dict[str, Any]:
+    """Return all that determines the pixels of all samples in a folder."""
+    saved = drawing.models.saved
+    manifest = {
         "experiment": saved.provenance["experiment"],
         "checkpoint": saved.digest,
         "weights": saved.kind,
         # evaluate.py compares the images with the training images of this split.
         "split": saved.config["diffusion"].get("split", "reference"),
-        "seed": image_sampler.seed,
-        "precision": image_sampler.precision,
-        **settings,
-        # Without --steps, the options say "all".
-        "steps": image_sampler.step_count,
+        **drawing.settings,
     }
+    if manifest["spacing"] == "logsnr":
+        manifest["first_log_snr"] = FIRST_LOG_SNR
+    return manifest
 
 
-def samples_folder(image_sampler: ImageSampler, shown: list[int] | None = None) -> Path:
-    """Return the default folder for samples, whose name has a hash of all settings and `shown`."""
-    saved = image_sampler.saved
-    digest = sha256(json.dumps([drawing_settings(image_sampler), shown], sort_keys=True))
-    ending = f"-{digest[:8]}-seed{image_sampler.seed}"
-    if shown and shown == [*range(len(shown))]:
-        ending += f"-n{len(shown)}"
-    name = saved.name[: NAME_LENGTH - len(ending)] + ending
-    return processes.on_main(results_folder, saved, "samples") / name
+def new_samples_folder(run: Path, saved: SavedModel) -> Path:
+    """Make the default folder for samples by RUN, whose name is the time, and return its path.
+
+    It is in the run, or next to an exported file; that of a recipe is in the working directory.
+    """
+    if is_recipe(run):
+        return processes.on_main(new_folder, Path("samples"), run.stem)
+    is_of_run = saved.path.parent.name in ("checkpoints", "snapshots")
+    folder = results_folder(saved, "samples")
+    return processes.on_main(new_folder, folder, "" if is_of_run else saved.name)
 
 
 def image_indices(folder: Path) -> set[int]:
@@ -103,7 +101,8 @@ def open_folder(folder: Path, settings: dict, shown: list[int] | None = None) ->
         changes = [
             f"{name} was {short(earlier.get(name))}, is now {short(manifest.get(name))}"
             for name in manifest | earlier
-            if earlier.get(name) != manifest.get(name)
+            # An earlier version may not have had this setting.
+            if earlier.get(name, DEFAULTS.get(name)) != manifest.get(name)
             # Only pictures have this.
             and not (name == SHOWN and earlier.get(name) is None)
         ]
@@ -116,21 +115,19 @@ def open_folder(folder: Path, settings: dict, shown: list[int] | None = None) ->
         write_text(folder / MANIFEST, json.dumps(manifest, indent=2))
 
 
-def generate_frames(
-    image_sampler: ImageSampler, indices: Sequence[int]
-) -> tuple[Tensor, Frames, Frames]:
+def generate_frames(drawing: Drawing, indices: Sequence[int]) -> tuple[Tensor, Frames, Frames]:
     """Sample the images with these indices, and record about RECORDED_STEPS evenly spaced steps.
 
     Returns the images (N, C, H, W) in [-1, 1], and each enlarger doubles H and W; the noise and
     the states; the estimates of x_0.
     """
-    count = image_sampler.step_count
+    count = drawing.step_count
     stride = math.ceil(count / RECORDED_STEPS)
     states = defaultdict(list)
     estimates = defaultdict(list)
     # Each image begins as noise, which depends only on the seed and the image's index.
-    x_T = image_sampler.noise(indices)()
-    states[image_sampler.scheduler.timesteps].append(to_uint8(x_T))
+    x_T = drawing.noise(indices)()
+    states[drawing.scheduler.timesteps].append(to_uint8(x_T))
 
     def on_step(k, t, x, x_0):
         # The last step is always recorded. The state after it is the image.
@@ -138,11 +135,11 @@ def generate_frames(
         if k % stride == 0 or is_last:
             estimates[t + 1].append(to_uint8(x_0))
         if (k + 1) % stride == 0 or is_last:
-            t_after = image_sampler.times[k + 1]
+            t_after = drawing.times[k + 1]
             states[t_after + 1].append(to_uint8(x))
 
     # Each batch of images calls `on_step` for all steps.
-    images = generate(replace(image_sampler, on_step=on_step), indices, progress=True)
+    images = generate(drawing, indices, progress=True, on_step=on_step)
     states, estimates = (
         {t: np.concatenate(parts) for t, parts in frames.items()} for frames in (states, estimates)
     )

@@ -39,14 +39,21 @@ TRAINING_LEFTOVERS = (".*.tmp", "*/.*.tmp", "*/.tmp*")
 PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained" / "people.toml"
 
 
-def new_folder(runs: Path, name: str) -> Path:
-    """Make the folder of a new run."""
+def new_folder(parent: Path, name: str = "") -> Path:
+    """Make a folder NAME-<time>, of a new run or of samples; without a name its name is the time.
+
+    Raises UserError for a parent that leads over a link to what is not there.
+    """
+    for place in (parent, *parent.parents):
+        if place.is_symlink() and not place.exists():
+            raise UserError(f"{place} is a link to {place.readlink()}, which is not there")
+    parent.mkdir(parents=True, exist_ok=True)
     while True:
+        folder = parent / (f"{name}-{timestamp()}" if name else timestamp())
         with suppress(FileExistsError):
-            folder = runs / f"{name}-{timestamp()}"
-            folder.mkdir(parents=True)
+            folder.mkdir()
             return folder
-        # Another run has started within the same second.
+        # Another one was made within the same second.
         time.sleep(0.2)
 
 
@@ -148,7 +155,7 @@ def newest_run(runs: Path, prefix: str = "") -> Path:
 
 
 def is_recipe(path: Path) -> bool:
-    """Return whether a path is that of a recipe (functions/sampling/recipes.py)."""
+    """Return whether a path is that of a recipe (functions/sampling/settings.py)."""
     return path.suffix == ".toml"
 
 
@@ -157,11 +164,9 @@ def results_folder(saved: SavedModel, kind: str) -> Path:
 
     Those of the models that come with the repository go into the working directory.
     """
-    if saved.path.parent.resolve() == PRETRAINED.parent:
+    # Nothing is written to a diffusers folder, either.
+    if saved.path.is_dir() or saved.path.parent.resolve() == PRETRAINED.parent:
         return Path(kind)
-    # Nothing is written to a diffusers folder, so the results of its model go into a new folder.
-    if saved.path.is_dir():
-        return Path("samples") / f"{saved.name}-{timestamp()}"
     folder = saved.path.parent
     if folder.name in ("checkpoints", "snapshots"):
         folder = folder.parent

@@ -1,7 +1,7 @@
 """Make flags from dataclasses, and print errors in one line, for all scripts."""
 
+import csv
 import inspect
-import math
 import os
 import re
 import sys
@@ -14,11 +14,12 @@ from argparse import (
     RawDescriptionHelpFormatter,
 )
 from collections.abc import Callable
-from dataclasses import MISSING, fields
-from typing import NoReturn
+from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import partial
+from typing import Any, NoReturn
 
 from functions.support.errors import UserError, short
-from functions.support.settings import ConfigError
+from functions.support.settings import TYPE_DESCRIPTIONS, ConfigError, checked, type_of
 
 # argparse ends with this exit status, too.
 EXIT_BAD_INPUT = 2
@@ -81,46 +82,62 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError)
 
 
-def add_config_flags(parser: ArgumentParser, prefix: str, config_class: type) -> None:
-    """Add one flag for each field of a dataclass: `batch_size` becomes `--PREFIX.batch-size N`.
+def add_config_flags(
+    parser: ArgumentParser, config_class: type, title: str, prefix: str = ""
+) -> None:
+    """Add one flag for each field of a dataclass: `batch_size` becomes `--PREFIXbatch-size N`.
 
-    A flag's help is the comment above the field, with the field's choices and its default.
+    A flag's help is the comment above the field, with the field's choices and its default. A flag
+    that is not given has no entry in the parsed arguments.
     """
-    group = parser.add_argument_group(
-        f"override any field of {config_class.__name__} for this run; "
-        "a default applies if the experiment in config.py does not set the field"
-    )
+    group = parser.add_argument_group(title)
     comments = field_comments(config_class)
     for field in fields(config_class):
-        if "no_flag" in field.metadata:
+        marks = field.metadata
+        if "no_flag" in marks:
             continue
-        parse, metavar = FLAG_TYPES[field.type]
-        choices = field.metadata.get("choices", [metavar])
+        parse, metavar = FLAG_TYPES[type_of(field)]
         sentences = comments.get(field.name, "")
-        if field.default is not MISSING:
+        if "details" in marks:
+            sentences += f" {marks['details']()}"
+        if field.default not in (MISSING, None, ()):
             sentences += f" Default: {field.default}."
+        repeated = "repeated" in marks
         group.add_argument(
-            f"--{prefix}.{field.name.replace('_', '-')}",
-            dest=f"{prefix}.{field.name}",
-            type=parse,
-            metavar="|".join(map(str, choices)),
-            # A flag that is not given has no entry in the parsed arguments.
+            f"--{prefix}{field.name.replace('_', '-')}",
+            dest=f"{prefix}{field.name}",
+            action="append" if repeated else "store",
+            type=str if repeated else partial(parse_flag, field, parse),
+            metavar=marks.get("metavar") or "|".join(map(str, marks.get("choices", [metavar]))),
             default=SUPPRESS,
             # argparse treats a single % as the start of a placeholder.
             help=sentences.replace("%", "%%"),
         )
 
 
+def parse_flag(field: Field, parse: Callable[[str], Any], text: str) -> Any:
+    """Parse the value of a field's flag, and check it."""
+    try:
+        return checked(None, field, parse(text))
+    except ConfigError as error:
+        raise ArgumentTypeError(str(error)) from error
+    except ValueError as error:
+        requirement = TYPE_DESCRIPTIONS[type_of(field)]
+        raise ArgumentTypeError(f"{text!r} is not {requirement}") from error
+
+
 def field_comments(config_class: type) -> dict[str, str]:
     """Return the comment directly above each field of a dataclass, by the field's name."""
-    source = inspect.getsource(config_class)
+    source = "".join(inspect.getsource(each) for each in config_class.__mro__ if is_dataclass(each))
     matches = re.findall(r"^((?:    # .*\n)+)    (\w+): ", source, flags=re.MULTILINE)
     return {name: " ".join(comment.replace("#", "").split()) for comment, name in matches}
 
 
-def given_fields(args: Namespace) -> dict:
-    """Return the values of the fields whose flags were given, by field name."""
-    return {flag.partition(".")[2]: value for flag, value in vars(args).items() if "." in flag}
+def given_fields(args: Namespace, *config_classes: type) -> dict:
+    """Return the values of the fields of these dataclasses whose flags were given, by name."""
+    names = {field.name for each in config_classes for field in fields(each)}
+    given = {flag.rpartition(".")[2]: value for flag, value in vars(args).items()}
+    return {name: value for name, value in given.items() if name in names}
 
 
 def boolean(text: str) -> bool:
@@ -151,11 +168,18 @@ def fraction(text: str) -> float:
     return float(text)
 
 
-def finite(text: str) -> float:
-    """Parse a number that is neither infinite nor nan."""
-    if not math.isfinite(float(text)):
-        raise ArgumentTypeError(f"{text!r} is not a finite number")
-    return float(text)
+def number_or_text(text: str) -> int | str:
+    """Parse an integer, or take another text as it is."""
+    return int(text) if text.isdecimal() else text
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Parse names with commas between them, and quotes where names have commas."""
+    try:
+        [row] = csv.reader([text], skipinitialspace=True)
+    except (csv.Error, ValueError) as error:
+        raise ArgumentTypeError(f"{text!r} is not a list of names such as a,b") from error
+    return tuple(row) or ("",)
 
 
 # A field's type decides how its flag is parsed, and which placeholder the help shows for its value.
@@ -164,5 +188,7 @@ FLAG_TYPES = {
     float: (float, "X"),
     str: (str, "TEXT"),
     bool: (boolean, "true|false"),
+    int | str: (number_or_text, "N|TEXT"),
     tuple[int, ...]: (integers, "N,N,..."),
+    tuple[str, ...]: (names, "NAME,NAME,..."),
 }

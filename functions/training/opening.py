@@ -13,6 +13,7 @@ from config import (
     ConfigError,
     DiffusionConfig,
     Experiment,
+    ModelConfig,
     OwnNetwork,
     build_network,
     input_names,
@@ -49,7 +50,7 @@ def open_run(args: Namespace) -> Iterator[TrainingRun]:
 
 def new_run(name: str, args: Namespace, device: torch.device) -> TrainingRun:
     """Return a new run, which begins with random weights or with those of --init."""
-    given = given_fields(args)
+    given = given_fields(args, DiffusionConfig, ModelConfig)
     experiment = EXPERIMENTS[name]
     if args.init:
         initial, _ = open_model(args.init, torch.device("cpu"))
@@ -146,7 +147,7 @@ def resume_run(folder: Path, args: Namespace, device: torch.device) -> TrainingR
     if isinstance(saved.model, OwnNetwork):
         # It is refused here, because its images have no name that could be found, either.
         build_network(saved.model)
-    experiment = saved.override(**given_fields(args))
+    experiment = saved.override(**given_fields(args, DiffusionConfig, ModelConfig))
     # `TrainingRun` checks this, too, but images of another size would be prepared before.
     saved.check_resumption(experiment)
     return make_run(name, experiment, folder.parent, device, checkpoint)

@@ -12,8 +12,9 @@ from tqdm import tqdm
 from config import OwnNetwork
 from data.pixels import to_uint8
 from functions.losses import eps_errors
-from functions.sampling.generation import ImageSampler, generate
-from functions.sampling.options import SamplerOptions
+from functions.sampling.generation import Drawing, generate
+from functions.sampling.models import Models
+from functions.sampling.settings import DrawingConfig
 from functions.saved.run_folder import delete_old, last_checkpoint, locked, new_folder, path_of
 from functions.support import processes
 from functions.support.device import warn_if_busy
@@ -207,18 +208,21 @@ class Recorder:
         _, inputs = run.feeder.gather(run.split.val_indices[: config.grid_images])
         inputs.pop("label", None)
         steps = min(config.grid_steps, config.timesteps_diff)
-        sampler = ImageSampler(
+        models = Models(
             run.sample_denoiser,
-            SamplerOptions(config.grid_sampler, steps, label=label_names),
             run.experiment.model.image_shape,
-            config.seed,
             run.device,
-            config.batch_size,
             label_names=label_names,
             inputs=inputs,
         )
-
+        settings = DrawingConfig(
+            model=run.name,
+            sampler=config.grid_sampler,
+            steps=steps,
+            label=label_names,
+            batch_size=config.batch_size,
+        )
         with run.sample_denoiser.evaluating():
-            samples = generate(sampler, range(config.grid_images))
+            samples = generate(Drawing(models, settings, config.seed), range(config.grid_images))
         grid = save_grid(to_uint8(samples), path_of(run.folder, "samples", run.step))
         self.metrics.show(grid, run.step)

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from functions.guidance import Guided
 from functions.noise_scheduler import NoiseScheduler
-from tests.conftest import image_sampler_of, normal, small_unet
+from tests.conftest import drawing_of, normal, small_unet
 from tests.functions.known_denoisers import IMAGES, Exact, ideal
 from tests.functions.test_samplers import all_samplers
 
@@ -56,7 +56,7 @@ def test_the_guided_x_0_is_on_the_line_through_both(w, schedule):
 @all_samplers
 def test_what_changes_nothing_changes_no_bit(network, row, clip):
     """A weight of 1 and a guide that is the model do nothing."""
-    plain = image_sampler_of(network, 1000).denoiser
+    plain = drawing_of(network, 1000).models.denoiser
     draws = normal(0, 6, 2, 3, 16, 16)
 
     def sampled(denoiser):

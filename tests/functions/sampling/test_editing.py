@@ -6,7 +6,6 @@ Gaussian pixels, for which the ideal network is known, too.
 
 import json
 import re
-from dataclasses import replace
 from itertools import pairwise
 from unittest.mock import Mock
 
@@ -19,7 +18,6 @@ from torch.testing import assert_close
 import edit
 import sample
 from data.decode import fit_image, open_image_file
-from functions.denoiser import Denoiser
 from functions.enlarging import Known
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import ddpm_sample
@@ -31,13 +29,11 @@ from functions.sampling.editing import (
     read_with_mask,
     variations,
 )
-from functions.sampling.generation import ImageSampler
-from functions.sampling.options import SamplerOptions
 from functions.timesteps import sampling_times
 from tests.conftest import (
-    CPU,
     call,
-    image_sampler_of,
+    changed,
+    drawing_of,
     normal,
     refused,
     samples_of,
@@ -113,10 +109,9 @@ def chain(steps, resample):
 def test_samples_have_the_mean_and_covariance_of_the_chain():
     """They agree within 4 standard errors of 20,000 samples."""
     N = 20_000
-    options = SamplerOptions("ddpm", steps=10, clip_x_0=False)
-    denoiser = Denoiser(Ideal(), SCHEDULER)
-    sampler = ImageSampler(denoiser, options, tuple(IMAGE.shape), 0, CPU)
-    answers = inpaint(sampler, Known(IMAGE, ANEW), 4, range(N // CHANNELS)).flatten(0, 1)
+    models = {"shape": tuple(IMAGE.shape), "clip_x_0": False}
+    drawing = changed(drawing_of(Ideal(), 1000, steps=10), models)
+    answers = inpaint(drawing, Known(IMAGE, ANEW), 4, range(N // CHANNELS)).flatten(0, 1)
     assert torch.equal(answers[:, 0], IMAGE[0, 0].expand(N, 2))
 
     new = answers[:, 1].double()
@@ -237,16 +232,16 @@ def test_between_two_images_the_ends_are_what_comes_back_of_each(network):
 
     The end is noised with the shared noise, and sampled from there with the noise that follows it.
     """
-    image_sampler = image_sampler_of(network, options=SamplerOptions(steps=10), seed=5)
-    scheduler = image_sampler.scheduler
-    ends = image_sampler.noise([0, 1])().clamp(-1, 1)
-    row = interpolate_images(image_sampler, ends, 49, WEIGHTS)
+    drawing = drawing_of(network, seed=5, steps=10)
+    scheduler = drawing.scheduler
+    ends = drawing.noise([0, 1])().clamp(-1, 1)
+    row = interpolate_images(drawing, ends, 49, WEIGHTS)
     for end, interpolated in zip(ends, row[[0, 2]], strict=True):
-        noise = image_sampler.noise([0], "interpolation")
+        noise = drawing.noise([0], "interpolation")
         x_t = scheduler.q_sample(end[None], torch.tensor([49]), noise())
         times = [49, 39, 29, 19, 9, -1]
         draws = [noise() for _ in times]
-        by_hand = ddpm_sample(image_sampler.denoiser, x_t, times, step_noise=draws.__getitem__)
+        by_hand = ddpm_sample(drawing.models.denoiser, x_t, times, step_noise=draws.__getitem__)
         assert_close(interpolated, by_hand[0], rtol=1e-3, atol=1e-3)
 
 
@@ -258,36 +253,36 @@ def test_mixtures_of_the_noise_of_two_images_are_mixtures_of_the_images():
     equal length, are mixed by cosine and sine.
     """
     network = white(0.5, NoiseScheduler(1000)).network
-    image_sampler = image_sampler_of(network, 1000)
-    x = image_sampler.noise([0])() / 2
+    drawing = drawing_of(network, 1000)
+    x = drawing.noise([0])() / 2
     ends = torch.cat([x, x.flip(3) * torch.tensor([1.0, -1.0]).repeat(8)])
     angles = WEIGHTS * torch.pi / 2
     expected = torch.einsum("ke,echw->kchw", torch.stack([angles.cos(), angles.sin()], 1), ends)
 
-    image_sampler = replace(image_sampler, batch_size=2)
-    noise, mixtures = interpolate_exactly(image_sampler, ends, WEIGHTS)
-    alpha_bar = image_sampler.scheduler.alpha_bar(999)
+    drawing = changed(drawing, batch_size=2)
+    noise, mixtures = interpolate_exactly(drawing, ends, WEIGHTS)
+    alpha_bar = drawing.scheduler.alpha_bar(999)
     growth = 2 * (1 - 0.75 * alpha_bar) ** 0.5
     assert_close(noise, growth * expected, rtol=0.01, atol=0.01)
     assert_close(mixtures, expected, rtol=0.01, atol=0.01)
 
     # An image that is mixed with itself is inverted alone.
-    alone = interpolate_exactly(image_sampler, ends[:1], WEIGHTS[:1])
+    alone = interpolate_exactly(drawing, ends[:1], WEIGHTS[:1])
     assert_close(torch.cat(alone), torch.stack([noise[0], mixtures[0]]))
 
 
 def test_variations_differ_more_the_deeper_they_come_from():
     """The network is the ideal one for pixels from N(0, 0.5^2), so it returns draws of these."""
-    image_sampler = image_sampler_of(white(0.5, NoiseScheduler(100)).network)
+    drawing = drawing_of(white(0.5, NoiseScheduler(100)).network)
     x_0 = 0.5 * normal(1, 3, 16, 16).clamp(-1.9, 1.9)
-    near, middle, far = (variations(image_sampler, x_0, t, range(6)) for t in (4, 29, 99))
+    near, middle, far = (variations(drawing, x_0, t, range(6)) for t in (4, 29, 99))
     assert (near - x_0).std() < (middle - x_0).std() < (far - x_0).std()
 
     # From pure noise nothing of the image is left: the variances of independent draws add up.
     assert_close((far - x_0).var(), x_0.var() + far.var(), rtol=0.1, atol=0)
 
     # A variation depends on its number alone.
-    assert_close(variations(image_sampler, x_0, 99, [4, 1]), far[[4, 1]])
+    assert_close(variations(drawing, x_0, 99, [4, 1]), far[[4, 1]])
 
 
 def test_the_script_interpolates_between_images_of_the_seed(tiny_run, tmp_path, saved):
@@ -300,7 +295,7 @@ def test_the_script_interpolates_between_images_of_the_seed(tiny_run, tmp_path, 
     flags = "--steps 5 --batch-size 4 --depths 0,0.2,0.295,1 --out"
     call(edit, "interpolate 1 3", tiny_run, flags, tmp_path)
     columns, path, rows = saved.call_args.args
-    assert path.name.startswith("interpolation-1-3-")
+    assert path.name == "interpolation-1-3.png"
     assert [*columns] == ["A", *(f"{i / 8:.3g}" for i in range(9)), "B"]
     columns = [*columns.values()]
     # The sampler's 5 steps visit 0, 20, 40, 60, 80 and 100.
@@ -343,12 +338,12 @@ def test_the_script_says_by_how_much_images_come_back_changed(
 
 
 def test_the_script_varies_a_file_and_overwrites_no_other_picture(tiny_run, tmp_path, saved):
-    """The file's name is the index of the image of the seed. The last command is the third."""
+    """The file's name is the index of the image of the seed."""
+    saved.side_effect = lambda columns, path, rows: path.touch()
     file = tmp_path / "3.png"
     Image.new("RGB", (20, 20), (200, 0, 0)).save(file)
     flags = ["--depths 0 --steps 2 --out", tmp_path]
-    for source, seed in ((3, 0), (file, 1), (file, 0), (file, 0)):
-        call(edit, "vary", source, tiny_run, *flags, "--seed", seed)
-    paths = [call.args[1] for call in saved.call_args_list]
-    assert len({*paths}) == 3
-    assert paths[2] == paths[3]
+    for source in (3, file, file):
+        call(edit, "vary", source, tiny_run, *flags)
+    names = {path.name for path in tmp_path.glob("variations*")}
+    assert names == {"variations-3.png", "variations-3-2.png", "variations-3-3.png"}

@@ -10,18 +10,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.testing import assert_close
-from tqdm import tqdm
 
 import sample
 from functions.enlarging import Known, enlarge, enlarging_times
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import dpm_solver_sample
-from functions.sampling.generation import Enlarger, enlarged
-from functions.sampling.options import SamplerOptions
+from functions.sampling.generation import enlarge_images, generate
+from functions.sampling.models import Enlarger, enlarged
 from functions.saved.checkpoint import load_weights
 from functions.saved.run_folder import checkpoints_of
 from functions.support.random_numbers import image_noise
-from tests.conftest import CPU, call, image_sampler_of, normal, refused, samples_of
+from tests.conftest import CPU, call, changed, drawing_of, normal, refused, samples_of
 from tests.functions.known_denoisers import mean_and_variance, white
 
 FEW = "--sampler dpm++ --steps 3 --n 3 --device cpu"
@@ -122,10 +121,10 @@ def test_pictures_whose_noise_is_not_that_of_twice_their_size_are_refused(shape)
 
 def test_a_model_that_does_not_clip_enlarges_without_clipping():
     bright = torch.full((1, 3, 8, 8), 1.5)
-    sampler = replace(image_sampler_of(None), denoiser=WHITE, shape=(3, 8, 8))
+    drawing = changed(drawing_of(None), {"denoiser": WHITE, "shape": (3, 8, 8)})
     for clip in (True, False):
         enlarger = Enlarger(WHITE, clip_x_0=clip)
-        large = replace(sampler, enlargers=(enlarger,)).enlarge(bright, [0])
+        large = enlarge_images(changed(drawing, {"enlargers": (enlarger,)}), bright, [0])
         assert (large.max() <= 1) == clip
         if not clip:
             assert_close(shrunk(large), bright, atol=1e-3, rtol=0)
@@ -141,17 +140,18 @@ def test_steps_begin_at_one_log_snr_whatever_the_schedule():
 
 
 def test_enlargements_depend_on_the_seed_and_the_index_alone(network):
-    small = image_sampler_of(network, options=SamplerOptions("dpm++", 2), seed=7)
+    small = drawing_of(network, seed=7, sampler="dpm++", steps=2)
     # All small images are nearly grey, so only the details' noise makes a difference.
-    small = replace(small, denoiser=white(1e-3, COSINE), enlargers=(Enlarger(WHITE),) * 2)
+    models = {"denoiser": white(1e-3, COSINE), "enlargers": (Enlarger(WHITE),) * 2}
+    small = changed(small, models)
     together, alone, other = (
-        sampler.sample(indices, tqdm(disable=True))
-        for sampler, indices in ((small, [0, 1, 2]), (small, [2]), (replace(small, seed=8), [2]))
+        generate(drawing, indices)
+        for drawing, indices in ((small, [0, 1, 2]), (small, [2]), (replace(small, seed=8), [2]))
     )
     assert_close(together[2:], alone, atol=1e-3, rtol=0)
     # The temperature is that of the small images alone.
-    cold = replace(small, options=SamplerOptions("dpm++", 2, temperature=0.0))
-    assert_close(cold.sample([2], tqdm(disable=True)), alone, atol=0.02, rtol=0)
+    cold = changed(small, temperature=0.0)
+    assert_close(generate(cold, [2]), alone, atol=0.02, rtol=0)
     assert (alone - other).abs().mean() > 0.02
     assert (together[0] - together[1]).abs().mean() > 0.02
     assert (shrunk(alone) - shrunk(other)).abs().mean() > 0.02
@@ -173,12 +173,11 @@ def test_samples_shrink_to_the_small_ones_and_the_manifest_says_what_enlarged_th
     assert (large_images - F.interpolate(small, scale_factor=2)).abs().mean() > 1
 
     digest = load_weights(checkpoints_of(large_run)[-1]).digest[:16]
-    assert json.loads((folder / "samples.json").read_text())["enlargers"] == digest
-    assert SamplerOptions(enlarger_digests=("a", "b")).settings["enlargers"] == "a+b"
-    with refused("enlargers was None, is now"):
+    assert json.loads((folder / "samples.json").read_text())["enlarge"] == [digest]
+    with refused("enlarge was None, is now"):
         call(sample, tiny_run, FEW, *enlarge, "--individual --out", plain)
-    sampler = replace(image_sampler_of(network), precision="bfloat16")
-    assert enlarged(sampler, large_run).enlargers[0].denoiser.precision == torch.bfloat16
+    models = replace(drawing_of(network).models, precision="bfloat16")
+    assert enlarged(models, large_run).enlargers[0].denoiser.precision == torch.bfloat16
     # The bar counts all steps.
     capsys.readouterr()
     call(sample, tiny_run, FEW, *enlarge)

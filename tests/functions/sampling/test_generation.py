@@ -15,14 +15,25 @@ import sample
 import train
 from data.pixels import to_uint8
 from functions.samplers import SAMPLERS, Sampler, ddim_sample
-from functions.sampling.generation import ImageSampler, generate
-from functions.sampling.options import SamplerOptions
+from functions.sampling.generation import Drawing, generate
+from functions.sampling.models import Models
 from functions.sampling.samples_folder import generate_frames, image_indices, image_path
+from functions.sampling.settings import DrawingConfig
 from functions.saved.loading import load_denoiser
 from functions.support.command_line import run_script
 from functions.support.pictures import grid_of
+from functions.support.settings import ConfigError
 from models.unet import UNet
-from tests.conftest import CPU, LittleMemory, call, image_sampler_of, pixels_of, refused, samples_of
+from tests.conftest import (
+    CPU,
+    LittleMemory,
+    call,
+    changed,
+    drawing_of,
+    pixels_of,
+    refused,
+    samples_of,
+)
 from tests.functions.training.test_objectives_trained import assert_samples_are_the_grid
 
 
@@ -31,11 +42,11 @@ def test_an_image_does_not_depend_on_its_batch(network, sampler):
     """It is the same to less than one of 255 levels. A batch may also consist of other images."""
     # It has memory for as many images as a call may have.
     limited = LittleMemory(network, 1)
-    sampler = image_sampler_of(limited, 24, SamplerOptions(sampler, 5), seed=7)
-    one_by_one = generate(replace(sampler, batch_size=1), range(4))
+    drawing = drawing_of(limited, 24, seed=7, sampler=sampler, steps=5, batch_size=1)
+    one_by_one = generate(drawing, range(4))
     for images, batch_size in ((range(4), 3), (range(4), 4), ([3, 1], 2)):
         limited.most = batch_size
-        other = generate(replace(sampler, batch_size=batch_size), images)
+        other = generate(changed(drawing, batch_size=batch_size), images)
         assert (other - one_by_one[images]).abs().max() * 127.5 < 1
     # Another number is another image.
     first, second, *_ = one_by_one
@@ -58,12 +69,12 @@ def test_a_cpu_samples_16_images_at_a_time_and_out_of_memory_names_the_flag(
 @pytest.mark.slow
 def test_frames_are_evenly_spaced_and_end_with_the_image(network):
     """Of 60 steps every second one is recorded, and the last one."""
-    image_sampler = image_sampler_of(network, 60)
-    samples, states, estimates = generate_frames(replace(image_sampler, batch_size=2), range(3))
-    assert torch.equal(samples, generate(replace(image_sampler, batch_size=2), range(3)))
+    drawing = drawing_of(network, 60, batch_size=2)
+    samples, states, estimates = generate_frames(drawing, range(3))
+    assert torch.equal(samples, generate(drawing, range(3)))
     assert list(states) == list(range(60, -1, -2))
     assert list(estimates) == [*range(60, 1, -2), 1]
-    noise = image_sampler.noise(range(3))()
+    noise = drawing.noise(range(3))()
     assert np.array_equal(states[60], to_uint8(noise))
     # The last x_0 is the image; the first is another.
     images = to_uint8(samples)
@@ -90,13 +101,13 @@ def test_indices_are_images_of_the_seed(tiny_run, tmp_path):
 def test_flags_give_the_images_of_their_options(tiny_run, tmp_path, capsys):
     flags = "--temperature 0.5 --steps 100 --variance large --seed 3 --n 2 --individual --out"
     call(sample, tiny_run, flags, tmp_path)
-    options = "sampler ddpm, steps 100, spacing trailing, variance large, temperature 0.5, seed 3"
-    assert options in capsys.readouterr().out
+    settings = "sampler ddpm, steps 100, spacing trailing, variance large, temperature 0.5"
+    assert f"seed 3, precision float32, {settings}" in capsys.readouterr().out
 
     # The files are compared with what these options give in memory.
-    options = SamplerOptions(steps=100, variance="large", temperature=0.5)
-    image_sampler = ImageSampler(load_denoiser(tiny_run), options, (3, 16, 16), 3, CPU)
-    assert np.array_equal(samples_of(tmp_path), to_uint8(generate(image_sampler, range(2))))
+    config = DrawingConfig(model="run", steps=100, variance="large", temperature=0.5)
+    drawing = Drawing(Models(load_denoiser(tiny_run), (3, 16, 16), CPU), config, seed=3)
+    assert np.array_equal(samples_of(tmp_path), to_uint8(generate(drawing, range(2))))
 
 
 def test_the_temperature_scales_the_noise_of_later_steps_alone(network, monkeypatch):
@@ -108,17 +119,16 @@ def test_the_temperature_scales_the_noise_of_later_steps_alone(network, monkeypa
 
     monkeypatch.setitem(SAMPLERS, "ddpm", replace(SAMPLERS["ddpm"], function=record))
     for temperature in (1.0, 0.25):
-        options = SamplerOptions(steps=10, temperature=temperature)
-        image_sampler = image_sampler_of(network, options=options)
-        generate(image_sampler, [0, 1])
-    alpha_bar = [image_sampler.scheduler.alpha_bar(t) for t in image_sampler.times[1:]]
+        drawing = drawing_of(network, steps=10, temperature=temperature)
+        generate(drawing, [0, 1])
+    alpha_bar = [drawing.scheduler.alpha_bar(t) for t in drawing.times[1:]]
     # The log-SNR is log(alpha_bar / (1 - alpha_bar)). The noise of x_T comes first.
     late = [False, *(a > (1 - a) / math.e for a in alpha_bar)]
     assert 2 < sum(late) < 9
     scales = torch.where(torch.tensor(late), 0.25, 1.0).view(-1, 1, 1, 1, 1)
     assert_close(drawn[1], scales * drawn[0])
-    with refused("temperature is nan; it must be from 0 to 1"):
-        SamplerOptions(temperature=math.nan)
+    with refused("temperature is nan; it must be from 0 to 1", ConfigError):
+        DrawingConfig(model="run", temperature=math.nan)
 
 
 def test_a_new_sampler_is_a_function_and_a_row(unfinished, tmp_path, monkeypatch, capsys):
@@ -129,10 +139,10 @@ def test_a_new_sampler_is_a_function_and_a_row(unfinished, tmp_path, monkeypatch
     with pytest.raises(SystemExit):
         call(sample, "--help")
     assert "euler is Euler's method" in " ".join(capsys.readouterr().out.split())
-    with refused("the options of --sampler euler are --spacing"):
-        SamplerOptions("euler", eta=0.5)
-    with refused("these add none"):
-        SamplerOptions("euler", temperature=0.5)
+    with refused("the options of --sampler euler are --spacing", ConfigError):
+        DrawingConfig(model="run", sampler="euler", eta=0.5)
+    with refused("these add none", ConfigError):
+        DrawingConfig(model="run", sampler="euler", temperature=0.5)
 
     call(train, "--resume", unfinished, "--diffusion.grid-sampler euler")
     assert_samples_are_the_grid(unfinished, "euler", tmp_path)

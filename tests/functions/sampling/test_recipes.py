@@ -10,8 +10,7 @@ from PIL import Image
 import edit
 import evaluate
 import sample
-from functions.sampling import recipes
-from functions.sampling.options import add_sampling_flags
+from functions.sampling.settings import add_sampling_flags, settings_of
 from functions.saved import run_folder
 from functions.saved.run_folder import checkpoints_of
 from functions.support.command_line import Parser
@@ -48,31 +47,29 @@ def recipe(tiny_run, large_run, tmp_path, monkeypatch):
     return path
 
 
-def parsed(recipe, flags="", **defaults):
-    """Return what the flags of sampling are after this recipe."""
+def settings(recipe, flags="", **defaults):
+    """Return the settings that the flags of sampling give after this recipe, by name."""
     parser = Parser()
     add_sampling_flags(parser)
-    parser.set_defaults(**defaults)
-    return recipes.parse_drawing(parser, [str(recipe), *words(flags)])
+    return vars(settings_of(parser.parse_args([str(recipe), *words(flags)]), **defaults))
 
 
-def test_a_recipe_draws_into_one_folder_what_its_flags_draw(recipe, monkeypatch, capsys):
+def test_a_recipe_draws_what_its_flags_draw(recipe, monkeypatch, capsys):
     """So it does without a run, too, and the manifest does not have its name."""
     folder = recipe.parent
     parts = ["--guide", folder / "guides" / "early.safetensors", "--enlarge", folder / "large"]
-    call(sample, folder / "model.safetensors", FLAGS, *parts, FEW)
-    [drawn] = folder.glob("samples/*/grid.png")
-    before = drawn.read_bytes()
-    drawn.unlink()
-    call(sample, recipe, FEW)
-    assert drawn.read_bytes() == before
-    assert "people" not in (drawn.parent / "samples.json").read_text()
+    call(sample, folder / "model.safetensors", FLAGS, *parts, FEW, "--out flags")
+    call(sample, recipe, FEW, "--out recipe")
+    by_flags, by_recipe = Path("flags"), Path("recipe")
+    for name in ("grid.png", "samples.json"):
+        assert (by_recipe / name).read_bytes() == (by_flags / name).read_bytes()
+    assert "people" not in (by_recipe / "samples.json").read_text()
 
-    # Samples of the models in the box go into the working directory.
+    # Samples of the recipe in the box go into the working directory, under its name.
     monkeypatch.setattr(run_folder, "PRETRAINED", recipe)
     call(sample, FEW, "--gif")
-    [of_the_box] = Path("samples").glob("*/grid.png")
-    assert of_the_box.read_bytes() == before
+    [of_the_box] = Path("samples").glob("people-*/grid.png")
+    assert of_the_box.read_bytes() == (by_flags / "grid.png").read_bytes()
     assert "no run with a checkpoint here yet; using pretrained/" in capsys.readouterr().out
     # The animation has the size of the enlarged images, which the last frame shows.
     with Image.open(of_the_box.parent / "denoising.gif") as animation:
@@ -93,20 +90,21 @@ def test_a_run_of_ones_own_comes_before_the_recipe(recipe, tiny_run, monkeypatch
     call(sample, "--device cpu --n 1")
     printed = capsys.readouterr().out
     assert printed.startswith(f"runs/{tiny_run.name}/checkpoints/step-00000010.safetensors: EMA")
-    assert "sampler ddpm, steps all, spacing trailing, variance small, seed 0, float32" in printed
+    assert "seed 0, precision float32, sampler ddpm, steps 100, spacing trailing" in printed
 
 
 @pytest.mark.parametrize(
     "flags, changed",
     [
-        ("--steps 9 --seed 3", {"steps": 9, "seed": 3}),
+        ("--steps 9 --seed 3", {"steps": 9}),
         ("--sampler dpm++ --temperature 1", {"temperature": 1.0}),
         # Another sampler drops what was meant for the recipe's.
         ("--sampler=ddpm --steps=9", OTHER | {"sampler": "ddpm", "steps": 9}),
         ("--eta 0.5", {"eta": 0.5}),
         ("--eta 0", {"eta": 0.0, "temperature": 1.0}),
-        ("--enlarge a --enlarge b", {"enlarge": [Path("a"), Path("b")]}),
-        ("--guide 3", {"guide": "3"}),
+        ("--enlarge a --enlarge b", {"enlarge": ("a", "b")}),
+        ("--guide 3", {"guide": 3}),
+        ("--guide ./3 --guidance -1", {"guide": "./3", "guidance": -1.0}),
         # Names with commas are quoted, as some of ImageNet's.
         (
             '--label "a,b",c --cfg 3',
@@ -115,35 +113,35 @@ def test_a_run_of_ones_own_comes_before_the_recipe(recipe, tiny_run, monkeypatch
     ],
 )
 def test_a_given_flag_wins_and_takes_along_what_it_makes_void(recipe, flags, changed):
-    plain = vars(parsed(recipe))
-    assert plain["checkpoint"] == recipe.parent / "model.safetensors"
+    plain = settings(recipe)
+    assert plain["model"] == str(recipe.parent / "model.safetensors")
     assert (plain["sampler"], plain["steps"], plain["guidance"]) == ("dpm++", 4, 2.0)
-    assert plain["enlarge"] == [recipe.parent / "large"]
-    assert vars(parsed(recipe, flags)) == plain | changed
+    assert plain["enlarge"] == (str(recipe.parent / "large"),)
+    assert settings(recipe, flags) == plain | changed
 
 
-def test_editing_uses_what_has_a_meaning_for_it(recipe, capsys, monkeypatch, pictures):
-    """The names of the folders have hashes, so the printed models and options are compared."""
+def test_edits_use_what_has_a_meaning_for_them(recipe, monkeypatch, pictures):
     shown = []
     for name in edit.VERBS:
-        monkeypatch.setitem(edit.VERBS, name, lambda args, drawing, folder: shown.append(drawing))
-    of_edits = {
-        "vary 0": "dpm++, steps 4, spacing trailing, eta 1.0, temperature 0.5",
-        "interpolate 0 1": "dpm++, steps 4, spacing trailing, eta 1.0, temperature 0.5",
-        "inpaint a.png": "ddpm, steps 50, spacing trailing, variance small",
-        "inpaint --steps 7 a.png": "ddpm, steps 7, spacing trailing, variance small",
-        "invert 0": "ddim, steps 100, spacing trailing, eta 0.0",
-        "interpolate --exact 0 1": "ddim, steps 100, spacing trailing, eta 0.0",
-    }
-    for command, options in of_edits.items():
+        monkeypatch.setitem(edit.VERBS, name, lambda args, drawing, new_path: shown.append(drawing))
+    cooled = {"sampler": "dpm++", "steps": 4, "spacing": "trailing", "eta": 1.0, "temperature": 0.5}
+    painted = {"sampler": "ddpm", "steps": 50, "spacing": "trailing", "variance": "small"}
+    inverted = {"sampler": "ddim", "steps": 100, "spacing": "trailing", "eta": 0.0}
+    for command, expected in {
+        "vary 0": cooled,
+        "interpolate 0 1": cooled,
+        "inpaint a.png": painted,
+        "inpaint --steps 7 a.png": painted | {"steps": 7},
+        "inpaint --sampler ddim --eta 1 a.png": inverted | {"steps": 50, "eta": 1.0},
+        "invert 0": inverted,
+        "interpolate --exact 0 1": inverted,
+    }.items():
         call(edit, command, recipe, "--device cpu")
         drawing = shown.pop()
-        printed = capsys.readouterr().out
+        assert drawing.settings.items() >= expected.items()
         alone = "invert" in command or "--exact" in command
-        assert str(drawing.options).startswith(f"sampler {options}")
-        assert ("guide " in printed, "enlarged by " in printed) == (not alone, not alone)
-        assert len(drawing.enlargers) == (0 if alone else 1)
-        assert drawing.options.guidance == (None if alone else 2.0)
+        assert len(drawing.models.enlargers) == (0 if alone else 1)
+        assert drawing.config.guidance == (None if alone else 2.0)
 
 
 def test_export_and_evaluation_use_the_model_alone(recipe, tiny_run, capsys):
@@ -158,22 +156,24 @@ def test_export_and_evaluation_use_the_model_alone(recipe, tiny_run, capsys):
 @pytest.mark.parametrize(
     "old, new, sentence",
     [
-        ('model = "model.safetensors"', "", "people.toml: the following arguments .*: --model"),
+        ('model = "model.safetensors"', "", r"missing, or unknown to this version .*: model"),
         ("model.safetensors", "other.safetensors", "model is 'other.safetensors', and there is no"),
         ('["large"]', '["large", "large/run"]', "enlarge is 'large/run', and there is no"),
-        ("'guides/early.safetensors'", r"'guides\early.safetensors'", "write / between"),
+        ('["large"]', '["large", ""]', "none of which is empty"),
         # Backslashes in double quotes are a page break, and nothing that TOML has.
-        ("'guides/early.safetensors'", r'"runs\faces"', "guide is .*; write / between"),
-        ("'guides/early.safetensors'", r'"guides\early.safetensors"', "with / and not"),
-        ("steps = 4", "steps = = 4", r"people.toml: Invalid value \(at line 6"),
+        ("'guides/early.safetensors'", r'"runs\faces"', "guide is .*, and there is no"),
+        ("'guides/early.safetensors'", r'"guides\early.safetensors"', r"with / and not \\ in"),
+        ("steps = 4", "steps = = 4", r"Invalid value \(at line 6"),
         ("steps", "st\udcffeps", "'utf-8' codec can't decode"),
-        ("steps = 4", "steps = 1.5", "people.toml: argument --steps: '1.5' is not an integer"),
-        ("steps = 4", 'steps = "4"', "steps cannot be the text '4'; write a number"),
-        ("steps = 4", "steps = true", "people.toml: steps cannot be True"),
-        ("steps = 4", "seed = 3", "people.toml: unrecognized arguments: --seed=3"),
-        ("model.safetensors", "people.toml", "people.toml is a recipe, and no model"),
-        ("guides/early.safetensors", "people.toml", "people.toml is a recipe, and no model"),
-        ('"large"', '"people.toml"', "people.toml is a recipe, and no model"),
+        ("steps = 4", "steps = 1.5", "steps is 1.5; it must be an integer"),
+        ("steps = 4", 'steps = "4"', "steps is '4'; it must be an integer"),
+        ("steps = 4", "steps = true", "steps is True; it must be an integer"),
+        ("steps = 4", "seed = 3", r"missing, or unknown to this version .*: seed"),
+        ("steps = 4", '"label=x" = 3', r"missing, or unknown to this version .*: label=x"),
+        ("steps = 4", 'label = ""', "none of which is empty"),
+        ("model.safetensors", "people.toml", "model is 'people.toml', a recipe; name one of"),
+        ("guides/early.safetensors", "people.toml", "guide is 'people.toml', a recipe"),
+        ('"large"', '"people.toml"', "enlarge is 'people.toml', a recipe"),
     ],
 )
 def test_a_broken_recipe_is_one_sentence(recipe, old, new, sentence):
@@ -184,12 +184,27 @@ def test_a_broken_recipe_is_one_sentence(recipe, old, new, sentence):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "flag, value", [("label", ""), ("label", "a\rb"), ("label", "a,"), ("steps", "0"), ("eta", "x")]
+)
+def test_a_value_that_a_flag_cannot_have_is_one_sentence_with_its_name(flag, value, capsys):
+    parser = Parser()
+    add_sampling_flags(parser)
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args([f"--{flag}", value])
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: argument --{flag}: ")
+
+
 def test_a_byte_order_mark_and_what_is_no_file_are_read(recipe):
     """The guide is a step of the model's own run, and another model is on a hub."""
     recipe.write_bytes(b"\xef\xbb\xbf" + TEXT.replace("'guides/early.safetensors'", "5").encode())
-    assert parsed(recipe).guide == "5"
-    recipe.write_text('model = "google/ddpm-cifar10-32"')
-    assert parsed(recipe).checkpoint == Path("google/ddpm-cifar10-32")
-    assert parsed(recipe).enlarge == []
+    assert settings(recipe)["guide"] == 5
+    recipe.write_text('model = "google/ddpm-cifar10-32"\nenlarge = "large"\nbatch-size = 3')
+    assert settings(recipe)["model"] == "google/ddpm-cifar10-32"
+    # A text is a list of one, and - and _ are equal in keys.
+    assert settings(recipe)["enlarge"] == (str(recipe.parent / "large"),)
+    assert settings(recipe)["batch_size"] == 3
     # The page has another default sampler than a recipe without one.
-    assert parsed(recipe, sampler="dpm++").sampler == "ddpm"
+    assert settings(recipe, sampler="dpm++")["sampler"] == "ddpm"
+    assert settings(recipe.parent / "large", sampler="dpm++")["sampler"] == "dpm++"

@@ -6,17 +6,21 @@ The processes are real ones of sample.py.
 import os
 import re
 import signal
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
+import edit
 import sample
 from functions.sampling import generation
 from functions.sampling.samples_folder import image_path
-from tests.conftest import call, only_in, posix, refused
+from functions.saved import run_folder
+from tests.conftest import call, posix, refused
 from tests.forked import Program
 from tests.functions.support.test_processes import two
 
+TIME = r"\d{8}-\d{6}"
 FLAGS = "--individual -n 22 --batch-size 4 --steps 4 --device cpu --guide 5"
 
 
@@ -128,30 +132,36 @@ def test_a_folder_of_other_settings_is_refused(tiny_run, tmp_path):
     assert names == {"grid", "strip", "progressive", "00000", "00001", "00002"}
 
 
-def test_a_hash_of_settings_and_images_is_in_the_name_of_the_folder(unfinished):
-    """So commands of other settings write into other folders, but single images into one."""
-    commands = ["2", "2 -n 3", "2 --indices 2,1", "3", "2 --individual", "2 --individual -n 3"]
-    for command in (*commands, "2 --eta 1 --sampler ddim", "2 --seed 1", "2 --guide 5"):
-        call(sample, unfinished, "--device cpu --steps", command)
-    folders = [*unfinished.glob("samples/*-seed*")]
-    ends = [re.fullmatch(r"step-00000007-[0-9a-f]{8}-(.*)", path.name)[1] for path in folders]
-    assert sorted(ends) == ["seed0", "seed0", "seed0-n3", *["seed0-n36"] * 4, "seed1-n36"]
-    # One of those without a number of images has single ones.
-    assert sorted(len([*path.iterdir()]) for path in folders if path.name.endswith("seed0")) == [
-        2,
-        37,
-    ]
-    assert len([*unfinished.glob("samples/*/grid.png")]) == 7
-
-
-def test_the_name_of_the_folder_is_not_too_long(tiny_run, tmp_path, monkeypatch):
+def test_samples_without_a_folder_go_into_a_new_one_named_by_the_time(
+    tiny_run, unfinished, tmp_path, monkeypatch
+):
+    """In the run, beside an exported file, and for a recipe, under its name, here."""
     monkeypatch.chdir(tmp_path)
-    exported = tmp_path / f"{100 * 'x'}.safetensors"
-    call(sample, tiny_run, "--export", exported)
-    call(sample, exported, "--steps 2 -n 1 --seed 123456")
-    folder = only_in(tmp_path / "samples")
-    assert re.fullmatch(r"x+-[0-9a-f]{8}-seed123456-n1", folder.name)
-    assert len(folder.name) == 70
+    few = "--device cpu --steps 2 -n 1"
+    call(sample, tiny_run, "--export", "there/x.safetensors")
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(f"model = {str(tiny_run)!r}")
+    for run, folder, name in (
+        (unfinished, unfinished / "samples", TIME),
+        ("there/x.safetensors", Path("there/samples"), f"x-{TIME}"),
+        (recipe, Path("samples"), f"{recipe.stem}-{TIME}"),
+    ):
+        before = {*folder.glob("*")}
+        for _ in range(2):
+            call(sample, run, few)
+        call(edit, "vary 0", run, few.replace("-n 1", "--depths 0"))
+        new = {*folder.glob("*")} - before
+        assert all(re.fullmatch(name, path.name) for path in new)
+        names = sorted(file.name for path in new for file in path.glob("*.png"))
+        assert names == ["grid.png", "grid.png", "variations-0.png"]
+        assert len([*folder.glob("*/samples.json")]) == 3
+
+
+def test_samples_into_a_link_that_leads_nowhere_are_refused(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("samples").symlink_to("away")
+    with refused("samples is a link to away, which is not there"):
+        run_folder.new_folder(Path("samples/inner"), "people")
 
 
 @pytest.mark.parametrize("kind", ["--individual", "--gif"])

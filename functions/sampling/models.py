@@ -1,0 +1,169 @@
+"""Load what draws together: a model, its guide, and the models that enlarge its images."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from functions.denoiser import Predictor
+from functions.guidance import Guided
+from functions.sampling.settings import DrawingConfig
+from functions.saved.checkpoint import SavedModel
+from functions.saved.loading import open_model
+from functions.saved.run_folder import checkpoints_of, step_of
+from functions.support import processes
+from functions.support.device import choose_device, set_deterministic
+from functions.support.errors import UserError, short
+
+
+class Enlarger(NamedTuple):
+    """A model that draws images at twice their size (functions/enlarging.py)."""
+
+    denoiser: Predictor
+    # False for a few models from diffusers folders.
+    clip_x_0: bool = True
+    digest: str = ""
+
+
+@dataclass(frozen=True)
+class Models:
+    """What was loaded: models, facts about them, and the device on which they are."""
+
+    denoiser: Predictor
+    shape: tuple[int, int, int]  # (C, H, W)
+    device: torch.device
+    # The precision of all networks, by its name.
+    precision: str = "float32"
+    # False for a few models from diffusers folders.
+    clip_x_0: bool = True
+    # Each of them draws the images at twice their size.
+    enlargers: tuple[Enlarger, ...] = ()
+    guide_digest: str = ""
+    # The names of the model's labels
+    label_names: Sequence[str] = ()
+    # What the network gets beside the label, (N, ...) by name; image i gets that of i mod N. Only a
+    # training, which knows it of held-out images, gives it.
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    # Where the denoiser comes from; a training, which draws grids, has not saved it.
+    saved: SavedModel | None = None
+
+    def enlarged_shape(self, count: int | None = None) -> tuple[int, int, int]:
+        """Return the shape of images after so many enlargements, by default all."""
+        factor = 2 ** (len(self.enlargers) if count is None else count)
+        channels, height, width = self.shape
+        return channels, height * factor, width * factor
+
+
+def open_models(config: DrawingConfig, device_name: str) -> Models:
+    """Load the model of the settings, its guide and its enlargers; print what they are.
+
+    Of a run, the newest intact checkpoint is loaded. Guide and enlargers have the precision of the
+    model. Raises UserError for models that do not fit the machine, the settings or each other, and
+    CheckpointError when there is none.
+    """
+    device = choose_device(device_name)
+    set_deterministic(False)
+    saved, denoiser = open_model(Path(config.model), device, config.precision)
+    processes.print_main(f"{saved.path}: {saved}")
+    check_labels(config, saved)
+    models = Models(
+        denoiser,
+        saved.model.image_shape,
+        device,
+        str(denoiser.precision).removeprefix("torch."),
+        clips_x_0(saved),
+        label_names=saved.label_names,
+        saved=saved,
+    )
+    if config.guide is not None:
+        models = guided(models, config)
+    for path in config.enlarge:
+        models = enlarged(models, Path(path))
+    return models
+
+
+def clips_x_0(saved: SavedModel) -> bool:
+    """Return whether samplers clip a model's x_0: always, but for a few of diffusers."""
+    return saved.config["diffusion"].get("clip_x_0", True)
+
+
+def check_labels(config: DrawingConfig, saved: SavedModel) -> None:
+    """Raise UserError for labels that the model does not have, and for `cfg` without one."""
+    if not config.label and config.cfg is None:
+        return
+    known = ", ".join(repr(short(name)) for name in saved.label_names)
+    if not known:
+        raise UserError(f"{saved.path} was trained without labels; --label and --cfg need some")
+    if not config.label:
+        raise UserError(f"--cfg needs a --label: {known}")
+    for name in config.label:
+        if name not in saved.label_names:
+            raise UserError(f"{short(name)!r} is no label of {saved.path}, which has {known}")
+
+
+def guided(models: Models, config: DrawingConfig) -> Models:
+    """Return the models with the guide that the settings name (functions/guidance.py).
+
+    Raises UserError for a guide with another noise schedule, shape of images or labels.
+    """
+    # The guide keeps its own objective, and its network may have another size.
+    model, saved = models.denoiser, models.saved
+    path = processes.on_main(guide_path, config.guide, saved)
+    saved_guide, guide = open_model(path, models.device, models.precision)
+    processes.print_main(f"guide {saved_guide.path}: {saved_guide}")
+    if config.label and saved_guide.label_names != saved.label_names:
+        raise UserError(f"{saved_guide.path} cannot guide {saved.path}: it has other labels")
+    # Both networks get the same x_t and t, so t must mean the same amount of noise to both.
+    same_shape = saved_guide.model.image_shape == models.shape
+    alphas_cumprod = model.scheduler.alphas_cumprod
+    if not same_shape or not torch.equal(guide.scheduler.alphas_cumprod, alphas_cumprod):
+        raise UserError(
+            f"{saved_guide.path} cannot guide {saved.path}: it has another shape of images, or "
+            "another noise schedule (the number of timesteps, or the betas)"
+        )
+    denoiser = Guided(model, guide, config.guide_weight)
+    return replace(models, denoiser=denoiser, guide_digest=saved_guide.digest)
+
+
+def guide_path(guide: int | str, saved: SavedModel) -> Path:
+    """Return the path of a guide: a path itself, or a step of the run of `saved`.
+
+    A snapshot comes before a checkpoint, which the run may later delete. Raises UserError when the
+    run has neither of this step.
+    """
+    if isinstance(guide, str):
+        return Path(guide)
+    folder = saved.path.absolute().parent
+    # A file that is elsewhere in a run's folder may come from another run.
+    run = folder.parent if folder.name in ("checkpoints", "snapshots") else None
+    files = [*checkpoints_of(run), *checkpoints_of(run, "snapshots")] if run else []
+    by_step = {step_of(file): file for file in files}
+    if guide in by_step:
+        return by_step[guide]
+    steps = ", ".join(map(str, sorted(by_step)))
+    there = f"its run has those of steps {steps}" if run else "it is in no run"
+    raise UserError(
+        f"--guide {guide}: {saved.path} has no snapshot or checkpoint of step {guide} beside it "
+        f"({there}); name one of these, or the file of a model"
+    )
+
+
+def enlarged(models: Models, path: Path) -> Models:
+    """Return the models with one more, at `path`, which draws images at twice their size.
+
+    That model has its own schedule, and the precision of the first one (functions/enlarging.py).
+    Raises UserError for a model of another size, and CheckpointError when there is none.
+    """
+    saved, denoiser = open_model(path, models.device, models.precision)
+    processes.print_main(f"enlarged by {saved.path}: {saved}")
+    shape = models.enlarged_shape(len(models.enlargers) + 1)
+    if saved.model.image_shape != shape:
+        raise UserError(
+            f"{saved.path} draws images of {saved.model.image_shape} (channels, height, width); "
+            f"to enlarge these samples it must draw {shape}"
+        )
+    enlarger = Enlarger(denoiser, clips_x_0(saved), saved.digest)
+    return replace(models, enlargers=(*models.enlargers, enlarger))

@@ -1,0 +1,259 @@
+"""The settings of a drawing, for flags, recipes and manifests alike.
+
+A recipe is a `DrawingConfig` as a TOML file, such as pretrained/people.toml. Its keys are the
+names of the fields, with - or _, and paths are relative to the file. A given flag replaces the
+recipe's field.
+"""
+
+import tomllib
+from argparse import ArgumentParser, Namespace
+from dataclasses import dataclass, field, fields, replace
+from math import inf
+from pathlib import Path
+
+from functions.samplers import SAMPLERS, VARIANCES
+from functions.saved.loading import is_hub_name
+from functions.saved.run_folder import RUNS, is_recipe, newest_run
+from functions.support import processes
+from functions.support.command_line import add_config_flags, given_fields
+from functions.support.device import DTYPES
+from functions.support.errors import UserError, short
+from functions.support.files import check_file
+from functions.support.settings import ConfigError, check_fields, choice, from_fields, setting
+from functions.timesteps import SPACINGS
+
+# The default weight w of a guide. Samples are garish from 3 on.
+GUIDANCE = 1.5
+# Another --sampler than the recipe's begins with its own defaults of these fields.
+OF_SAMPLER = {"steps", "spacing", "eta", "variance", "temperature"}
+
+
+@dataclass(frozen=True)
+class Use:
+    """What a verb of edit.py can use of the settings of a drawing; by default all."""
+
+    # By field: the value that it takes whatever a recipe says, then others that a flag may give,
+    # where ... is any.
+    values: dict[str, tuple] = field(default_factory=dict)
+    # So many steps, or all if there are fewer, if no number is given.
+    steps: int | None = None
+    # The end of the sentence about another value.
+    reason: str = ""
+
+    @property
+    def taken(self) -> dict:
+        return {name: values[0] for name, values in self.values.items()}
+
+    def check(self, given: dict) -> None:
+        """Raise UserError for a given value that is not accepted."""
+        for name in given.keys() & self.values.keys():
+            if given[name] not in self.values[name] and ... not in self.values[name]:
+                raise UserError(f"--{name}: {self.reason}")
+
+
+def describe_samplers() -> str:
+    return "; ".join(f"{name} is {row.help}" for name, row in SAMPLERS.items()) + "."
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawingConfig:
+    """How images are drawn. Raises ConfigError for an option that the sampler does not have."""
+
+    # A run, a checkpoint, an exported file, or a diffusers folder or its name.
+    model: str = setting(no_flag=True, no_pixels=True)
+    # The number format that the network computes in. auto is that of the model's training, or
+    # float32 if the device has no instructions for it.
+    precision: str = choice("auto", *DTYPES)
+    # How many images are sampled at a time. Default: 64, or 16 on a CPU.
+    batch_size: int | None = setting(None, no_pixels=True)
+
+    # The sampler.
+    sampler: str = setting("ddpm", choices=SAMPLERS, details=describe_samplers)
+    # The number of steps. Each makes one network call, or up to two with --guide. Default: one step
+    # for each timestep; on the page of demo.py 20.
+    steps: int | None = setting(None)
+    # How the timesteps are spaced: trailing is even in t, logsnr is even in log-SNR where it
+    # matters (docs/sampling.md). Default: the sampler's.
+    spacing: str | None = setting(None, choices=SPACINGS)
+    # How much noise each step adds, from 0 (none) to 1. Default: the sampler's.
+    eta: float | None = setting(None, at_most=1)
+    # The variance of ddpm's noise: small is the posterior variance; large is beta, which suits
+    # sampling over all timesteps. Default: small, or over all timesteps the model's.
+    variance: str | None = setting(None, choices=VARIANCES)
+    # Multiply the noise of the later steps by this, from 0 to 1. With 0.6 more faces of ffhq-32 are
+    # clear, with less detail (docs/sampling.md).
+    temperature: float = setting(1.0, at_most=1)
+    # Move each x_0 away from that of a worse model (docs/better-than-the-model.md): the run's own
+    # snapshot or checkpoint of this STEP, or any other run, checkpoint or folder. Steps at middle
+    # noise levels then make two network calls. Default: no.
+    guide: int | str | None = setting(None, at_least=0, metavar="STEP|MODEL")
+    # The weight of --guide. 1 is the model alone; a larger weight moves x_0 further away from that
+    # of the guide. Default: 1.5.
+    guidance: float | None = setting(None, at_least=-inf)
+    # The labels to draw, of a model that was trained with labels. Image i gets the label i mod K of
+    # these K. Default: no label.
+    label: tuple[str, ...] = ()
+    # Classifier-free guidance, instead of a guide: move each x_0 away from that without the label.
+    # 1 is the model alone. Default: no.
+    cfg: float | None = setting(None, at_least=-inf, metavar="W")
+    # Then draw the details of each image at twice its size, by a model of that size, without guide
+    # and temperature. The flag can be repeated: each model doubles the size. Default: no.
+    enlarge: tuple[str, ...] = setting((), repeated=True, metavar="MODEL")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        own = SAMPLERS[self.sampler].options
+        # Silently ignoring an option that the sampler does not have would mislead.
+        for option in self.arguments:
+            if option not in own:
+                flags = " and ".join(f"--{name}" for name in own)
+                raise ConfigError(
+                    f"--{option}: the options of --sampler {self.sampler} are {flags}"
+                )
+        adds_noise = "variance" in self.arguments or self.arguments.get("eta")
+        if self.temperature != 1 and not adds_noise:
+            raise ConfigError("--temperature scales the noise of steps, and these add none (--eta)")
+        if self.guidance is not None and self.guide is None:
+            raise ConfigError("--guidance needs a --guide")
+        if self.cfg is not None and self.guide is not None:
+            raise ConfigError(
+                "--cfg and --guide exclude each other: the model without label guides"
+            )
+
+    @property
+    def arguments(self) -> dict[str, str | float]:
+        """The spacing, and the options that not all samplers have, by name."""
+        arguments = {"spacing": self.spacing, "variance": self.variance, "eta": self.eta}
+        given = {option: value for option, value in arguments.items() if value is not None}
+        return SAMPLERS[self.sampler].options | given
+
+    @property
+    def guide_weight(self) -> float:
+        return GUIDANCE if self.guidance is None else self.guidance
+
+    def alone(self) -> "DrawingConfig":
+        """Return the settings of the model alone, without guide, enlargers and all else."""
+        return DrawingConfig(model=self.model, precision=self.precision, batch_size=self.batch_size)
+
+    def override(self, given: dict, use: Use = Use()) -> "DrawingConfig":
+        """Return the settings with the given fields replaced, and without what these make void.
+
+        Raises UserError for a given value that the `use` does not accept.
+        """
+        use.check(given)
+        void = set()
+        if given.get("sampler", self.sampler) != self.sampler:
+            void |= OF_SAMPLER
+        if given.get("eta") == 0:
+            # Without noise, there is none that a temperature could scale.
+            void |= {"temperature"}
+        if "cfg" in given:
+            void |= {"guide", "guidance"}
+        if "guide" in given:
+            void |= {"cfg"}
+        defaults = {each.name: each.default for each in fields(self) if each.name in void}
+        return replace(self, **defaults | use.taken | given)
+
+
+def read_recipe(path: Path) -> DrawingConfig:
+    """Read a recipe. Raises UserError for a file that is none, or whose parts do not exist."""
+    check_file(path)
+    try:
+        # Editors on Windows may begin the file with a byte-order mark.
+        values = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        hint = "TOML in UTF-8 is needed, with / and not \\ in paths"
+        raise UserError(f"{path}: {short(error)}; {hint}") from error
+    try:
+        config = from_fields(
+            DrawingConfig, {key.replace("-", "_"): value for key, value in values.items()}
+        )
+    except ConfigError as error:
+        raise UserError(f"{path}: {short(error)}") from error
+    guide = config.guide
+    return replace(
+        config,
+        model=located(path, "model", config.model),
+        guide=located(path, "guide", guide) if isinstance(guide, str) else guide,
+        enlarge=tuple(located(path, "enlarge", name) for name in config.enlarge),
+    )
+
+
+def located(recipe: Path, key: str, name: str) -> str:
+    """Return the path of a part that a recipe names, or a name on a model hub."""
+    path = recipe.parent / name
+    if is_recipe(path):
+        raise UserError(f"{recipe}: {key} is {short(name)!r}, a recipe; name one of its models")
+    if path.exists():
+        return str(path)
+    if is_hub_name(Path(name)) and not path.parent.exists():
+        return name
+    raise UserError(f"{recipe}: {key} is {short(name)!r}, and there is no {short(path)}")
+
+
+def settings_of(
+    args: Namespace, name_prefix: str = "", use: Use = Use(), **defaults: str
+) -> DrawingConfig:
+    """Return the settings that the flags of `add_sampling_flags` ask for.
+
+    RUN, or without it the newest run whose name begins with `name_prefix`, is put into
+    `args.checkpoint`. If it is a recipe, a given flag replaces the recipe's field; if not, the
+    `defaults`. Raises UserError for a recipe that cannot be used, ConfigError for flags that do not
+    fit each other, and CheckpointError when there is no run.
+    """
+    args.checkpoint = args.checkpoint or processes.on_main(newest_run, args.runs, name_prefix)
+    if is_recipe(args.checkpoint):
+        config = read_recipe(args.checkpoint)
+    else:
+        config = DrawingConfig(model=str(args.checkpoint), **defaults)
+    return config.override(given_fields(args, DrawingConfig), use)
+
+
+def add_place_flags(parser: ArgumentParser) -> None:
+    """Add the flags that name the folder of all runs and the device."""
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=RUNS,
+        help="The folder with all run folders. Default: %(default)s.",
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda, cuda:N or mps. Default: %(default)s."
+    )
+
+
+def add_model_flags(parser: ArgumentParser) -> None:
+    """Add the flags that name the model and the device."""
+    parser.add_argument(
+        "checkpoint",
+        nargs="?",
+        type=Path,
+        metavar="RUN",
+        help="A run folder, a checkpoint, an exported file, or a diffusers folder or its name. "
+        "Or a recipe (docs/sampling.md), of which evaluate.py and --export use the model alone. "
+        "Default: the newest run, or pretrained/people.toml if there is none.",
+    )
+    add_place_flags(parser)
+
+
+def add_out_flag(parser: ArgumentParser) -> None:
+    """Add the flag that names the folder of what a script writes."""
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="The folder for the written files. An interrupted command that is started again with "
+        "it goes on. Default: a new folder in samples/ of the run, or here for a recipe.",
+    )
+
+
+def add_sampling_flags(parser: ArgumentParser) -> None:
+    """Add the flags of sampling, which include the model flags."""
+    add_model_flags(parser)
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="The seed of the noise. The noise of image i depends only on the seed and i; another "
+        "batch size changes its pixels only by rounding. Default: %(default)s.",
+    )
+    add_config_flags(parser, DrawingConfig, "how images are sampled from noise")
