@@ -344,6 +344,9 @@ class DiffusionConfig:
     # noise. If betas suit 64 px, 2 log(64 / S) makes them suit S px (Hoogeboom et al. 2023).
     log_snr_shift: float = setting(0.0, at_least=-10, at_most=0, fixed_by_weights=True)
 
+    # Betas of one's own, one for each timestep, in place of those of beta_schedule.
+    betas: tuple[float, ...] = setting((), no_flag=True, fixed_by_weights=True)
+
     # Objective
 
     # What the network predicts: "eps", the noise; or "v", a linear combination of noise and x_0.
@@ -443,6 +446,7 @@ def build_scheduler(diffusion: dict) -> NoiseScheduler:
             values["rescale_betas"],
             values["beta_schedule"],
             values["log_snr_shift"],
+            values["betas"],
         )
     except ValueError as error:
         raise ConfigError(f"{DiffusionConfig.__name__}: {error}") from error

@@ -15,6 +15,7 @@ TYPE_DESCRIPTIONS = {
     bool: "True or False",
     str: "a name or a path",
     tuple[int, ...]: "a list of integers, such as [1, 2, 4]",
+    tuple[float, ...]: "a list of numbers",
 }
 
 
