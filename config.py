@@ -11,10 +11,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from torch import nn
+
 from functions.denoiser import OBJECTIVES
 from functions.noise_scheduler import BETA_SCHEDULES, LARGEST_TIMESTEPS, NoiseScheduler
 from functions.optimizers import LR_SCHEDULES, OPTIMIZERS
 from functions.samplers import SAMPLERS
+from functions.support.optional import import_diffusers, refusing_errors
 from functions.support.settings import (
     ConfigError,
     changeable,
@@ -26,6 +29,7 @@ from functions.support.settings import (
     require,
     setting,
 )
+from models.diffusers_unet import DiffusersUNet
 from models.unet import UNet
 
 
@@ -452,8 +456,20 @@ def build_scheduler(diffusion: dict) -> NoiseScheduler:
         raise ConfigError(f"{DiffusionConfig.__name__}: {error}") from error
 
 
+class ImageShape:
+    """What the configs of all networks have in common."""
+
+    channels: int
+    image_size: int
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """The shape (C, H, W) of an image."""
+        return self.channels, self.image_size, self.image_size
+
+
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(ImageShape):
     """The arguments of `models.unet.UNet`."""
 
     # Height and width of the features in the bottleneck.
@@ -523,18 +539,13 @@ class ModelConfig:
         )
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """The shape (C, H, W) of an image."""
-        return self.channels, self.image_size, self.image_size
-
-    @property
     def dims(self) -> tuple[int, ...]:
         """The number of channels of each level."""
         return tuple(self.base_dim * multiplier for multiplier in self.dim_multiply)
 
 
 @dataclass(frozen=True)
-class OwnNetwork:
+class OwnNetwork(ImageShape):
     """What a run knows of a network that no `ModelConfig` describes (docs/sampling.md)."""
 
     # The name of its class, which the files of the run have.
@@ -547,16 +558,53 @@ class OwnNetwork:
     def __post_init__(self) -> None:
         check_fields(self)
 
+
+@dataclass(frozen=True)
+class DiffusersNetwork(ImageShape):
+    """A network of diffusers, which that library builds (docs/other-models.md)."""
+
+    # The arguments of its `UNet2DModel`.
+    unet_2d_model: dict
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(
+            type(self),
+            "sample_size",
+            self.image_size,
+            type(self.image_size) is int and self.image_size > 0,
+            "the height and the width of square images",
+        )
+        # Other networks make latents, learn a variance, or need a class.
+        for name, values in {
+            "in_channels": (3, 1),
+            "out_channels": (self.channels,),
+            "class_embed_type": (None,),
+            "num_class_embeds": (None,),
+        }.items():
+            value = self.unet_2d_model.get(name)
+            require(type(self), name, value, value in values, " or ".join(map(str, values)))
+
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """The shape (C, H, W) of an image."""
-        return self.channels, self.image_size, self.image_size
+    def image_size(self) -> int:
+        """Height and width of the images."""
+        return self.unet_2d_model.get("sample_size")
+
+    @property
+    def channels(self) -> int:
+        """Colour channels."""
+        return self.unet_2d_model.get("in_channels")
 
 
-def model_from(values: Any) -> ModelConfig | OwnNetwork:
+NetworkConfig = ModelConfig | OwnNetwork | DiffusersNetwork
+
+
+def model_from(values: Any) -> NetworkConfig:
     """Return what a file says of a network. Raises ConfigError as `from_fields` does."""
-    is_own = isinstance(values, dict) and "class_name" in values
-    return from_fields(OwnNetwork if is_own else ModelConfig, values)
+    values = dict(values) if isinstance(values, dict) else {}
+    kinds = {"class_name": OwnNetwork, "unet_2d_model": DiffusersNetwork}
+    kind = next((kinds[name] for name in kinds if name in values), ModelConfig)
+    return from_fields(kind, values)
 
 
 def input_names(diffusion: dict) -> list[str]:
@@ -567,11 +615,17 @@ def input_names(diffusion: dict) -> list[str]:
     return ["label"] if diffusion.get("labels") else []
 
 
-def build_network(config: ModelConfig | OwnNetwork) -> UNet:
+def build_network(config: NetworkConfig) -> nn.Module:
     """Build a network with random weights, f(x_t, t); docs/change.md adds another class here.
 
-    Raises ConfigError for an `OwnNetwork`, which only its author can build.
+    Raises ConfigError for an `OwnNetwork`, which only its author can build, and for what diffusers
+    cannot build; and UserError when it is not installed.
     """
+    if isinstance(config, DiffusersNetwork):
+        diffusers = import_diffusers()
+        with refusing_errors():
+            unet = diffusers.UNet2DModel(**config.unet_2d_model)
+        return DiffusersUNet(unet)
     if isinstance(config, OwnNetwork):
         raise ConfigError(
             f"its network, {config.class_name!r:.100}, is not built by a config; docs/sampling.md "
@@ -585,14 +639,17 @@ class Experiment:
     """All settings that a run's result depends on."""
 
     diffusion: DiffusionConfig
-    model: ModelConfig | OwnNetwork
+    model: NetworkConfig
 
     def override(self, **changes) -> "Experiment":
         """Return a copy with some fields of either part replaced, which have no name in common.
 
-        Raises ConfigError if they do not fit.
+        Raises ConfigError for fields that neither part has, and if they do not fit.
         """
         model = {name: changes.pop(name) for name in vars(self.model) if name in changes}
+        if unknown := sorted(changes.keys() - vars(self.diffusion).keys()):
+            kind = type(self.model).__name__
+            raise ConfigError(f"neither DiffusionConfig nor {kind} has {', '.join(unknown)}")
         return Experiment(replace(self.diffusion, **changes), replace(self.model, **model))
 
     def check_resumption(self, changed: "Experiment") -> None:

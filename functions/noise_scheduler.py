@@ -126,7 +126,10 @@ class NoiseScheduler:
         if len(betas):
             self.betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
             if len(betas) != timesteps or not ((self.betas > 0) & (self.betas < 1)).all():
-                raise ValueError(f"betas must be {timesteps} numbers between 0 and 1")
+                raise ValueError(
+                    f"there are {len(betas)} betas; they must be {timesteps}, one for each "
+                    "timestep, and between 0 and 1"
+                )
         else:
             self.betas = BETA_SCHEDULES[beta_schedule](timesteps, beta_start, beta_end, scale)
         self.log_snr_shift = log_snr_shift

@@ -16,6 +16,7 @@ TYPE_DESCRIPTIONS = {
     str: "a name or a path",
     tuple[int, ...]: "a list of integers, such as [1, 2, 4]",
     tuple[float, ...]: "a list of numbers",
+    dict: "a table of fields",
 }
 
 

@@ -349,7 +349,8 @@ class TrainingRun:
         steps = self.total_steps
         yield from self.experiment.warnings()
         snr = self.denoiser.scheduler.terminal_snr
-        if snr > VISIBLE_SNR:
+        # Betas of one's own are those of the weights.
+        if snr > VISIBLE_SNR and not config.betas:
             yield (
                 f"terminal SNR {snr:.2g} (sqrt(alpha_bar_T) = {math.sqrt(snr / (1 + snr)):.3f}): "
                 "x_T still carries the image, but sampling starts from pure noise; set "
