@@ -17,6 +17,7 @@ from functions.denoiser import OBJECTIVES
 from functions.noise_scheduler import BETA_SCHEDULES, LARGEST_TIMESTEPS, NoiseScheduler
 from functions.optimizers import LR_SCHEDULES, OPTIMIZERS
 from functions.samplers import SAMPLERS
+from functions.support.errors import short
 from functions.support.optional import import_diffusers, refusing_errors
 from functions.support.settings import (
     ConfigError,
@@ -490,9 +491,6 @@ class ModelConfig(ImageShape):
     dropout: float = setting(0.0, at_most=0.99)
     # Groups of each GroupNorm. A group needs at least 4 channels, so narrow networks need fewer.
     norm_groups: int = 32
-    # Details of the network: "ho", as in the code of Ho et al. 2020; or "diffusers", as in that
-    # library's default networks (docs/other-models.md).
-    dialect: str = choice("ho", "diffusers")
     # The number of labels, which the data decide; 0 without labels.
     label_count: int = setting(0, at_least=0, at_most=10**6, no_flag=True)
 
@@ -529,13 +527,6 @@ class ModelConfig(ImageShape):
             "norm_groups",
             divisor % self.norm_groups == 0,
             f"a divisor of {divisor}, as the levels' channels are {list(self.dims)}",
-        )
-        # The bottleneck has attention, too, with as many channels as the last level.
-        attention_dims = [self.dims[level] for level in (*self.transformer_layers, -1)]
-        check(
-            "base_dim",
-            self.dialect == "ho" or math.gcd(*attention_dims) % 8 == 0,
-            'such that attention has heads of 8 channels, with dialect "diffusers"',
         )
 
     @property
@@ -602,6 +593,13 @@ NetworkConfig = ModelConfig | OwnNetwork | DiffusersNetwork
 def model_from(values: Any) -> NetworkConfig:
     """Return what a file says of a network. Raises ConfigError as `from_fields` does."""
     values = dict(values) if isinstance(values, dict) else {}
+    # Until commit a67ff70 there were two kinds of our network.
+    dialect = values.pop("dialect", "ho")
+    if dialect != "ho":
+        raise ConfigError(
+            f"dialect = {short(dialect)} is gone: with commit a67ff70, sample.py --export FOLDER "
+            "makes a folder of it, which this version reads"
+        )
     kinds = {"class_name": OwnNetwork, "unet_2d_model": DiffusersNetwork}
     kind = next((kinds[name] for name in kinds if name in values), ModelConfig)
     return from_fields(kind, values)
