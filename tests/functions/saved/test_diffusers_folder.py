@@ -268,7 +268,7 @@ def refusal(folder):
         (UNET, "out_channels", 6),
         (UNET, "class_embed_type", "timestep"),
         (UNET, "num_class_embeds", 10),
-        (SCHEDULE, "prediction_type", "sample"),
+        (SCHEDULE, "prediction_type", "flow_prediction"),
         (SCHEDULE, "prediction_type", ["epsilon"]),
         (SCHEDULE, "predict_epsilon", False),
         (SCHEDULE, "variance_type", "learned_range"),
