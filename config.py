@@ -559,22 +559,15 @@ class DiffusersNetwork(ImageShape):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        require(
-            type(self),
-            "sample_size",
-            self.image_size,
-            type(self.image_size) is int and self.image_size > 0,
-            "the height and the width of square images",
-        )
-        # Other networks make latents, learn a variance, or need a class.
-        for name, values in {
-            "in_channels": (3, 1),
-            "out_channels": (self.channels,),
-            "class_embed_type": (None,),
-            "num_class_embeds": (None,),
-        }.items():
-            value = self.unet_2d_model.get(name)
-            require(type(self), name, value, value in values, " or ".join(map(str, values)))
+        theirs = self.unet_2d_model
+        for name, fits, requirement in (
+            ("sample_size", type(self.image_size) is int, "the side of square images"),
+            ("in_channels", self.channels in (3, 1), "3 or 1, and not those of latents"),
+            ("out_channels", theirs.get("out_channels") == self.channels, "as many as in_channels"),
+            ("class_embed_type", theirs.get("class_embed_type") is None, "None"),
+            ("num_class_embeds", theirs.get("num_class_embeds") is None, "None"),
+        ):
+            require(type(self), name, theirs.get(name), fits, requirement)
 
     @property
     def image_size(self) -> int:

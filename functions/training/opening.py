@@ -116,18 +116,19 @@ def fit_to_weights(preset: Experiment, initial: SavedModel, given: dict) -> Expe
     size = given.get("image_size", preset.model.image_size)
     reason = f"for the weights of {initial.path}"
     is_ours = isinstance(initial.model, ModelConfig)
-    if size == 2 * own_size and is_ours:
+    sizes = [own_size, 2 * own_size] if is_ours else [own_size]
+    if size not in sizes:
+        raise ConfigError(
+            f"image_size is {size}; it must be {' or '.join(map(str, sizes))} {reason}: their own "
+            "size, or twice that if they grow. Give the size as --model.image-size"
+        )
+    if size != own_size:
         reason += f", which are of {own_size} px and grow to {size}"
         needed["log_snr_shift"] = round(needed["log_snr_shift"] + LOG_SNR_SHIFT, 3)
         try:
             network = grown_arguments(network)
         except ValueError as error:
             raise ConfigError(f"{initial.path}: {error}") from error
-    elif size != own_size:
-        raise ConfigError(
-            f"image_size is {size}; it must be {own_size} {reason}, or for a network of ours "
-            f"{2 * own_size}, to which they grow. Give the size as --model.image-size"
-        )
     if is_ours:
         # The data decide the number of labels.
         dropout = given.get("dropout", preset.model.dropout)
