@@ -11,10 +11,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from torch import nn
+
 from functions.denoiser import OBJECTIVES
 from functions.noise_scheduler import BETA_SCHEDULES, LARGEST_TIMESTEPS, NoiseScheduler
 from functions.optimizers import LR_SCHEDULES, OPTIMIZERS
 from functions.samplers import SAMPLERS
+from functions.support.errors import short
+from functions.support.optional import import_diffusers, refusing_errors
 from functions.support.settings import (
     ConfigError,
     changeable,
@@ -26,6 +30,7 @@ from functions.support.settings import (
     require,
     setting,
 )
+from models.diffusers_unet import DiffusersUNet
 from models.unet import UNet
 
 
@@ -344,6 +349,9 @@ class DiffusionConfig:
     # noise. If betas suit 64 px, 2 log(64 / S) makes them suit S px (Hoogeboom et al. 2023).
     log_snr_shift: float = setting(0.0, at_least=-10, at_most=0, fixed_by_weights=True)
 
+    # Betas of one's own, one for each timestep, in place of those of beta_schedule.
+    betas: tuple[float, ...] = setting((), no_flag=True, fixed_by_weights=True)
+
     # Objective
 
     # What the network predicts: "eps", the noise; or "v", a linear combination of noise and x_0.
@@ -443,13 +451,26 @@ def build_scheduler(diffusion: dict) -> NoiseScheduler:
             values["rescale_betas"],
             values["beta_schedule"],
             values["log_snr_shift"],
+            values["betas"],
         )
     except ValueError as error:
         raise ConfigError(f"{DiffusionConfig.__name__}: {error}") from error
 
 
+class ImageShape:
+    """What the configs of all networks have in common."""
+
+    channels: int
+    image_size: int
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """The shape (C, H, W) of an image."""
+        return self.channels, self.image_size, self.image_size
+
+
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(ImageShape):
     """The arguments of `models.unet.UNet`."""
 
     # Height and width of the features in the bottleneck.
@@ -470,9 +491,6 @@ class ModelConfig:
     dropout: float = setting(0.0, at_most=0.99)
     # Groups of each GroupNorm. A group needs at least 4 channels, so narrow networks need fewer.
     norm_groups: int = 32
-    # Details of the network: "ho", as in the code of Ho et al. 2020; or "diffusers", as in that
-    # library's default networks (docs/other-models.md).
-    dialect: str = choice("ho", "diffusers")
     # The number of labels, which the data decide; 0 without labels.
     label_count: int = setting(0, at_least=0, at_most=10**6, no_flag=True)
 
@@ -510,18 +528,6 @@ class ModelConfig:
             divisor % self.norm_groups == 0,
             f"a divisor of {divisor}, as the levels' channels are {list(self.dims)}",
         )
-        # The bottleneck has attention, too, with as many channels as the last level.
-        attention_dims = [self.dims[level] for level in (*self.transformer_layers, -1)]
-        check(
-            "base_dim",
-            self.dialect == "ho" or math.gcd(*attention_dims) % 8 == 0,
-            'such that attention has heads of 8 channels, with dialect "diffusers"',
-        )
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """The shape (C, H, W) of an image."""
-        return self.channels, self.image_size, self.image_size
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -530,7 +536,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class OwnNetwork:
+class OwnNetwork(ImageShape):
     """What a run knows of a network that no `ModelConfig` describes (docs/sampling.md)."""
 
     # The name of its class, which the files of the run have.
@@ -543,16 +549,53 @@ class OwnNetwork:
     def __post_init__(self) -> None:
         check_fields(self)
 
+
+@dataclass(frozen=True)
+class DiffusersNetwork(ImageShape):
+    """A network of diffusers, which that library builds (docs/other-models.md)."""
+
+    # The arguments of its `UNet2DModel`.
+    unet_2d_model: dict
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        theirs = self.unet_2d_model
+        for name, fits, requirement in (
+            ("sample_size", type(self.image_size) is int, "the side of square images"),
+            ("in_channels", self.channels in (3, 1), "3 or 1, and not those of latents"),
+            ("out_channels", theirs.get("out_channels") == self.channels, "as many as in_channels"),
+            ("class_embed_type", theirs.get("class_embed_type") is None, "None"),
+            ("num_class_embeds", theirs.get("num_class_embeds") is None, "None"),
+        ):
+            require(type(self), name, theirs.get(name), fits, requirement)
+
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """The shape (C, H, W) of an image."""
-        return self.channels, self.image_size, self.image_size
+    def image_size(self) -> int:
+        """Height and width of the images."""
+        return self.unet_2d_model.get("sample_size")
+
+    @property
+    def channels(self) -> int:
+        """Colour channels."""
+        return self.unet_2d_model.get("in_channels")
 
 
-def model_from(values: Any) -> ModelConfig | OwnNetwork:
+NetworkConfig = ModelConfig | OwnNetwork | DiffusersNetwork
+
+
+def model_from(values: Any) -> NetworkConfig:
     """Return what a file says of a network. Raises ConfigError as `from_fields` does."""
-    is_own = isinstance(values, dict) and "class_name" in values
-    return from_fields(OwnNetwork if is_own else ModelConfig, values)
+    values = dict(values) if isinstance(values, dict) else {}
+    # Until commit a67ff70 there were two kinds of our network.
+    dialect = values.pop("dialect", "ho")
+    if dialect != "ho":
+        raise ConfigError(
+            f"dialect = {short(dialect)} is gone: with commit a67ff70, sample.py --export FOLDER "
+            "makes a folder of it, which this version reads"
+        )
+    kinds = {"class_name": OwnNetwork, "unet_2d_model": DiffusersNetwork}
+    kind = next((kinds[name] for name in kinds if name in values), ModelConfig)
+    return from_fields(kind, values)
 
 
 def input_names(diffusion: dict) -> list[str]:
@@ -563,11 +606,17 @@ def input_names(diffusion: dict) -> list[str]:
     return ["label"] if diffusion.get("labels") else []
 
 
-def build_network(config: ModelConfig | OwnNetwork) -> UNet:
+def build_network(config: NetworkConfig) -> nn.Module:
     """Build a network with random weights, f(x_t, t); docs/change.md adds another class here.
 
-    Raises ConfigError for an `OwnNetwork`, which only its author can build.
+    Raises ConfigError for an `OwnNetwork`, which only its author can build, and for what diffusers
+    cannot build; and UserError when it is not installed.
     """
+    if isinstance(config, DiffusersNetwork):
+        diffusers = import_diffusers()
+        with refusing_errors():
+            unet = diffusers.UNet2DModel(**config.unet_2d_model)
+        return DiffusersUNet(unet)
     if isinstance(config, OwnNetwork):
         raise ConfigError(
             f"its network, {config.class_name!r:.100}, is not built by a config; docs/sampling.md "
@@ -581,14 +630,17 @@ class Experiment:
     """All settings that a run's result depends on."""
 
     diffusion: DiffusionConfig
-    model: ModelConfig | OwnNetwork
+    model: NetworkConfig
 
     def override(self, **changes) -> "Experiment":
         """Return a copy with some fields of either part replaced, which have no name in common.
 
-        Raises ConfigError if they do not fit.
+        Raises ConfigError for fields that neither part has, and if they do not fit.
         """
         model = {name: changes.pop(name) for name in vars(self.model) if name in changes}
+        if unknown := sorted(changes.keys() - vars(self.diffusion).keys()):
+            kind = type(self.model).__name__
+            raise ConfigError(f"neither DiffusionConfig nor {kind} has {', '.join(unknown)}")
         return Experiment(replace(self.diffusion, **changes), replace(self.model, **model))
 
     def check_resumption(self, changed: "Experiment") -> None:

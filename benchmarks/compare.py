@@ -40,6 +40,7 @@ from functions.support.device import (
     fast_layout,
     set_deterministic,
 )
+from models.diffusers_unet import DiffusersUNet
 
 PACKAGES = ("ours", "diffusers", "lucidrains")
 OUR_SETTINGS = "our settings"
@@ -74,7 +75,7 @@ def build(package: str, model: ModelConfig) -> nn.Module:
     if package == "ours":
         module = build_network(model)
     elif package == "diffusers":
-        module = build_diffusers(model)
+        module = DiffusersUNet(build_diffusers(model))
     else:
         # Width and multipliers are ours. Blocks and attention are the package's defaults.
         from denoising_diffusion_pytorch import Unet
@@ -116,12 +117,7 @@ class Bench:
         if settings == COMPILED:
             network = torch.compile(network, dynamic=False)
 
-        def first_of_tuple(x_t, t):
-            return network(x_t, t, return_dict=False)[0]
-
-        # diffusers' network returns a tuple, and the others return a tensor.
-        predict = first_of_tuple if package == "diffusers" else network
-        self.denoiser = Denoiser(predict, NoiseScheduler(1000), precision=precision)
+        self.denoiser = Denoiser(network, NoiseScheduler(1000), precision=precision)
         self.optimizer = torch.optim.Adam(self.module.parameters(), lr=1e-5, fused=True)
 
         # Images are contiguous, as in training. Features have the layout of the weights.

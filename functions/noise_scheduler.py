@@ -18,6 +18,7 @@ Equations without a source are those of Ho et al., "Denoising Diffusion Probabil
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -101,6 +102,7 @@ class NoiseScheduler:
             `rescale_betas`.
         log_snr_shift: the betas are changed so that this is added to the log-SNR at every t.
             Below 0 it adds noise, for images above 64 x 64.
+        betas: T betas of one's own, in place of those of `beta_schedule`.
     """
 
     # This class is not an `nn.Module`: the schedule is not learned, and EMA must never average it.
@@ -113,6 +115,7 @@ class NoiseScheduler:
         rescale_betas: bool = True,
         beta_schedule: str = "linear",
         log_snr_shift: float = 0.0,
+        betas: Tensor | Sequence[float] = (),
     ):
         self.timesteps = timesteps
         if beta_schedule not in BETA_SCHEDULES:
@@ -120,15 +123,23 @@ class NoiseScheduler:
                 f"beta_schedule is {beta_schedule!r}; it can be {' or '.join(BETA_SCHEDULES)}"
             )
         scale = PAPER_TIMESTEPS / timesteps if rescale_betas else 1.0
-        self.betas = BETA_SCHEDULES[beta_schedule](timesteps, beta_start, beta_end, scale)
+        if len(betas):
+            self.betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
+            if len(betas) != timesteps or not ((self.betas > 0) & (self.betas < 1)).all():
+                raise ValueError(
+                    f"there are {len(betas)} betas; they must be {timesteps}, one for each "
+                    "timestep, and between 0 and 1"
+                )
+        else:
+            self.betas = BETA_SCHEDULES[beta_schedule](timesteps, beta_start, beta_end, scale)
         self.log_snr_shift = log_snr_shift
         if log_snr_shift:
             self.betas = shifted_betas(self.betas, log_snr_shift)
         self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)  # (T,) float64, on the CPU
         if self.alphas_cumprod[-1] < torch.finfo(torch.float64).tiny:
             raise ValueError(
-                f"beta_end is {beta_end:g}; with {timesteps} timesteps alpha_bar underflows, and "
-                "no x_0 follows from x_t: use smaller betas"
+                f"{timesteps} timesteps with betas up to {self.betas.max():g}: alpha_bar "
+                "underflows, and no x_0 follows from x_t; use smaller betas"
             )
         # Copies of alpha_bar on each device that has been used so far.
         self.tables: dict[torch.device, Tensor] = {}

@@ -52,11 +52,9 @@ def grown_weights(small: dict[str, Tensor], network: UNet) -> dict[str, Tensor]:
             name = f"down.{int(level) + 1}.{rest}"
         weights[name] = tensor
 
-    # A convolution of stride 2 begins one pixel earlier if it pads the left and the top, too.
-    first = network.down[0]["downsample"].conv.padding[0]
     kernel = weights["down.0.downsample.conv.weight"].zero_()
     identity = torch.eye(len(kernel), device=kernel.device)
-    kernel[:, :, first : first + 2, first : first + 2] = identity[:, :, None, None] / 4
+    kernel[:, :, :2, :2] = identity[:, :, None, None] / 4
 
     # `Upsample` repeats each pixel, and its convolution copies it.
     last = len(network.up) - 1

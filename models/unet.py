@@ -10,14 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.blocks import (
-    DIALECTS,
-    Downsample,
-    ResidualBlock,
-    SelfAttention,
-    TimeEmbedding,
-    Upsample,
-)
+from models.blocks import Downsample, ResidualBlock, SelfAttention, TimeEmbedding, Upsample
 from models.group_norm import GroupNorm
 
 # Each level has this many residual blocks on the way down. On the way up it has one more, for one
@@ -45,7 +38,6 @@ class UNet(nn.Module):
         base_dim: channels at multiplier 1. The time embedding has 4 times as many.
         dropout: probability inside each residual block.
         norm_groups: groups of each GroupNorm. They must divide every level's channels.
-        dialect: "ho", the paper's network; or "diffusers", with other heads, padding and constants.
         label_count: the number of labels; 0 for the paper's network, which gets none.
     """
 
@@ -59,7 +51,6 @@ class UNet(nn.Module):
         base_dim: int,
         dropout: float = 0.0,
         norm_groups: int = 32,
-        dialect: str = "ho",
         label_count: int = 0,
     ):
         super().__init__()
@@ -72,12 +63,11 @@ class UNet(nn.Module):
             )
         self.image_shape = (channels, image_size, image_size)  # (C, H, W)
 
-        details = DIALECTS[dialect]
         dims = [base_dim * multiplier for multiplier in dim_multiply]
-        # PyTorch's group norm, but faster in mixed precision.
-        norm = partial(GroupNorm, norm_groups, eps=details.norm_eps)
+        # PyTorch's group norm, but faster in mixed precision, with TensorFlow's epsilon.
+        norm = partial(GroupNorm, norm_groups, eps=1e-6)
         block = partial(ResidualBlock, time_dim=4 * base_dim, dropout=dropout, norm=norm)
-        attention = partial(SelfAttention, norm=norm, head_dim=details.attention_head_dim)
+        attention = partial(SelfAttention, norm=norm)
 
         def attention_at(level):
             """Return a new self-attention, or the identity at a level without it."""
@@ -85,7 +75,7 @@ class UNet(nn.Module):
                 return attention(dims[level])
             return nn.Identity()
 
-        self.time_embedding = TimeEmbedding(base_dim, details)
+        self.time_embedding = TimeEmbedding(base_dim)
         self.conv_in = nn.Conv2d(channels, base_dim, 3, padding=1)
 
         # `dim` is the number of output channels of the last layer so far. `skip_dims` has the
@@ -101,7 +91,7 @@ class UNet(nn.Module):
                 dim = dims[level]
                 skip_dims.append(dim)
             if level < levels - 1:
-                stage["downsample"] = Downsample(dim, details.downsample_padding)
+                stage["downsample"] = Downsample(dim)
                 skip_dims.append(dim)
             self.down.append(stage)
 

@@ -192,6 +192,14 @@ def large_run(pictures, tmp_path_factory):
     return train_tiny(pictures, tmp_path_factory.mktemp("large"), size)
 
 
+@pytest.fixture(scope="session")
+def their_folder(tmp_path_factory):
+    """Return the folder of a pipeline of diffusers, of another shape than any network of ours."""
+    from tests.theirs import write_pipeline
+
+    return write_pipeline(tmp_path_factory.mktemp("pipelines") / "theirs")
+
+
 @pytest.fixture
 def trained(pictures, tmp_path):
     """Return `train_tiny` for these pictures and the test's own folder."""

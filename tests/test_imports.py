@@ -26,6 +26,8 @@ MAY_IMPORT = {
         "functions.denoiser",
         "functions.optimizers",
         "functions.samplers",
+        "functions.support.errors",
+        "functions.support.optional",
         "functions.support.settings",
         "models",
     },

@@ -27,12 +27,16 @@ def test_a_typo_in_the_network_or_in_a_checkpoint(place, name, tiny_run, monkeyp
         call(sample, tiny_run)
 
 
-@pytest.mark.parametrize("name", ["our_config", "copy_weights"])
-def test_a_typo_where_a_folder_of_diffusers_is_read(name, tiny_run, tmp_path, monkeypatch):
-    call(sample, tiny_run, "--export", tmp_path / "faces")
-    monkeypatch.setattr(diffusers_folder, name, misspell)
-    with pytest.raises(AttributeError, match="no_such_name"):
-        call(sample, tmp_path / "faces")
+def test_a_typo_where_a_folder_of_diffusers_is_read_or_written(
+    their_folder, tiny_run, tmp_path, monkeypatch
+):
+    for name, flags in (
+        ("our_schedule", [their_folder]),
+        ("copy_weights", [tiny_run, "--export", tmp_path / "faces"]),
+    ):
+        monkeypatch.setattr(diffusers_folder, name, misspell)
+        with pytest.raises(AttributeError, match="no_such_name"):
+            call(sample, *flags)
 
 
 def refuse_a_file():

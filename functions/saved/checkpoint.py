@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from config import ModelConfig, OwnNetwork, build_scheduler, model_from
+from config import NetworkConfig, build_scheduler, model_from
 from functions.noise_scheduler import NoiseScheduler
 from functions.support.errors import CheckpointError, UserError, short
 from functions.support.files import check_file, parse_json, replacing, sha256
@@ -175,7 +175,7 @@ class SavedModel:
     digest: str
 
     @property
-    def model(self) -> ModelConfig | OwnNetwork:
+    def model(self) -> NetworkConfig:
         """Return what is known of the network. Raises ConfigError if it does not fit."""
         return model_from(self.config["model"])
 

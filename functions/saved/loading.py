@@ -13,11 +13,12 @@ from config import ConfigError, DiffusionConfig, build_network, input_names
 from data.datasets import ImageSet, Split, load_images, split_images
 from functions.denoiser import Denoiser
 from functions.saved.checkpoint import SavedModel, check_finite, copy_tensors, load_weights
-from functions.saved.diffusers_folder import import_diffusers, load_folder
+from functions.saved.diffusers_folder import load_folder
 from functions.saved.run_folder import RUN_NAME, find_checkpoints, first_intact
 from functions.support import processes
 from functions.support.device import choose_precision, fast_layout
 from functions.support.errors import CheckpointError, UserError, short
+from functions.support.optional import import_diffusers
 
 
 def load_denoiser(

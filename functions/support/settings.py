@@ -19,6 +19,8 @@ TYPE_DESCRIPTIONS = {
     int | str: "an integer or a path",
     tuple[int, ...]: "a list of integers, such as [1, 2, 4]",
     tuple[str, ...]: "a list of names or paths, none of which is empty",
+    tuple[float, ...]: "a list of numbers",
+    dict: "a table of fields",
 }
 
 

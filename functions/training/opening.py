@@ -3,6 +3,7 @@
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from config import (
     DEFAULT_EXPERIMENT,
     EXPERIMENTS,
     ConfigError,
+    DiffusersNetwork,
     DiffusionConfig,
     Experiment,
     ModelConfig,
@@ -77,17 +79,21 @@ def make_run(
     A run that is resumed keeps the images that it had (`open_packed`).
     """
     config, model = experiment.diffusion, experiment.model
+    inputs = input_names(vars(config))
+    if inputs and isinstance(model, DiffusersNetwork):
+        raise ConfigError(f"a network of diffusers gets no {', '.join(inputs)} here")
     image_set = load_images(
         config.dataset_name,
         model.image_size,
         config.max_bad_images,
         model.channels,
-        input_names(vars(config)),
+        inputs,
         retry_bad,
         pixels_hash=checkpoint.contents["run"].get("pixels_hash", "") if checkpoint else "",
     )
-    # The data decide how many labels the network knows.
-    experiment = experiment.override(label_count=len(image_set.label_names))
+    if isinstance(model, ModelConfig):
+        # The data decide how many labels the network knows.
+        experiment = experiment.override(label_count=len(image_set.label_names))
     # This seed is for the initial weights. Every later draw has another seed.
     torch.manual_seed(config.seed)
     network = build_network(experiment.model)
@@ -97,10 +103,10 @@ def make_run(
 def fit_to_weights(preset: Experiment, initial: SavedModel, given: dict) -> Experiment:
     """Return the preset with the values that the weights need, and with the given fields changed.
 
-    Weights need the network with which they were trained, but for its dropout, and the fields of
-    DiffusionConfig that are `fixed_by_weights`. For images of twice their size they grow a level
-    (models/growing.py). The size is a given one, or the preset's. Raises ConfigError for another
-    size, and for a given value that does not fit.
+    Weights need the network with which they were trained, but for the dropout of ours, and the
+    fields of DiffusionConfig that are `fixed_by_weights`. For images of twice their size those of
+    our network grow a level (models/growing.py). The size is a given one, or the preset's. Raises
+    ConfigError for another size, and for a given value that does not fit.
     """
     # A diffusers folder has no values for some fields, which then have their defaults.
     saved = vars(DiffusionConfig) | initial.config["diffusion"]
@@ -109,21 +115,27 @@ def fit_to_weights(preset: Experiment, initial: SavedModel, given: dict) -> Expe
     own_size = initial.model.image_size
     size = given.get("image_size", preset.model.image_size)
     reason = f"for the weights of {initial.path}"
-    if size == 2 * own_size:
+    is_ours = isinstance(initial.model, ModelConfig)
+    sizes = [own_size, 2 * own_size] if is_ours else [own_size]
+    if size not in sizes:
+        raise ConfigError(
+            f"image_size is {size}; it must be {' or '.join(map(str, sizes))} {reason}: their own "
+            "size, or twice that if they grow. Give the size as --model.image-size"
+        )
+    if size != own_size:
         reason += f", which are of {own_size} px and grow to {size}"
         needed["log_snr_shift"] = round(needed["log_snr_shift"] + LOG_SNR_SHIFT, 3)
         try:
             network = grown_arguments(network)
         except ValueError as error:
             raise ConfigError(f"{initial.path}: {error}") from error
-    elif size != own_size:
-        raise ConfigError(
-            f"image_size is {size}; it must be {own_size} or {2 * own_size} {reason}: their own "
-            "size, or twice that, to which they grow. Give the size as --model.image-size"
-        )
-    # The data decide the number of labels.
-    dropout = given.get("dropout", preset.model.dropout)
-    network = network | {"dropout": dropout, "label_count": 0}
+    if is_ours:
+        # The data decide the number of labels.
+        dropout = given.get("dropout", preset.model.dropout)
+        network = network | {"dropout": dropout, "label_count": 0}
+    else:
+        preset = replace(preset, model=initial.model)
+        given = {name: value for name, value in given.items() if name != "image_size"}
     experiment = preset.override(**given | needed | network)
     try:
         asked = experiment.override(**given)

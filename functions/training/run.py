@@ -316,6 +316,7 @@ class TrainingRun:
         done = f"; {self.step:,} steps are done" if self.step else ""
         shift = config.log_snr_shift
         shifted = f", log-SNR shifted by {shift:g}" if shift else ""
+        betas = "its own" if config.betas else config.beta_schedule
         compiled = ", compiled in the first step, for minutes" if self.is_to_compile else ""
         lines = [
             self.name,
@@ -326,7 +327,7 @@ class TrainingRun:
             f"  length     {self.total_steps:,} steps of {config.effective_batch} images: "
             f"{config.epochs} epochs of {self.steps_per_epoch:,} steps{done}",
             f"  objective  {config.objective} over {config.timesteps_diff} timesteps with "
-            f"{config.beta_schedule} betas{shifted}, terminal SNR "
+            f"{betas} betas{shifted}, terminal SNR "
             f"{self.denoiser.scheduler.terminal_snr:.2g}",
         ]
         if facts["initial"]:
@@ -348,7 +349,8 @@ class TrainingRun:
         steps = self.total_steps
         yield from self.experiment.warnings()
         snr = self.denoiser.scheduler.terminal_snr
-        if snr > VISIBLE_SNR:
+        # Betas of one's own are those of the weights.
+        if snr > VISIBLE_SNR and not config.betas:
             yield (
                 f"terminal SNR {snr:.2g} (sqrt(alpha_bar_T) = {math.sqrt(snr / (1 + snr)):.3f}): "
                 "x_T still carries the image, but sampling starts from pure noise; set "

@@ -140,6 +140,8 @@ def test_terminal_signal_is_what_is_known_of_these_schedules(timesteps, rescale,
         # The product of the alphas is 0, or so small that it has few digits.
         ({"timesteps": 1000, "beta_end": 0.95}, "alpha_bar underflows"),
         ({"timesteps": 100_000, "rescale_betas": False}, "alpha_bar underflows"),
+        ({"timesteps": 3, "betas": [0.1, 0.2]}, "2 betas; they must be 3, one for each"),
+        ({"timesteps": 2, "betas": torch.tensor([0.1, 1.0])}, "timestep, and between 0 and 1"),
     ],
 )
 def test_impossible_schedules_are_refused(arguments, sentence):

@@ -7,6 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from config import ModelConfig
 from functions.sampling.export import export
 from functions.saved.checkpoint import (
     Checkpoint,
@@ -15,6 +16,7 @@ from functions.saved.checkpoint import (
     write_tensors,
 )
 from functions.support.files import replacing
+from tests.conftest import ROOT
 from tests.small_training import checkpoint_parts, same, snapshot, stepped_run, training_run
 
 
@@ -85,6 +87,14 @@ def test_an_exported_file_is_the_same_model(write, path, tmp_path):
         digests.add(load_weights(exported.with_stem(name)).digest)
         original.config["diffusion"]["timesteps_diff"] += 1
     assert len(digests) == 3
+
+
+def test_a_file_of_before_keeps_its_digest():
+    """Commit a67ff70 wrote its config, with a field that went, and printed this."""
+    saved = load_weights(ROOT / "pretrained" / "ffhq-32-guide.safetensors")
+    assert saved.config["model"]["dialect"] == "ho"
+    assert saved.digest.startswith("5661a9c5bd196188")
+    assert saved.model == ModelConfig(4, (1, 2, 3, 3), (2,), 32, 32, norm_groups=8)
 
 
 def test_the_whole_file_is_on_the_disk_before_it_has_its_name(path, monkeypatch):

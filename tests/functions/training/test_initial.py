@@ -1,20 +1,27 @@
 """train.py --init: a new run from the weights of another, or of a folder of diffusers."""
 
+import json
 import math
 import shutil
+import sys
 
 import pytest
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+import torch
+from diffusers import UNet2DModel
 
+import sample
 import train
-from config import EXPERIMENTS, ModelConfig
+from config import EXPERIMENTS, ConfigError, ModelConfig
+from data.pixels import to_uint8
+from functions.samplers import ddim_sample
 from functions.saved.checkpoint import load_weights
+from functions.saved.loading import load_denoiser, load_model
 from functions.saved.run_folder import checkpoints_of
+from functions.support.random_numbers import image_noise
 from functions.training.opening import open_run
 from models.growing import LOG_SNR_SHIFT, grown_arguments, grown_weights
 from models.unet import UNet
-from tests.conftest import TINY, call, during, interrupt, newest, only_in
-from tests.functions.saved.test_diffusers_folder import SMALL
+from tests.conftest import CPU, TINY, call, during, interrupt, newest, only_in, refused, samples_of
 from tests.kill import assert_same_run
 from tests.small_training import same
 
@@ -57,28 +64,69 @@ def test_a_run_begins_with_the_averaged_weights_of_another(tiny_run, pictures, t
     assert 0 < moved["ema"] < 0.01 * moved["model"]
 
 
-def test_a_folder_of_another_dialect_schedule_and_objective(pictures, tmp_path):
-    """The new run takes over what its weights need; the rest is of the preset and of the flags."""
-    scheduler = DDPMScheduler(
-        50, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False
-    )
-    DDPMPipeline(UNet2DModel(**SMALL), scheduler).save_pretrained(tmp_path)
-    flags = "--diffusion.seed 1 --model.dropout 0.2 --model.image-size 16 --diffusion.batch-size 8"
-    flags = [flags, "--device cpu --diffusion.dataset-name", pictures, "--init", tmp_path]
-    args = call(train, "ffhq-day", *flags, function="parse_flags")
-    with open_run(args) as run:
-        experiment = run.experiment
+def begin_with(folder, pictures, runs, *flags, preset="faces"):
+    """Train a network of diffusers on; return the run's folder."""
+    start = [preset, "--runs", runs, "--diffusion.dataset-name", pictures]
+    call(train, *start, "--model.image-size 16", *TRAINING, "--init", folder, *flags)
+    return only_in(runs)
 
-    config = experiment.diffusion
-    assert config.timesteps_diff == 50
-    assert config.beta_schedule == "cosine"
-    assert config.objective == "v"
-    assert config.log_snr_shift == 0
-    assert config.learning_rate == 1e-4
-    assert config.seed == 1
-    assert experiment.model == ModelConfig(
-        8, (1, 2), (1,), 16, 16, dropout=0.2, norm_groups=4, dialect="diffusers"
-    )
+
+@pytest.mark.slow
+def test_a_network_of_diffusers_is_trained_on_and_resumes_bit_for_bit(
+    their_folder, pictures, tmp_path, monkeypatch
+):
+    """Betas, T and objective are the folder's, whatever the preset has."""
+    whole = begin_with(their_folder, pictures, tmp_path / "whole", preset="faces-v")
+    # The run dies in step 9 without saving, so steps 6 to 8 are repeated.
+    with pytest.raises(KeyboardInterrupt), during(9, interrupt):
+        begin_with(their_folder, pictures, tmp_path / "killed", preset="faces-v")
+    killed = only_in(tmp_path / "killed")
+    call(train, "--resume", killed)
+    assert_same_run(whole, killed)
+
+    before = load_model(their_folder)
+    contents = newest(killed)
+    assert str(before) in contents["run"]["initial"]
+    assert contents["config"]["model"] == before.config["model"]
+    for name in ("timesteps_diff", "betas", "objective"):
+        assert contents["config"]["diffusion"][name] == before.config["diffusion"][name]
+    config = json.loads((killed / "config.json").read_text())
+    assert UNet2DModel(**config["config"]["model"]["unet_2d_model"]).config.act_fn == "gelu"
+    assert {path.name for path in (killed / "samples").iterdir()} >= {"step-00000010.png"}
+    for name, start in before.weights.items():
+        assert not torch.equal(contents["ema"][name], start), name
+
+    flags = "--sampler ddim --steps 5 --n 1 --individual --device cpu --precision float32 --out"
+    call(sample, killed, flags, tmp_path / "out")
+    noise = image_noise(0, [0], (3, 16, 16), CPU, "image")
+    expected = to_uint8(ddim_sample(load_denoiser(killed), noise(), 5))
+    assert (samples_of(tmp_path / "out") == expected).all()
+
+    # It can be the beginning of another run, and its own package is needed.
+    begin_with(killed, pictures, tmp_path / "again")
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    for script, *flags in (
+        (sample, their_folder),
+        (sample, killed),
+        (train, "--diffusion.epochs 3 --resume", killed),
+    ):
+        with refused("^for models of diffusers, install its package: pip install 'diffusers"):
+            call(script, *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--model.image-size 32", "image_size is 32; it must be 16 for the weights of"),
+        ("--model.base-dim 8", "neither DiffusionConfig nor DiffusersNetwork has base_dim"),
+        ("--diffusion.labels true", "a network of diffusers gets no label here"),
+        ("--diffusion.timesteps-diff 7", "20 betas; they must be 7, .* leave it as it is"),
+        ("--diffusion.objective v", "objective is eps .* cannot be changed to v"),
+    ],
+)
+def test_a_network_of_diffusers_stays_as_it_is(flags, sentence, their_folder, pictures, tmp_path):
+    with refused(sentence, ConfigError):
+        begin_with(their_folder, pictures, tmp_path, flags)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import sample
 import train
 from config import ConfigError
 from data import decode
-from functions.saved.checkpoint import load_weights, verify_checkpoint, write_tensors
+from functions.saved.checkpoint import Checkpoint, load_weights, verify_checkpoint, write_tensors
 from functions.saved.loading import load_and_split
 from functions.saved.run_folder import checkpoints_of, locked
 from functions.training import opening
@@ -52,6 +52,18 @@ def test_what_a_resumed_run_may_change(unfinished, capsys):
     )
     with refused(f"longer: --resume {unfinished} --diffusion.epochs 4$", ConfigError):
         call(train, "--resume", unfinished)
+
+
+@pytest.mark.slow
+@posix
+def test_a_run_of_before_is_resumed_without_the_name_of_its_network(unfinished, tiny_run):
+    """Commit a67ff70 wrote that there are two kinds of our network, and that this is Ho's."""
+    path = checkpoints_of(unfinished)[-1]
+    file = Checkpoint(path)
+    file.contents["config"]["model"]["dialect"] = "ho"
+    write_tensors(path, {part: file.tensors(part) for part in file.digests}, file.contents)
+    call(train, "--resume", unfinished)
+    assert_same_run(tiny_run, unfinished)
 
 
 def test_a_resume_says_that_the_rate_jumps(tiny_run, capsys):
