@@ -63,7 +63,7 @@ class ImageSet:
         inputs: dict[str, np.ndarray] | None = None,
         label_names: Sequence[str] = (),
     ) -> "ImageSet":
-        """Return the set of the images in an array, uint8 (N, S, S, 3), or (N, S, S, 1) in grey.
+        """Return the set of the images in an array, uint8 (N, S, S, C), of any number of channels.
 
         A tenth is held out, by a hash of each of the `names`, by default 0, 1, ... `inputs` are
         what the network gets beside x_t and t, (N, ...) each. One called `label` is an index of
@@ -73,8 +73,7 @@ class ImageSet:
         square = images.ndim == 4 and images.shape[1] == images.shape[2]
         if images.dtype != np.uint8 or not square or images.shape[3] not in (1, 3):
             raise ValueError(
-                f"images are {images.dtype} {images.shape}; they must be uint8 (N, S, S, 3) or "
-                "(N, S, S, 1)"
+                f"images are {images.dtype} {images.shape}; they must be uint8 (N, S, S, C)"
             )
         names = [*map(str, range(len(images)) if names is None else names)]
         inputs = {name: np.asarray(values) for name, values in (inputs or {}).items()}

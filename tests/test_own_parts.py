@@ -1,6 +1,7 @@
 """Images and a network of one's own, which no name and no config stand for."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from functions.saved.loading import load_denoiser
 from functions.saved.run_folder import intact_checkpoint
 from functions.support.errors import CheckpointError
 from functions.training.run import TrainingRun
-from tests.conftest import CPU, call, during, interrupt, newest, refused
+from tests.conftest import CPU, call, during, interrupt, newest, pixels_of, refused
 from tests.small_training import same
 
 RNG = np.random.default_rng(0)
@@ -37,6 +38,13 @@ class Normed(nn.Module):
         given = self.labels(label) if label is not None else 0
         given = given + brightness[:, None].expand(-1, 8)
         return self.last((self.norm(self.first(x_t)) + given[..., None, None]).relu())
+
+
+class Bare(nn.Conv2d):
+    """A network that does not see t."""
+
+    def forward(self, x_t, t):
+        return super().forward(x_t)
 
 
 def own_run(folder, checkpoint=None, **changes):
@@ -81,9 +89,22 @@ def test_a_run_with_labels_and_buffers_resumes_and_is_loaded(tmp_path, capsys):
         load_denoiser(straight.folder, network=nn.Conv2d(3, 3, 1))
 
 
+@pytest.mark.parametrize("channels", [2, 4])
+def test_images_of_other_channels_are_trained_and_their_first_ones_shown(channels, tmp_path):
+    images = ImageSet.from_array("mine", RNG.integers(0, 256, (60, 8, 8, channels), np.uint8))
+    settings = {"epochs": 1, "sample_every": 3, "grid_steps": 2, "precision": "float32"}
+    experiment = EXPERIMENTS["faces"].override(**settings, validation_samples=8)
+    experiment = replace(experiment, model=OwnNetwork("Conv", 8, channels))
+    network = Bare(channels, channels, 3, padding=1)
+    run = TrainingRun("mine", experiment, images, network, tmp_path, CPU)
+    assert train.train(run)
+    grid = pixels_of(run.folder / "samples" / "step-00000003.png")
+    assert grid.shape[2:] == ((3,) if channels > 2 else ())
+
+
 def test_what_does_not_fit_is_refused(tmp_path):
-    for pixels in (PIXELS / 255, PIXELS[:, 1:], PIXELS[..., :2]):
-        with pytest.raises(ValueError, match=r"they must be uint8 \(N, S, S, 3\)"):
+    for pixels in (PIXELS / 255, PIXELS[:, 1:]):
+        with pytest.raises(ValueError, match=r"they must be uint8 \(N, S, S, C\)"):
             ImageSet.from_array("mine", pixels)
     with pytest.raises(ValueError, match="each image must have one name of its own"):
         ImageSet.from_array("mine", PIXELS, names=["a"] * 60)
