@@ -94,25 +94,38 @@ def test_the_nearest_folder_is_the_label_and_numbers_are_sorted_as_such(coloured
 
 
 @pytest.mark.parametrize(
-    "names, sentence",
+    "names, expected",
     [
         (["1/a.png", "b.png"], "has no label for b.png: folders are labels"),
         (["1/a.png", "1/b.png"], "has one label, 1; two are needed"),
-        # These folders say which images are held out.
+        # Only the level of folders that says which images are held out is no label.
         (["train/a.png", "val/b.png"], "has no label for train/a.png"),
-        (["test/train/a.png", "test/val/b.png"], "has no label for test/train/a.png"),
-        (["train/1/a.png", "train/2/c.png", "val/1/b.png"], None),
-        (["train/a.png", "cat/b.png"], None),
-        (["1/train/a.png", "2/train/b.png", "1/val/c.png"], None),
+        (["test/train/a.png", "test/val/b.png"], "has one label, test; two are needed"),
+        (["train/1/a.png", "train/2/c.png", "val/1/b.png"], ("1", "2")),
+        (["train/a.png", "cat/b.png"], ("cat", "train")),
+        (["1/train/a.png", "2/train/b.png", "1/val/c.png"], ("1", "2")),
+        (["vehicles/train/train/a.png", "vehicles/test/bus/b.png"], ("bus", "train")),
     ],
 )
-def test_without_labels_one_sentence_says_what_they_are(names, sentence, tmp_path):
+def test_folders_are_labels_or_one_sentence_says_why_not(names, expected, tmp_path):
     write_folder(tmp_path, [], more=dict.fromkeys(names, encoded(IMAGES[0])))
-    if sentence:
-        with refused(sentence):
+    if isinstance(expected, str):
+        with refused(expected):
             load_images(tmp_path, 8, inputs=["label"])
     else:
-        assert len(load_images(tmp_path, 8, inputs=["label"]).label_names) == 2
+        assert load_images(tmp_path, 8, inputs=["label"]).label_names == expected
+
+
+def test_a_new_run_needs_a_training_image_of_each_label(coloured, tmp_path, capsys):
+    data = shutil.copytree(coloured, tmp_path / "data")
+    (data / "a" / "2").rename(data / "a" / "Blue")
+    train_tiny(data, tmp_path / "runs", LABELS, "--dry-run")
+    assert "warning: labels differ in case alone: 'Blue', 'blue'" in capsys.readouterr().out
+    write_folder(data / "green", IMAGES[:1], "{number:05d}.png")
+    # The hash of this name is below a tenth.
+    (data / "green" / "00000.png").rename(data / "green" / "00033.png")
+    with refused("no training image has the label 'green'.* folders train/ and val/"):
+        train_tiny(data, tmp_path / "runs", LABELS, "--dry-run")
 
 
 def test_a_row_has_the_class_of_its_column(tmp_path):
@@ -124,6 +137,7 @@ def test_a_row_has_the_class_of_its_column(tmp_path):
     for name, labels, metadata, expected in (
         ("named", [1, 0, 1], info, ("cat", "dog")),
         ("numbers", [7, 0, 7], {}, ("0", "7")),
+        ("damaged", [7, 0, 7], {"info": {"features": 5}}, ("0", "7")),
     ):
         table = pa.table({"image": [image] * 3, "label": labels})
         table = table.replace_schema_metadata({"huggingface": json.dumps(metadata)})
@@ -131,6 +145,12 @@ def test_a_row_has_the_class_of_its_column(tmp_path):
         image_set = load_images(tmp_path / f"{name}.parquet", 8, inputs=["label"])
         assert image_set.label_names == expected
         assert image_set.inputs["label"].tolist() == [1, 0, 1]
+    # Metadata that are no JSON are named.
+    parquet.write_table(
+        table.replace_schema_metadata({"huggingface": 9**5 * "["}), tmp_path / "a.parquet"
+    )
+    with refused("a.parquet: the labels cannot be read"):
+        load_images(tmp_path / "a.parquet", 8, inputs=["label"])
     # Neither a shard nor a list of classes is a label, and without labels nobody asks.
     shards = tmp_path / "shards"
     shards.mkdir()

@@ -143,7 +143,6 @@ def load_and_split(saved: SavedModel, name: str | None = None) -> tuple[ImageSet
             diffusion.get("max_bad_images", 0),
             model.channels,
             input_names(diffusion),
-            pixels_hash=saved.provenance.get("pixels_hash", ""),
         )
     except UserError as error:
         if name:

@@ -56,8 +56,7 @@ def new_run(name: str, args: Namespace, device: torch.device) -> TrainingRun:
         experiment = fit_to_weights(experiment, initial, given)
     else:
         experiment = experiment.override(**given)
-    # What could not be read may be readable now; a dry run leaves the prepared images as they are.
-    run = make_run(name, experiment, args.runs, device, retry_bad=not args.dry_run)
+    run = make_run(name, experiment, args.runs, device)
     if args.init:
         run.begin_with(initial)
     return run
@@ -69,12 +68,8 @@ def make_run(
     runs: Path,
     device: torch.device,
     checkpoint: Checkpoint | None = None,
-    retry_bad: bool = False,
 ) -> TrainingRun:
-    """Return a run with the images that its config names, and the network that it describes.
-
-    A run that is resumed keeps the images that it had (`open_packed`).
-    """
+    """Return a run with the images that its config names, and the network that it describes."""
     config, model = experiment.diffusion, experiment.model
     image_set = load_images(
         config.dataset_name,
@@ -82,8 +77,6 @@ def make_run(
         config.max_bad_images,
         model.channels,
         input_names(vars(config)),
-        retry_bad,
-        pixels_hash=checkpoint.contents["run"].get("pixels_hash", "") if checkpoint else "",
     )
     # The data decide how many labels the network knows.
     experiment = experiment.override(label_count=len(image_set.label_names))

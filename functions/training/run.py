@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from config import ConfigError, DiffusionConfig, Experiment, build_scheduler
 from data.augmentation import augment
 from data.batches import ImageFeeder, indices_of_steps
-from data.datasets import ImageSet, hash_ids, split_images
+from data.datasets import ImageSet, check_labels, hash_ids, split_images
 from data.sources import choose_ids
 from functions.denoiser import Denoiser
 from functions.optimizers import LR_SCHEDULES, OPTIMIZERS
@@ -112,6 +113,8 @@ class TrainingRun:
             )
         if checkpoint:
             self.check_resumption()
+        else:
+            check_labels(image_set, self.split)
         self.feeder = ImageFeeder(image_set.images, device, image_set.inputs)
         self.window = TrainingWindow(device, config.effective_batch)
 
@@ -347,6 +350,10 @@ class TrainingRun:
         config = self.config
         steps = self.total_steps
         yield from self.experiment.warnings()
+        names = sorted(self.image_set.label_names, key=str.casefold)
+        for name, following in pairwise(names):
+            if name.casefold() == following.casefold():
+                yield f"labels differ in case alone: {short(name)!r}, {short(following)!r}"
         snr = self.denoiser.scheduler.terminal_snr
         if snr > VISIBLE_SNR:
             yield (
