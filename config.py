@@ -325,9 +325,9 @@ class DiffusionConfig:
     # Give the network each image's label: its folder, or the class of MNIST, CIFAR10 or a parquet
     # file. `sample.py --label` then chooses what is drawn.
     labels: bool = False
-    # The probability that training drops an image's label, so that the network draws without one,
-    # too, as --cfg needs (Ho and Salimans 2022).
-    label_dropout: float = changeable(0.1, at_most=1, departs=True)
+    # The probability that training drops an image's conditions, such as its label, so that the
+    # network draws without them, too, as --cfg needs (Ho and Salimans 2022).
+    condition_dropout: float = changeable(0.1, at_most=1, departs=True, formerly="label_dropout")
 
     # Noise schedule
 

@@ -50,7 +50,7 @@ from tests.data.packing import IMAGES, encoded, write_folder
 from tests.functions.support.test_processes import two
 from tests.small_training import same
 
-LABELS = "--diffusion.labels true --diffusion.label-dropout 0.5"
+LABELS = "--diffusion.labels true --diffusion.condition-dropout 0.5"
 FEW = "--steps 4 --device cpu"
 
 
@@ -191,13 +191,13 @@ def test_the_embedding_is_added_to_that_of_t_and_begins_at_zero():
 def test_labels_are_dropped_by_place_and_purpose():
     """Other processes and batch sizes drop the same ones, and other draws stay as they were."""
     draws = training_draws(0, 5, 400, (3, 1, 1), 10, CPU)
-    config = replace(EXPERIMENTS["mnist"].diffusion, label_dropout=0.25)
+    config = replace(EXPERIMENTS["mnist"].diffusion, condition_dropout=0.25)
     run = Mock(config=config, image_set=Mock(label_names=[*"0123456789"]))
     labels = torch.arange(400) % 10
     _, inputs = TrainingRun.augment(run, draws.noise, {"label": labels}, draws, 0)
     dropped = inputs["label"] == 10
     assert torch.equal(inputs["label"][~dropped], labels[~dropped])
-    assert torch.equal(dropped, draws.label_drop < 0.25)
+    assert torch.equal(dropped, draws.condition_drop < 0.25)
 
 
 def test_samples_have_the_colours_of_their_labels(labelled_run, tmp_path, capsys):

@@ -32,6 +32,7 @@ def setting(default: Any = MISSING, **marks: Any) -> Any:
     departs: with another value, a resumed run is no longer what it would have been.
     no_flag: the program sets the value, and not the command line.
     fixed_by_weights: weights work only with the value with which they were trained.
+    formerly: the name that the field has in files of earlier versions.
     """
     return field(default=default, metadata=marks)
 
@@ -100,6 +101,9 @@ def from_fields(config_class: type, values: Any) -> Any:
     """
     known = {each.name for each in fields(config_class)}
     needed = {each.name for each in fields(config_class) if each.default is MISSING}
+    if isinstance(values, dict):
+        names = {each.metadata.get("formerly"): each.name for each in fields(config_class)}
+        values = {names.get(name, name): value for name, value in values.items()}
     given = set(values) if isinstance(values, dict) else set()
     if wrong := sorted(needed - given | given - known):
         raise ConfigError(

@@ -262,7 +262,7 @@ class TrainingRun:
         if "label" in inputs:
             # The last row of the network's table (models/unet.py)
             no_label = len(self.image_set.label_names)
-            dropped = draws.label_drop < config.label_dropout
+            dropped = draws.condition_drop < config.condition_dropout
             inputs = inputs | {"label": inputs["label"].masked_fill(dropped, no_label)}
         if not config.use_augmentation:
             return x_0, inputs

@@ -97,7 +97,7 @@ def test_draws_have_their_distributions():
         (draws.noise.square(), 1, 2),
         (draws.flip.float(), 0.5, 0.25),
         (draws.rotation, 0, 1 / 3),
-        (draws.label_drop, 0.5, 1 / 12),
+        (draws.condition_drop, 0.5, 1 / 12),
     ):
         assert abs(values.mean() - mean) < 4 * math.sqrt(variance / values.numel())
 
