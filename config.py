@@ -555,14 +555,6 @@ def model_from(values: Any) -> ModelConfig | OwnNetwork:
     return from_fields(OwnNetwork if is_own else ModelConfig, values)
 
 
-def input_names(diffusion: dict) -> list[str]:
-    """Return what the network of such a `DiffusionConfig` gets of each image beside x_t and t.
-
-    Each is a row of INPUTS in data/datasets.py.
-    """
-    return ["label"] if diffusion.get("labels") else []
-
-
 def build_network(config: ModelConfig | OwnNetwork) -> UNet:
     """Build a network with random weights, f(x_t, t); docs/change.md adds another class here.
 

@@ -84,7 +84,7 @@ def tab(
     shown in the page as one sentence.
     """
 
-    names = image_sampler.label_names
+    names = image_sampler.facts.get("label_names", ())
     begun = image_sampler.options
     of_labels = names and [
         gr.Dropdown(["", *names], value="".join(begun.label[:1]), label="Label"),

@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import inf
 from pathlib import Path
 
 import numpy as np
 
-from data.decode import BadImage
+from data.conditions import CONDITIONS
 from data.packed import ImageSet, open_packed
 from data.sources import ARCHIVES, TORCHVISION, Source, find_source, read_torchvision_set
 from functions.support.errors import UserError, short
@@ -35,7 +34,7 @@ class Split:
     train_ids_hash: str
     val_ids_hash: str
     pixels_hash: str
-    # A hash of the labels' names, each image's label and other inputs; "" without any.
+    # A hash of the labels, and of all other inputs; "" without any.
     labels_hash: str
 
 
@@ -49,8 +48,8 @@ def load_images(
     """Load all images of a data set at image_size x image_size pixels, prepared on first use.
 
     The embedded set is "emoji_faces"; "emoji_people" are the people in it. "FFHQ", "CIFAR10" and
-    "MNIST" are in data/. Any other name is a path. `inputs` are keys of INPUTS. Raises UserError or
-    OSError.
+    "MNIST" are in data/. Any other name is a path. `inputs` are keys of CONDITIONS. Raises
+    UserError or OSError.
     """
     source = locate(dataset_name)
     pack = open_packed(source, (channels, image_size, image_size), max_bad_images)
@@ -62,56 +61,8 @@ def load_images(
         pack = replace(pack, images=pack.images[indices], ids=ids, names=ids, summary=summary)
     pack = replace(pack, name=dataset_name)
     for name in inputs:
-        pack = INPUTS[name](pack, source)
+        pack = CONDITIONS[name].read(pack, source)
     return pack
-
-
-def with_labels(image_set: ImageSet, source: Source) -> ImageSet:
-    """Return the set with the label of each image, from 0 on in the order of their names.
-
-    Raises UserError for an image without one, and for fewer than two labels.
-    """
-    members = [source.members[image_id] for image_id in image_set.ids]
-    try:
-        labels = [each.label() if callable(each.label) else each.label for each in members]
-    except BadImage as error:
-        raise UserError(f"{short(image_set.name)}: the labels {error}") from error
-    if None in labels:
-        member = members[labels.index(None)]
-        raise UserError(
-            f"{short(image_set.name)} has no label for {short(member.name)}: folders are labels, "
-            "or the column label of a parquet file; FFHQ has none"
-        )
-    # Numbers are sorted as such.
-    names = sorted({*labels}, key=lambda name: (int(name) if name.isdecimal() else inf, name))
-    if len(names) < 2:
-        raise UserError(f"{short(image_set.name)} has one label, {short(names[0])}; two are needed")
-    indices = {name: index for index, name in enumerate(names)}
-    label = np.array([indices[name] for name in labels])
-    counts = np.bincount(label)
-    summary = f"{image_set.summary}; {len(names)} labels of {counts.min():,} to {counts.max():,}"
-    return replace(
-        image_set,
-        summary=f"{summary} images",
-        inputs=image_set.inputs | {"label": label},
-        label_names=tuple(names),
-    )
-
-
-def check_labels(image_set: ImageSet, split: Split) -> None:
-    """Raise UserError for a label that no training image has: the network would not learn it."""
-    labels = image_set.inputs.get("label", np.zeros(0))
-    for index, name in enumerate(image_set.label_names):
-        if index not in labels[split.train_indices]:
-            raise UserError(
-                f"{short(image_set.name)}: no training image has the label {short(name)!r}, as all "
-                "of it are held out; add images of it, or let folders train/ and val/ decide"
-            )
-
-
-# What a network can get of each image beside x_t and t, by the names of its arguments: each a
-# function (image set, source) -> image set, which adds it to `inputs`.
-INPUTS = {"label": with_labels}
 
 
 def locate(dataset_name: str) -> Source:
@@ -191,16 +142,18 @@ def split_images(image_set: ImageSet, split: str) -> Split:
         hash_ids([ids[i] for i in train_indices]),
         hash_ids([ids[i] for i in val_indices]),
         image_set.pixels_hash,
-        hash_labels(image_set),
+        hash_inputs(image_set),
     )
 
 
-def hash_labels(image_set: ImageSet) -> str:
-    """Return a short hash of the labels' names, labels and other inputs, or "" without any."""
+def hash_inputs(image_set: ImageSet) -> str:
+    """Return a short hash of all inputs and of the facts about them, or "" without any."""
     inputs = dict(image_set.inputs)
-    facts = [*image_set.label_names, *inputs.pop("label", ())]
-    facts += [f"{name} {sha256(str(values.tolist()))}" for name, values in sorted(inputs.items())]
-    return hash_ids(facts) if facts else ""
+    lines = [line for values in image_set.facts.values() for line in values]
+    for name in CONDITIONS:
+        lines += inputs.pop(name, np.empty(0)).tolist()
+    lines += [f"{name} {sha256(str(values.tolist()))}" for name, values in sorted(inputs.items())]
+    return hash_ids(lines) if lines else ""
 
 
 def hash_ids(ids: list) -> str:

@@ -52,8 +52,8 @@ class ImageSet:
     bad_images: list | tuple = ()
     # What the network gets beside x_t and t: (N, ...) by the names of its arguments.
     inputs: dict[str, np.ndarray] = field(default_factory=dict)
-    # The names of the labels in `inputs`.
-    label_names: tuple[str, ...] = ()
+    # What is saved about these with a model: lists by name, such as `label_names`.
+    facts: dict[str, Sequence] = field(default_factory=dict)
 
     @staticmethod
     def from_array(
@@ -61,14 +61,15 @@ class ImageSet:
         images: np.ndarray,
         names: Sequence[str] | None = None,
         inputs: dict[str, np.ndarray] | None = None,
-        label_names: Sequence[str] = (),
+        facts: dict[str, Sequence] | None = None,
     ) -> "ImageSet":
         """Return the set of the images in an array, uint8 (N, S, S, C), of any number of channels.
 
         A tenth is held out, by a hash of each of the `names`, by default 0, 1, ... `inputs` are
-        what the network gets beside x_t and t, (N, ...) each. One called `label` is an index of
-        `label_names`; the network also gets len(label_names), which stands for no label. Raises
-        ValueError for arrays of another dtype or shape, equal names, and other labels.
+        what the network gets beside x_t and t, (N, ...) each, and `facts` what is saved of them.
+        One called `label` is an index of the fact `label_names`; the network also gets the number
+        of these, which stands for no label (data/conditions.py). Raises ValueError for arrays of
+        another dtype or shape, and equal names.
         """
         square = images.ndim == 4 and images.shape[1] == images.shape[2]
         if images.dtype != np.uint8 or not square:
@@ -79,10 +80,6 @@ class ImageSet:
         inputs = {name: np.asarray(values) for name, values in (inputs or {}).items()}
         if {len(images)} != {len({*names}), len(names), *map(len, inputs.values())}:
             raise ValueError("each image must have one name of its own, and one of each input")
-        if {*inputs.get("label", ())} - {*range(len(label_names))} or (
-            bool(label_names) != ("label" in inputs)
-        ):
-            raise ValueError("labels must be indices of label_names")
         pixels_hash = hashlib.sha256(np.ascontiguousarray(images)).hexdigest()[:16]
         summary = f"{name}: {len(images):,} images at {images.shape[1]}x{images.shape[2]}"
         return ImageSet(
@@ -94,7 +91,7 @@ class ImageSet:
             pixels_hash=pixels_hash,
             summary=summary,
             inputs=inputs,
-            label_names=tuple(label_names),
+            facts=facts or {},
         )
 
 

@@ -327,9 +327,9 @@ def draw_cure(faces: Path, faces_v: Path) -> None:
 
 def draw_labels(run: Path) -> None:
     """Draw a sample of each label, from the same noise in both rows, with each weight."""
-    flags = f"--sampler dpm++ --steps 20 --label {','.join(open_saved(run).label_names)}"
+    names = open_saved(run).facts["label_names"]
+    flags = f"--sampler dpm++ --steps 20 --label {','.join(names)}"
     samplers = [open_saved(run, f"{flags} --cfg {weight}") for weight in LABEL_WEIGHTS]
-    names = samplers[0].label_names
     rows = [draw_pixels(sampler, len(names)) for sampler in samplers]
     titles = [f"w = {weight}" for weight in LABEL_WEIGHTS]
     columns = dict(zip(names, np.stack(rows, axis=1), strict=True))

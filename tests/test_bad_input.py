@@ -43,7 +43,7 @@ COMMANDS = {
     "sample.py {run} --guidance 1.5": "needs a --guide",
     "sample.py {run} --guide=": '--guide "" names neither',
     "sample.py {run} --guide 5 --guidance nan": "'nan' is not a finite number",
-    "sample.py {run} --label 2": "was trained without labels; --label and --cfg need some",
+    "sample.py {run} --label 2": "--label: the model was trained without labels",
     "sample.py {run} --label 2 --cfg 2 --guide 30": "--cfg and --guide exclude each other",
     "sample.py {run} --enlarge {run} --enlarge {run}": "samples it must draw (3, 32, 32)",
     "sample.py none.toml": "none.toml: there is no such file",

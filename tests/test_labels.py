@@ -27,7 +27,7 @@ from functions.sampling.options import SamplerOptions
 from functions.saved.loading import load_model
 from functions.saved.run_folder import checkpoints_of
 from functions.training.draws import training_draws
-from functions.training.run import LABEL_TABLE, TrainingRun
+from functions.training.run import TrainingRun
 from models.unet import UNet
 from tests.conftest import (
     CPU,
@@ -50,6 +50,7 @@ from tests.data.packing import IMAGES, encoded, write_folder
 from tests.functions.support.test_processes import two
 from tests.small_training import same
 
+LABEL_TABLE = "label_embedding.weight"
 LABELS = "--diffusion.labels true --diffusion.condition-dropout 0.5"
 FEW = "--steps 4 --device cpu"
 
@@ -81,9 +82,9 @@ def labelled_run(coloured, tmp_path_factory):
 def test_the_nearest_folder_is_the_label_and_numbers_are_sorted_as_such(coloured, capsys):
     plain = load_images(coloured, 16)
     labelled = load_images(coloured, 16, inputs=["label"])
-    assert labelled.label_names == ("2", "10", "blue")
+    assert labelled.facts["label_names"] == ["2", "10", "blue"]
     for name, label in zip(labelled.names, labelled.inputs["label"], strict=True):
-        assert f"/{labelled.label_names[label]}/" in f"/{name}"
+        assert f"/{labelled.facts['label_names'][label]}/" in f"/{name}"
     counts = np.bincount(labelled.inputs["label"])
     assert labelled.summary == f"{plain.summary}; 3 labels of {min(counts)} to {max(counts)} images"
     # What a run compares is as before, but for the labels themselves.
@@ -101,10 +102,10 @@ def test_the_nearest_folder_is_the_label_and_numbers_are_sorted_as_such(coloured
         # Only the level of folders that says which images are held out is no label.
         (["train/a.png", "val/b.png"], "has no label for train/a.png"),
         (["test/train/a.png", "test/val/b.png"], "has one label, test; two are needed"),
-        (["train/1/a.png", "train/2/c.png", "val/1/b.png"], ("1", "2")),
-        (["train/a.png", "cat/b.png"], ("cat", "train")),
-        (["1/train/a.png", "2/train/b.png", "1/val/c.png"], ("1", "2")),
-        (["vehicles/train/train/a.png", "vehicles/test/bus/b.png"], ("bus", "train")),
+        (["train/1/a.png", "train/2/c.png", "val/1/b.png"], ["1", "2"]),
+        (["train/a.png", "cat/b.png"], ["cat", "train"]),
+        (["1/train/a.png", "2/train/b.png", "1/val/c.png"], ["1", "2"]),
+        (["vehicles/train/train/a.png", "vehicles/test/bus/b.png"], ["bus", "train"]),
     ],
 )
 def test_folders_are_labels_or_one_sentence_says_why_not(names, expected, tmp_path):
@@ -113,7 +114,7 @@ def test_folders_are_labels_or_one_sentence_says_why_not(names, expected, tmp_pa
         with refused(expected):
             load_images(tmp_path, 8, inputs=["label"])
     else:
-        assert load_images(tmp_path, 8, inputs=["label"]).label_names == expected
+        assert load_images(tmp_path, 8, inputs=["label"]).facts["label_names"] == expected
 
 
 def test_a_new_run_needs_a_training_image_of_each_label(coloured, tmp_path, capsys):
@@ -135,15 +136,15 @@ def test_a_row_has_the_class_of_its_column(tmp_path):
     image = {"bytes": encoded(IMAGES[0]), "path": None}
     info = {"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}
     for name, labels, metadata, expected in (
-        ("named", [1, 0, 1], info, ("cat", "dog")),
-        ("numbers", [7, 0, 7], {}, ("0", "7")),
-        ("damaged", [7, 0, 7], {"info": {"features": 5}}, ("0", "7")),
+        ("named", [1, 0, 1], info, ["cat", "dog"]),
+        ("numbers", [7, 0, 7], {}, ["0", "7"]),
+        ("damaged", [7, 0, 7], {"info": {"features": 5}}, ["0", "7"]),
     ):
         table = pa.table({"image": [image] * 3, "label": labels})
         table = table.replace_schema_metadata({"huggingface": json.dumps(metadata)})
         parquet.write_table(table, tmp_path / f"{name}.parquet")
         image_set = load_images(tmp_path / f"{name}.parquet", 8, inputs=["label"])
-        assert image_set.label_names == expected
+        assert image_set.facts["label_names"] == expected
         assert image_set.inputs["label"].tolist() == [1, 0, 1]
     # Metadata that are no JSON are named.
     parquet.write_table(
@@ -192,7 +193,7 @@ def test_labels_are_dropped_by_place_and_purpose():
     """Other processes and batch sizes drop the same ones, and other draws stay as they were."""
     draws = training_draws(0, 5, 400, (3, 1, 1), 10, CPU)
     config = replace(EXPERIMENTS["mnist"].diffusion, condition_dropout=0.25)
-    run = Mock(config=config, image_set=Mock(label_names=[*"0123456789"]))
+    run = Mock(config=config, facts={"label_names": [*"0123456789"]})
     labels = torch.arange(400) % 10
     _, inputs = TrainingRun.augment(run, draws.noise, {"label": labels}, draws, 0)
     dropped = inputs["label"] == 10
@@ -228,7 +229,7 @@ def test_guidance_by_the_label_is_the_line_through_both_predictions():
         parameter.data.add_(0.05 * torch.randn_like(parameter))
     options = SamplerOptions(label=("b", "a"), cfg=2.5)
     image_sampler = image_sampler_of(labelled_net, 1000, options)
-    guided = replace(image_sampler, label_names=["b", "a"]).given([0, 1, 2])
+    guided = replace(image_sampler, facts={"label_names": ["b", "a"]}).given([0, 1, 2])
     assert isinstance(guided, Guided)
     x_t = normal(0, 3, 3, 16, 16)
     labels = torch.tensor([0, 1, 0])
@@ -249,7 +250,7 @@ def test_guidance_by_the_label_is_the_line_through_both_predictions():
 
 def test_labels_that_cannot_be_drawn_are_one_sentence(labelled_run):
     """tests/test_bad_input.py has what is refused of any model."""
-    with refused("'green' is no label of .*, which has '2', '10', 'blue'"):
+    with refused("--label: 'green' is no label of the model, which has '2', '10', 'blue'"):
         call(sample, labelled_run, FEW, "--label 2,green")
     with refused("--cfg needs a --label: '2', '10', 'blue'"):
         call(sample, labelled_run, FEW, "--cfg 2")
@@ -383,6 +384,6 @@ def test_a_guide_has_the_labels_of_the_model(labelled_run, coloured, tmp_path):
     other = shutil.copytree(coloured, tmp_path / "other")
     (other / "a" / "blue").rename(other / "a" / "azure")
     guide = train_tiny(other, tmp_path / "runs", LABELS, "--diffusion.objective v")
-    with refused("cannot guide .*: it has other labels"):
+    with refused("cannot guide .*: other labels"):
         call(sample, labelled_run, FEW, "--label 2 --guide", guide)
     call(sample, labelled_run, FEW, "--n 1 --guide", guide, "--out", tmp_path / "out")

@@ -50,7 +50,9 @@ class Bare(nn.Conv2d):
 def own_run(folder, checkpoint=None, **changes):
     """Return a run of `Normed` on random images with two labels."""
     inputs = {"label": np.arange(60) % 2, "brightness": PIXELS.mean((1, 2, 3), np.float32) / 255}
-    images = ImageSet.from_array("mine", PIXELS, inputs=inputs, label_names=("even", "odd"))
+    images = ImageSet.from_array(
+        "mine", PIXELS, inputs=inputs, facts={"label_names": ("even", "odd")}
+    )
     settings = {"epochs": 2, "checkpoint_every": 2, "precision": "float32", "sample_every": 3}
     settings |= {"grid_steps": 2, "validation_samples": 8, "dataset_name": "mine"} | changes
     experiment = Experiment(
@@ -110,11 +112,17 @@ def test_what_does_not_fit_is_refused(tmp_path):
         ImageSet.from_array("mine", PIXELS, names=["a"] * 60)
     with pytest.raises(ValueError, match="and one of each input"):
         ImageSet.from_array("mine", PIXELS, inputs={"label": np.zeros(59)})
-    for inputs, names in (({"label": np.arange(60)}, "ab"), ({"label": [0] * 60}, ""), ({}, "ab")):
-        with pytest.raises(ValueError, match="labels must be indices of label_names"):
-            ImageSet.from_array("mine", PIXELS, inputs=inputs, label_names=names)
-    model = EXPERIMENTS["faces"].model
-    experiment = Experiment(EXPERIMENTS["faces"].diffusion, model)
+    experiment = EXPERIMENTS["faces"]
+    own = replace(experiment, model=OwnNetwork("Normed", 8, 3))
+    for labels, names, sentence in (
+        ([*range(60)], "ab", "mine: labels must be indices of the fact label_names"),
+        ([0] * 60, "", "labels must be indices"),
+        ([0] * 60, "ab", "mine: no training image has the label 'b'"),
+    ):
+        inputs = {"label": labels}
+        images = ImageSet.from_array("mine", PIXELS, inputs=inputs, facts={"label_names": names})
+        with refused(sentence):
+            TrainingRun("mine", own, images, Normed(), tmp_path, CPU)
     images = ImageSet.from_array("mine", PIXELS)
     with refused(r"mine are \(8, 8, 3\) .* the network's \(32, 32, 3\)", ConfigError):
         TrainingRun("mine", experiment, images, Normed(), tmp_path, CPU)

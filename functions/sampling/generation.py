@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from config import DiffusionConfig
 from data.batches import batches_of
+from data.conditions import CONDITIONS, Given, check_given, chosen_inputs
 from functions.denoiser import Predictor
 from functions.enlarging import Known, enlarge, enlarging_times
 from functions.guidance import Guided
@@ -24,7 +25,7 @@ from functions.saved.loading import open_model
 from functions.saved.run_folder import checkpoints_of, newest_run, step_of
 from functions.support import processes
 from functions.support.device import choose_device, set_deterministic, warn_if_busy
-from functions.support.errors import UserError, short
+from functions.support.errors import UserError
 from functions.support.random_numbers import image_noise
 from functions.support.settings import fields_with
 from functions.timesteps import sampling_times
@@ -68,10 +69,10 @@ class ImageSampler:
     on_step: OnStep | None = None
     # Each of them then draws the images at twice their size. They do not call `on_step`.
     enlargers: tuple[Enlarger, ...] = ()
-    # The names of the model's labels
-    label_names: Sequence[str] = ()
-    # What the network gets beside the label, (N, ...) by name; image i gets that of i mod N. Only a
-    # training, which knows it of held-out images, gives it.
+    # What is known of the model (data/conditions.py)
+    facts: dict = field(default_factory=dict)
+    # What the network gets beside x_t and t, (N, ...) by name; image i gets that of i mod N. Only a
+    # training, which draws grids, gives it.
     inputs: dict[str, Tensor] = field(default_factory=dict)
     # Where the denoiser comes from; a training, which draws grids, has not saved it.
     saved: SavedModel | None = None
@@ -163,23 +164,24 @@ class ImageSampler:
     def given(self, indices: Sequence[int]) -> Predictor:
         """Return the denoiser with the inputs that its network gets for these images, if any.
 
-        With `cfg` it is guided by the denoiser without a label.
+        With `cfg` it is guided by the denoiser without any condition.
         """
         inputs = {
             name: values[[i % len(values) for i in indices]] for name, values in self.inputs.items()
         }
-        for name, values in self.options.inputs_of(indices, self.label_names).items():
-            inputs[name] = torch.tensor(values, device=self.device)
+        for name, values in chosen_inputs(self.options, self.facts, indices).items():
+            inputs[name] = values.to(self.device)
         denoiser = self.denoiser.given(**inputs)
         if self.options.cfg is None:
             return denoiser
-        others = {name: values for name, values in inputs.items() if name != "label"}
+        others = {name: values for name, values in inputs.items() if name not in CONDITIONS}
         return Guided(denoiser, self.denoiser.given(**others), self.options.cfg)
 
     def for_edits(self) -> "ImageSampler":
         """Return the sampler whose denoiser has the inputs of image 0 in all that it draws."""
-        options = replace(self.options, label=(), cfg=None)
-        return replace(self, denoiser=self.given([0]), options=options)
+        nothing = {each.name: each.default for each in fields(Given)}
+        options = replace(self.options, **nothing, cfg=None)
+        return replace(self, denoiser=self.given([0]), options=options, facts={})
 
     def enlarge(
         self,
@@ -234,7 +236,7 @@ def open_sampler(args: argparse.Namespace) -> ImageSampler:
     if args.sampler == "ddpm" and args.steps in (None, diffusion["timesteps_diff"]):
         chosen["variance"] = args.variance or diffusion.get("variance")
     options = SamplerOptions(**chosen, clip_x_0=diffusion.get("clip_x_0", True))
-    check_labels(options, saved)
+    check_given(options, saved.facts, options.cfg)
 
     batch_size = args.batch_size or (CPU_BATCH if device.type == "cpu" else GPU_BATCH)
     return ImageSampler(
@@ -245,23 +247,9 @@ def open_sampler(args: argparse.Namespace) -> ImageSampler:
         device,
         batch_size,
         str(denoiser.precision).removeprefix("torch."),
-        label_names=saved.label_names,
+        facts=saved.facts,
         saved=saved,
     )
-
-
-def check_labels(options: SamplerOptions, saved: SavedModel) -> None:
-    """Raise UserError for labels that the model does not have, and for `cfg` without one."""
-    if not options.label and options.cfg is None:
-        return
-    known = ", ".join(repr(short(name)) for name in saved.label_names)
-    if not known:
-        raise UserError(f"{saved.path} was trained without labels; --label and --cfg need some")
-    if not options.label:
-        raise UserError(f"--cfg needs a --label: {known}")
-    for name in options.label:
-        if name not in saved.label_names:
-            raise UserError(f"{short(name)!r} is no label of {saved.path}, which has {known}")
 
 
 def guided(image_sampler: ImageSampler) -> ImageSampler:
@@ -279,8 +267,9 @@ def guided(image_sampler: ImageSampler) -> ImageSampler:
     path = processes.on_main(find_guide, options.guide, saved)
     saved_guide, guide = open_model(path, image_sampler.device, image_sampler.precision)
     processes.print_main(f"guide {saved_guide.path}: {saved_guide}")
-    if options.label and saved_guide.label_names != saved.label_names:
-        raise UserError(f"{saved_guide.path} cannot guide {saved.path}: it has other labels")
+    for name, row in CONDITIONS.items():
+        if getattr(options, name) and not row.same(saved_guide.facts, saved.facts):
+            raise UserError(f"{saved_guide.path} cannot guide {saved.path}: other {row.switch}")
     # Both networks get the same x_t and t, so t must mean the same amount of noise to both.
     same_shape = saved_guide.model.image_shape == image_sampler.shape
     alphas_cumprod = model.scheduler.alphas_cumprod

@@ -5,7 +5,6 @@
 
 import csv
 from argparse import ArgumentParser
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,16 +97,6 @@ class SamplerOptions:
         if not self.clip_x_0:
             settings["clip_x_0"] = False
         return settings
-
-    def inputs_of(self, indices: Sequence[int], label_names: Sequence[str]) -> dict[str, list]:
-        """Return what the network gets beside x_t and t for images with these indices, by name.
-
-        `label_names` are those of the model.
-        """
-        if not self.label:
-            return {}
-        labels = [label_names.index(name) for name in self.label]
-        return {"label": [labels[i % len(labels)] for i in indices]}
 
     def __str__(self) -> str:
         """Return a text such as "sampler dpm++, steps 20, spacing logsnr, eta 1.0"."""

@@ -15,8 +15,8 @@ from config import (
     Experiment,
     OwnNetwork,
     build_network,
-    input_names,
 )
+from data.conditions import network_fields, turned_on
 from data.datasets import load_images
 from functions.saved.checkpoint import Checkpoint, SavedModel
 from functions.saved.loading import open_model
@@ -76,10 +76,10 @@ def make_run(
         model.image_size,
         config.max_bad_images,
         model.channels,
-        input_names(vars(config)),
+        turned_on(vars(config)),
     )
     # The data decide how many labels the network knows.
-    experiment = experiment.override(label_count=len(image_set.label_names))
+    experiment = experiment.override(**network_fields(vars(config) | image_set.facts))
     # This seed is for the initial weights. Every later draw has another seed.
     torch.manual_seed(config.seed)
     network = build_network(experiment.model)
@@ -113,9 +113,9 @@ def fit_to_weights(preset: Experiment, initial: SavedModel, given: dict) -> Expe
             f"image_size is {size}; it must be {own_size} or {2 * own_size} {reason}: their own "
             "size, or twice that, to which they grow. Give the size as --model.image-size"
         )
-    # The data decide the number of labels.
+    # The data decide what follows from the conditions (`make_run`).
     dropout = given.get("dropout", preset.model.dropout)
-    network = network | {"dropout": dropout, "label_count": 0}
+    network = network | {"dropout": dropout, **network_fields({})}
     experiment = preset.override(**given | needed | network)
     try:
         asked = experiment.override(**given)

@@ -10,7 +10,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import OwnNetwork
-from data.pixels import to_uint8
+from data.conditions import in_grids, with_conditions
+from data.pixels import to_model_range, to_uint8
 from functions.losses import eps_errors
 from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.options import SamplerOptions
@@ -202,20 +203,18 @@ class Recorder:
         """Draw a grid of samples, always from the same noise, and write it to a file."""
         run = self.run
         config = self.config
-        # All labels, in turn; all else that the network gets is that of held-out images.
-        label_names = run.image_set.label_names
-        _, inputs = run.feeder.gather(run.split.val_indices[: config.grid_images])
-        inputs.pop("label", None)
+        # What the network gets beside the noise is that of held-out images, but all labels in turn.
+        images, inputs = run.feeder.gather(run.split.val_indices[: config.grid_images])
+        inputs = with_conditions(inputs, to_model_range(images), vars(config))
         steps = min(config.grid_steps, config.timesteps_diff)
         sampler = ImageSampler(
             run.sample_denoiser,
-            SamplerOptions(config.grid_sampler, steps, label=label_names),
+            SamplerOptions(config.grid_sampler, steps),
             run.experiment.model.image_shape,
             config.seed,
             run.device,
             config.batch_size,
-            label_names=label_names,
-            inputs=inputs,
+            inputs=in_grids(inputs, run.facts),
         )
 
         with run.sample_denoiser.evaluating():

@@ -58,7 +58,7 @@ def test_images_come_as_they_were_and_those_of_the_test_files_validate(
     image_set = load_images(name, size, channels=channels, inputs=["label"])
     assert_array_equal(image_set.images, images.reshape(len(images), size, size, channels))
     assert image_set.inputs["label"].tolist() == LABELS[: len(images)]
-    assert image_set.label_names[3] == classes[3].removesuffix(" - digit")
+    assert image_set.facts["label_names"][3] == classes[3].removesuffix(" - digit")
     assert image_set.ids == list(range(len(images)))
     for split_name in ("reference", "official"):
         split = split_images(image_set, split_name)

@@ -306,7 +306,7 @@ def test_learning_rate_warms_up_and_decays_and_rotation_stops_for_the_last_tenth
         assert learning_rate(faces, step, 1000) == expected
 
     # A run calls these with its config.
-    run = SimpleNamespace(config=full, total_steps=1000)
+    run = SimpleNamespace(config=full, total_steps=1000, facts={})
     draws = training_draws(0, 0, 4, (3, 8, 8), 1000, CPU)
     for step, angle in ((0, 3), (899, 3), (900, 0), (999, 0)):
         expected = augment(draws.noise, draws.flip, angle * draws.rotation)
