@@ -77,7 +77,7 @@ class Member(NamedTuple):
     read: Callable[[], bytes | np.ndarray]
     # The label, or a function that reads that of a row; None without one.
     label: str | Callable[[], str | None] | None = None
-    # "train" or the folder that is held out, such as "val"; "" if folders do not decide the split.
+    # The side of a split that its folders name: "train", or one such as "val"; "" if none does.
     side: str = ""
 
 
@@ -356,24 +356,20 @@ def decided(source: Source) -> Source:
     both; images elsewhere are then counted as ignored. The nearest other folder that is no archive
     is the label of an image, unless its row has one. FFHQ has no labels.
     """
-    sides = sides_of([member.name for member in source.members.values()])
-    named = {side for _, side in sides}
-    rule = next((name for name in HELD_OUT_FOLDERS if name in named), None)
-    if source.rule != "name" or not {"train", rule} <= named:
-        rule = source.rule
-        sides = [(-1, "")] * len(sides)
-    result = replace(source, members={}, rule=rule)
-    for (level, side), (image_id, member) in zip(sides, source.members.items(), strict=True):
+    places = sides_of([member.name for member in source.members.values()])
+    sides = {side for _, side in places}
+    held_out = [side for side in HELD_OUT_FOLDERS if side in sides]
+    by_folders = source.rule == "name" and "train" in sides and held_out
+    result = replace(source, members={}, rule=held_out[0] if by_folders else source.rule)
+    for (image_id, member), (level, side) in zip(source.members.items(), places, strict=True):
         folders = member.name.split("/")[:-1]
-        if rule in HELD_OUT_FOLDERS and side not in ("train", rule):
-            result.ignored[f"in {side or '/'.join(folders) or '.'}/"] += 1
-            continue
-        labels = [
-            folder
-            for i, folder in enumerate(folders)
-            if i != level and Path(folder).suffix.lower() not in ARCHIVES
-        ]
-        label = None if rule == "FFHQ" else member.label or next(reversed(labels), None)
+        if by_folders:
+            if side not in ("train", result.rule):
+                result.ignored[f"in {side or '/'.join(folders) or '.'}/"] += 1
+                continue
+            del folders[level]
+        labels = [name for name in folders if not name.lower().endswith((*ARCHIVES,))]
+        label = None if source.rule == "FFHQ" else member.label or (labels or [None])[-1]
         result.members[image_id] = member._replace(label=label, side=side)
     return result
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from config import DiffusionConfig
 from data.batches import batches_of
-from data.conditions import CONDITIONS, Given, check_given, chosen_inputs
+from data.conditions import CONDITIONS, Given, chosen_inputs
 from functions.denoiser import Predictor
 from functions.enlarging import Known, enlarge, enlarging_times
 from functions.guidance import Guided
@@ -169,8 +169,8 @@ class ImageSampler:
         inputs = {
             name: values[[i % len(values) for i in indices]] for name, values in self.inputs.items()
         }
-        for name, values in chosen_inputs(self.options, self.facts, indices).items():
-            inputs[name] = values.to(self.device)
+        chosen = chosen_inputs(self.options, self.facts, indices, self.options.cfg)
+        inputs |= {name: values.to(self.device) for name, values in chosen.items()}
         denoiser = self.denoiser.given(**inputs)
         if self.options.cfg is None:
             return denoiser
@@ -210,7 +210,10 @@ def open_drawing(args: argparse.Namespace) -> ImageSampler:
 
     Raises UserError for models that do not fit each other, and as `open_sampler` does.
     """
-    image_sampler = guided(open_sampler(args))
+    image_sampler = open_sampler(args)
+    # This raises errors about conditions.
+    image_sampler.given([0])
+    image_sampler = guided(image_sampler)
     for path in args.enlarge:
         image_sampler = enlarged(image_sampler, path)
     return image_sampler
@@ -236,7 +239,6 @@ def open_sampler(args: argparse.Namespace) -> ImageSampler:
     if args.sampler == "ddpm" and args.steps in (None, diffusion["timesteps_diff"]):
         chosen["variance"] = args.variance or diffusion.get("variance")
     options = SamplerOptions(**chosen, clip_x_0=diffusion.get("clip_x_0", True))
-    check_given(options, saved.facts, options.cfg)
 
     batch_size = args.batch_size or (CPU_BATCH if device.type == "cpu" else GPU_BATCH)
     return ImageSampler(
@@ -268,7 +270,7 @@ def guided(image_sampler: ImageSampler) -> ImageSampler:
     saved_guide, guide = open_model(path, image_sampler.device, image_sampler.precision)
     processes.print_main(f"guide {saved_guide.path}: {saved_guide}")
     for name, row in CONDITIONS.items():
-        if getattr(options, name) and not row.same(saved_guide.facts, saved.facts):
+        if getattr(options, name) and row.known(saved_guide.facts) != row.known(saved.facts):
             raise UserError(f"{saved_guide.path} cannot guide {saved.path}: other {row.switch}")
     # Both networks get the same x_t and t, so t must mean the same amount of noise to both.
     same_shape = saved_guide.model.image_shape == image_sampler.shape

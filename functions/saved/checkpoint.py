@@ -187,8 +187,7 @@ class SavedModel:
     @property
     def facts(self) -> dict:
         """Return what is known of the model, as the rows of CONDITIONS need it."""
-        shape = {"image_shape": self.model.image_shape}
-        return self.config["diffusion"] | self.provenance | shape
+        return self.config["diffusion"] | self.config["model"] | self.provenance
 
     @property
     def part(self) -> str:

@@ -154,7 +154,8 @@ def load_and_split(saved: SavedModel, name: str | None = None) -> tuple[ImageSet
             "evaluate.py --data NAME"
         ) from error
     for row in turned_on(diffusion).values():
-        if not row.same(diffusion | image_set.facts, saved.facts):
-            known = row.known(saved.facts)
+        known = row.known(saved.facts)
+        if row.known(diffusion | image_set.facts) != known:
+            known = short(", ".join(known))
             raise UserError(f"{dataset_name} has other {row.switch} than {saved.path}: {known}")
     return image_set, split_images(image_set, diffusion.get("split", "reference"))

@@ -160,8 +160,7 @@ class TrainingRun:
     @property
     def facts(self) -> dict:
         """Return what is known of the model, as the rows of CONDITIONS need it."""
-        shape = {"image_shape": self.experiment.model.image_shape}
-        return vars(self.config) | self.image_set.facts | shape
+        return vars(self.config) | vars(self.experiment.model) | self.image_set.facts
 
     @property
     def is_to_compile(self) -> bool:
@@ -215,7 +214,7 @@ class TrainingRun:
         # The weights of a condition stay if it means the same, as with labels of the same names.
         for row in CONDITIONS.values():
             prefix = f"{row.name}_embedding."
-            if not row.same(initial.facts, self.facts):
+            if row.known(initial.facts) != row.known(self.facts):
                 weights = {k: v for k, v in weights.items() if not k.startswith(prefix)}
                 weights |= {k: v for k, v in own.items() if k.startswith(prefix)}
         description = f"{initial.path}: {initial}"
@@ -352,8 +351,6 @@ class TrainingRun:
         config = self.config
         steps = self.total_steps
         yield from self.experiment.warnings()
-        for row in CONDITIONS.values():
-            yield from row.warnings(self.facts)
         snr = self.denoiser.scheduler.terminal_snr
         if snr > VISIBLE_SNR:
             yield (
