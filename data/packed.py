@@ -27,6 +27,9 @@ from functions.support.files import sha256, write_text
 # Increase this whenever the same files would give different pixels. Then all packs are made again.
 FORMAT_VERSION = 2
 
+# (C, S, S): the number of channels, and the side in pixels
+Shape = tuple[int, int, int]
+
 # So many prepared images are in memory at a time.
 CHUNK = 1000
 
@@ -95,8 +98,8 @@ class ImageSet:
         )
 
 
-def open_packed(source: Source, shape: tuple[int, int, int], max_bad_images: int) -> ImageSet:
-    """Map the packed file of a source's images in this shape (C, S, S), which is made if needed.
+def open_packed(source: Source, shape: Shape, max_bad_images: int) -> ImageSet:
+    """Map the packed file of a source's images in this shape, which is made if needed.
 
     It has all images that could be read when it was made, and stays so until a file of the source
     changes. Raises UserError when no image is usable, or more than max_bad_images are not, and
@@ -122,7 +125,7 @@ def open_packed(source: Source, shape: tuple[int, int, int], max_bad_images: int
     return pack
 
 
-def pack_key(source: Source, shape: tuple[int, int, int]) -> str:
+def pack_key(source: Source, shape: Shape) -> str:
     """Return a hash of everything that a pack's content depends on."""
     channels, image_size, _ = shape
     facts = [FORMAT_VERSION, image_size, channels]
@@ -130,7 +133,7 @@ def pack_key(source: Source, shape: tuple[int, int, int]) -> str:
     return sha256(json.dumps(facts))
 
 
-def pack_path(source: Source, shape: tuple[int, int, int]) -> Path:
+def pack_path(source: Source, shape: Shape) -> Path:
     """Return the path of a source's pack: with the data, or in a cache for read-only data."""
     channels, image_size, _ = shape
     path = source.path.resolve()
@@ -185,7 +188,7 @@ def map_pack(path: Path, record: dict, source: Source) -> ImageSet:
     )
 
 
-def write_pack(path: Path, key: str, source: Source, shape: tuple[int, int, int]) -> ImageSet:
+def write_pack(path: Path, key: str, source: Source, shape: Shape) -> ImageSet:
     """Write the pixels of all usable images to a packed file, and its record; map it.
 
     Prints a summary.
@@ -213,7 +216,7 @@ def write_pack(path: Path, key: str, source: Source, shape: tuple[int, int, int]
     return pack
 
 
-def write_images(path: Path, source: Source, shape: tuple[int, int, int]) -> dict:
+def write_images(path: Path, source: Source, shape: Shape) -> dict:
     """Write the pixels of all usable images to a file, and return their record."""
     channels, image_size, _ = shape
     ids = []
@@ -252,13 +255,10 @@ def write_images(path: Path, source: Source, shape: tuple[int, int, int]) -> dic
     }
 
 
-def map_images(
-    source: Source, shape: tuple[int, int, int]
-) -> Iterator[tuple[np.ndarray, int] | BadImage]:
+def map_images(source: Source, shape: Shape) -> Iterator[tuple[np.ndarray, int] | BadImage]:
     """Yield each image, uint8 (S, S, C), and its shorter side, or the error of an unusable one.
 
-    `shape` is (C, S, S). The order is that of source.members. Raises OSError when an image cannot
-    be read.
+    The order is that of source.members. Raises OSError when an image cannot be read.
     """
     reading = Lock()
 

@@ -75,10 +75,10 @@ class Member(NamedTuple):
     stamp: int | tuple[int, int]
     # The function returns a file's bytes, or uint8 (H, W, C).
     read: Callable[[], bytes | np.ndarray]
-    # The label, or a function that reads that of a row; None without one.
-    label: str | Callable[[], str | None] | None = None
     # The side of a split that its folders name: "train", or one such as "val"; "" if none does.
     side: str = ""
+    # The label, or a function that reads that of a row; None without one.
+    label: str | Callable[[], str | None] | None = None
 
 
 @dataclass
@@ -291,7 +291,7 @@ def list_parquet(path: Path) -> list[Member]:
     # Only a set with labels reads them.
     labels = cache(partial(class_column, file, errors))
     return [
-        Member(None, stamp, partial(read, i), lambda i=i: labels()[i])
+        Member(None, stamp, partial(read, i), label=lambda i=i: labels()[i])
         for i in range(file.metadata.num_rows)
     ]
 
@@ -370,7 +370,7 @@ def decided(source: Source) -> Source:
             del folders[level]
         labels = [name for name in folders if not name.lower().endswith((*ARCHIVES,))]
         label = None if source.rule == "FFHQ" else member.label or (labels or [None])[-1]
-        result.members[image_id] = member._replace(label=label, side=side)
+        result.members[image_id] = member._replace(side=side, label=label)
     return result
 
 
@@ -431,14 +431,9 @@ def read_torchvision_set(name: str, folder: Path, download: bool = False) -> Sou
     # MNIST has no dimension for its one channel, and calls its classes "5 - five".
     images = images.reshape(*images.shape[:3], -1)
     names = [name.partition(" - ")[0] for name in train.classes]
+    sides = ["train"] * len(train) + ["test"] * len(test)
     members = {
-        i: Member(
-            f"{'train' if i < len(train) else 'test'}/{i}",
-            zlib.crc32(image.tobytes()),
-            image.copy,
-            names[label],
-            "train" if i < len(train) else "test",
-        )
-        for i, (image, label) in enumerate(zip(images, labels, strict=True))
+        i: Member(f"{side}/{i}", zlib.crc32(image.tobytes()), image.copy, side, names[label])
+        for i, (side, image, label) in enumerate(zip(sides, images, labels, strict=True))
     }
     return Source(folder / name, members, Counter(), "test")
