@@ -330,9 +330,9 @@ class DiffusionConfig:
     # Give the network each image's label: its folder, or the class of MNIST, CIFAR10 or a parquet
     # file. `sample.py --label` then chooses what is drawn.
     labels: bool = False
-    # The probability that training drops an image's label, so that the network draws without one,
-    # too, as --cfg needs (Ho and Salimans 2022).
-    label_dropout: float = changeable(0.1, at_most=1, departs=True)
+    # The probability that training drops an image's conditions, such as its label, so that the
+    # network draws without them, too, as --cfg needs (Ho and Salimans 2022).
+    condition_dropout: float = changeable(0.1, at_most=1, departs=True, formerly="label_dropout")
 
     # Noise schedule
 
@@ -596,14 +596,6 @@ def model_from(values: Any) -> NetworkConfig:
     kinds = {"class_name": OwnNetwork, "unet_2d_model": DiffusersNetwork}
     kind = next((kinds[name] for name in kinds if name in values), ModelConfig)
     return from_fields(kind, values)
-
-
-def input_names(diffusion: dict) -> list[str]:
-    """Return what the network of such a `DiffusionConfig` gets of each image beside x_t and t.
-
-    Each is a row of INPUTS in data/datasets.py.
-    """
-    return ["label"] if diffusion.get("labels") else []
 
 
 def build_network(config: NetworkConfig) -> nn.Module:

@@ -76,7 +76,7 @@ def tab(
     shown in the page as one sentence.
     """
 
-    names = drawing.models.label_names
+    names = drawing.models.facts.get("label_names", ())
     begun = drawing.config
     of_labels = names and [
         gr.Dropdown(["", *names], value="".join(begun.label[:1]), label="Label"),

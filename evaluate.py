@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data.conditions import with_conditions
 from data.pixels import to_model_range
 from functions.evaluation.bits_per_dim import BoundOptions, evenly_spaced, measure_bits_per_dim
 from functions.evaluation.fidelity import (
@@ -151,7 +152,8 @@ def evaluate_bits(args: Namespace) -> None:
     def load(index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         inputs = image_set.inputs.items()
         given = {name: torch.from_numpy(values[[index]]).to(device) for name, values in inputs}
-        return to_model_range(image_set.images[[index]]).to(device), given
+        x_0 = to_model_range(image_set.images[[index]]).to(device)
+        return x_0, with_conditions(given, x_0, saved.facts)
 
     options = BoundOptions(
         args.t_stride,

@@ -1,17 +1,14 @@
 """Load data sets by name, and split them into training and validation images."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
-from math import inf
 from pathlib import Path
 
 import numpy as np
 
-from data.decode import BadImage
+from data.conditions import CONDITIONS
 from data.packed import ImageSet, open_packed
-from data.sources import ARCHIVES, TORCHVISION, Member, Source, find_source, read_torchvision_set
+from data.sources import ARCHIVES, TORCHVISION, Source, find_source, read_torchvision_set
 from functions.support.errors import UserError, short
 from functions.support.files import sha256
 
@@ -21,13 +18,6 @@ EMBEDDED_NAMES = ("emoji_faces", "emoji_people")
 
 # Of a set without a rule of its own, this fraction is held out.
 HELD_OUT = 0.1
-# Beside train/, the first of these folders that a set has is held out.
-HELD_OUT_FOLDERS = ("val", "valid", "validation", "test")
-# The folder or shard of a side, as train/, training/, val2017/ or train-00000-of-00002.parquet.
-SIDE = re.compile(
-    rf"(train|{'|'.join(HELD_OUT_FOLDERS)})(ing)?([-_]?\d\w*(-of-\d+(-\w+)?)?)?"
-    rf"({'|'.join(map(re.escape, ARCHIVES))})?"
-)
 
 
 @dataclass(frozen=True)
@@ -44,7 +34,7 @@ class Split:
     train_ids_hash: str
     val_ids_hash: str
     pixels_hash: str
-    # A hash of the labels' names, each image's label and other inputs; "" without any.
+    # A hash of the labels, and of all other inputs; "" without any.
     labels_hash: str
 
 
@@ -54,18 +44,15 @@ def load_images(
     max_bad_images: int = 0,
     channels: int = 3,
     inputs: Sequence[str] = (),
-    retry_bad: bool = False,
-    pixels_hash: str = "",
 ) -> ImageSet:
     """Load all images of a data set at image_size x image_size pixels, prepared on first use.
 
     The embedded set is "emoji_faces"; "emoji_people" are the people in it. "FFHQ", "CIFAR10" and
-    "MNIST" are in data/. Any other name is a path. `inputs` are keys of INPUTS; the last two are
-    those of `open_packed`. Raises UserError or OSError.
+    "MNIST" are in data/. Any other name is a path. `inputs` are keys of CONDITIONS. Raises
+    UserError or OSError.
     """
     source = locate(dataset_name)
-    source.channels = channels
-    pack = open_packed(source, image_size, max_bad_images, retry_bad, pixels_hash)
+    pack = open_packed(source, (channels, image_size, image_size), max_bad_images)
     if dataset_name == "emoji_people":
         # The people share the packed file of the whole embedded set.
         indices = [i for i, image_id in enumerate(pack.ids) if image_id.startswith("people_")]
@@ -74,65 +61,14 @@ def load_images(
         pack = replace(pack, images=pack.images[indices], ids=ids, names=ids, summary=summary)
     pack = replace(pack, name=dataset_name)
     for name in inputs:
-        pack = INPUTS[name](pack, source)
+        pack = CONDITIONS[name].read(pack, source)
     return pack
 
 
-def with_labels(image_set: ImageSet, source: Source) -> ImageSet:
-    """Return the set with the label of each image, from 0 on in the order of their names.
-
-    Raises UserError for an image without one, and for fewer than two labels.
-    """
-    members = [source.members[image_id] for image_id in image_set.ids]
-    try:
-        labels = [None if source.rule == "FFHQ" else label_of(member, source) for member in members]
-    except BadImage as error:
-        raise UserError(f"{short(image_set.name)}: the labels {error}") from error
-    if None in labels:
-        member = members[labels.index(None)]
-        raise UserError(
-            f"{short(image_set.name)} has no label for {short(member.name)}: folders are labels, "
-            "or the column label of a parquet file; FFHQ has none"
-        )
-    # Numbers are sorted as such.
-    names = sorted({*labels}, key=lambda name: (int(name) if name.isdecimal() else inf, name))
-    if len(names) < 2:
-        raise UserError(f"{short(image_set.name)} has one label, {short(names[0])}; two are needed")
-    indices = {name: index for index, name in enumerate(names)}
-    label = np.array([indices[name] for name in labels])
-    counts = np.bincount(label)
-    summary = f"{image_set.summary}; {len(names)} labels of {counts.min():,} to {counts.max():,}"
-    return replace(
-        image_set,
-        summary=f"{summary} images",
-        inputs=image_set.inputs | {"label": label},
-        label_names=tuple(names),
-    )
-
-
-# What a network can get of each image beside x_t and t, by the names of its arguments: each a
-# function (image set, source) -> image set, which adds it to `inputs`.
-INPUTS = {"label": with_labels}
-
-
-def label_of(member: Member, source: Source) -> str | None:
-    """Return an image's label: that of its row, or the nearest folder that has it, if any.
-
-    Neither archives count nor folders that say on which side of the split images are.
-    """
-    if member.label:
-        return member.label()
-    splits = source.rule in HELD_OUT_FOLDERS
-    for folder in reversed(member.name.split("/")[:-1]):
-        if not (splits and side_of(folder)) and Path(folder).suffix.lower() not in ARCHIVES:
-            return folder
-    return None
-
-
 def locate(dataset_name: str) -> Source:
-    """Find the source for a data set's name or path, and its rule of the split."""
+    """Find the source for a data set's name or path."""
     if dataset_name in EMBEDDED_NAMES:
-        return replace(find_source(EMBEDDED_SET), rule="id")
+        return find_source(EMBEDDED_SET, "id")
     if dataset_name == "FFHQ":
         # There may be an empty folder next to an archive, so archives come first.
         archives = [f"FFHQ{suffix}" for suffix in ARCHIVES]
@@ -142,53 +78,16 @@ def locate(dataset_name: str) -> Source:
                 f"FFHQ was not found at {DATA_FOLDER / 'FFHQ'} (a folder, or "
                 f"{' or '.join(archives)}, or a link to one); docs/ffhq.md says where to get it"
             )
-        source = find_source(path)
+        source = find_source(path, "FFHQ")
         if isinstance(min(source.members), str):
             raise UserError(
                 f"{source.path}: each image of FFHQ must have a number of its own as its name. "
                 "Remove other images and second copies."
             )
-        return replace(source, rule="FFHQ")
-    if dataset_name in TORCHVISION:
-        return split_by_folders(read_torchvision_set(dataset_name, DATA_FOLDER))
-    return split_by_folders(find_source(dataset_name))
-
-
-def split_by_folders(source: Source) -> Source:
-    """Let the folders of a source, such as train/ and val/, say which images are held out.
-
-    There must be train/ and one of HELD_OUT_FOLDERS; images elsewhere are counted as ignored.
-    """
-    sides = sides_of([member.name for member in source.members.values()])
-    held_out = next((name for name in HELD_OUT_FOLDERS if name in sides), None)
-    if held_out is None or "train" not in sides:
         return source
-    split = Source(source.path, {}, source.ignored, rule=held_out)
-    for side, (image_id, member) in zip(sides, source.members.items(), strict=True):
-        if side in ("train", held_out):
-            split.members[image_id] = member
-        else:
-            split.ignored[f"in {side or member.name.rpartition('/')[0] or '.'}/"] += 1
-    return split
-
-
-def sides_of(names: Sequence[str]) -> list[str]:
-    """Return which side of a split the folders of each image name, or "".
-
-    The first level of folders that has both sides counts, as the second one where test/ has train/
-    and val/. Without such a level, the first folder that names a side counts.
-    """
-    folders = [[side_of(folder) for folder in name.split("/")[:-1]] for name in names]
-    for level in zip_longest(*folders, fillvalue=""):
-        if "train" in level and not {*HELD_OUT_FOLDERS}.isdisjoint(level):
-            return [*level]
-    return [next(filter(None, sides), "") for sides in folders]
-
-
-def side_of(folder: str) -> str:
-    """Return which side of a split a folder names, or ""."""
-    match = SIDE.fullmatch(folder.lower())
-    return match[1] if match else ""
+    if dataset_name in TORCHVISION:
+        return read_torchvision_set(dataset_name, DATA_FOLDER)
+    return find_source(dataset_name)
 
 
 def split_images(image_set: ImageSet, split: str) -> Split:
@@ -199,7 +98,7 @@ def split_images(image_set: ImageSet, split: str) -> Split:
     - "id": the last tenth by id is held out, but at least one image.
     - "name": an image is held out if the hash of its file's name, without folders, is below
       HELD_OUT, or the lowest. So it stays on its side, whatever is added to the set.
-    - Otherwise, images in the folder of this name are held out (`sides_of`).
+    - Otherwise, images on the side of this name are held out, as `find_source` has decided.
 
     Raises UserError when no image is left for training or for validation.
     """
@@ -223,7 +122,7 @@ def split_images(image_set: ImageSet, split: str) -> Split:
         if len({*files}) < count:
             note = "; all images of one name are on one side: folders train/ and val/ decide better"
     else:
-        held_out = np.array([side == rule for side in sides_of(names)])
+        held_out = np.array(image_set.sides) == rule
         reason = f"its {rule} images"
 
     train_indices = np.flatnonzero(~held_out)
@@ -243,16 +142,18 @@ def split_images(image_set: ImageSet, split: str) -> Split:
         hash_ids([ids[i] for i in train_indices]),
         hash_ids([ids[i] for i in val_indices]),
         image_set.pixels_hash,
-        hash_labels(image_set),
+        hash_inputs(image_set),
     )
 
 
-def hash_labels(image_set: ImageSet) -> str:
-    """Return a short hash of the labels' names, labels and other inputs, or "" without any."""
+def hash_inputs(image_set: ImageSet) -> str:
+    """Return a short hash of all inputs and of the facts about them, or "" without any."""
     inputs = dict(image_set.inputs)
-    facts = [*image_set.label_names, *inputs.pop("label", ())]
-    facts += [f"{name} {sha256(str(values.tolist()))}" for name, values in sorted(inputs.items())]
-    return hash_ids(facts) if facts else ""
+    lines = [line for values in image_set.facts.values() for line in values]
+    for name in CONDITIONS:
+        lines += inputs.pop(name, np.empty(0)).tolist()
+    lines += [f"{name} {sha256(str(values.tolist()))}" for name, values in sorted(inputs.items())]
+    return hash_ids(lines) if lines else ""
 
 
 def hash_ids(ids: list) -> str:

@@ -9,8 +9,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from threading import Lock
@@ -28,6 +27,9 @@ from functions.support.files import sha256, write_text
 # Increase this whenever the same files would give different pixels. Then all packs are made again.
 FORMAT_VERSION = 2
 
+# (C, S, S): the number of channels, and the side in pixels
+Shape = tuple[int, int, int]
+
 # So many prepared images are in memory at a time.
 CHUNK = 1000
 
@@ -42,8 +44,9 @@ class ImageSet:
     ids: list
     # Each image's name is that of its `Member`.
     names: list[str]
-    # The rule of the split is that of its `Source`.
+    # The rule of the split is that of its `Source`, and the sides are those of the members.
     rule: str
+    sides: Sequence[str] = ()
     # This hash shows whether two sets have the same pixels. A part of a pack has the pack's hash.
     pixels_hash: str = ""
     # The summary counts the images, those that were left out, and files that were ignored.
@@ -52,8 +55,8 @@ class ImageSet:
     bad_images: list | tuple = ()
     # What the network gets beside x_t and t: (N, ...) by the names of its arguments.
     inputs: dict[str, np.ndarray] = field(default_factory=dict)
-    # The names of the labels in `inputs`.
-    label_names: tuple[str, ...] = ()
+    # What is saved about these with a model: lists by name, such as `label_names`.
+    facts: dict[str, Sequence] = field(default_factory=dict)
 
     @staticmethod
     def from_array(
@@ -61,29 +64,25 @@ class ImageSet:
         images: np.ndarray,
         names: Sequence[str] | None = None,
         inputs: dict[str, np.ndarray] | None = None,
-        label_names: Sequence[str] = (),
+        facts: dict[str, Sequence] | None = None,
     ) -> "ImageSet":
-        """Return the set of the images in an array, uint8 (N, S, S, 3), or (N, S, S, 1) in grey.
+        """Return the set of the images in an array, uint8 (N, S, S, C), of any number of channels.
 
         A tenth is held out, by a hash of each of the `names`, by default 0, 1, ... `inputs` are
-        what the network gets beside x_t and t, (N, ...) each. One called `label` is an index of
-        `label_names`; the network also gets len(label_names), which stands for no label. Raises
-        ValueError for arrays of another dtype or shape, equal names, and other labels.
+        what the network gets beside x_t and t, (N, ...) each, and `facts` what is saved of them.
+        One called `label` is an index of the fact `label_names`; the network also gets the number
+        of these, which stands for no label (data/conditions.py). Raises ValueError for arrays of
+        another dtype or shape, and equal names.
         """
         square = images.ndim == 4 and images.shape[1] == images.shape[2]
-        if images.dtype != np.uint8 or not square or images.shape[3] not in (1, 3):
+        if images.dtype != np.uint8 or not square:
             raise ValueError(
-                f"images are {images.dtype} {images.shape}; they must be uint8 (N, S, S, 3) or "
-                "(N, S, S, 1)"
+                f"images are {images.dtype} {images.shape}; they must be uint8 (N, S, S, C)"
             )
         names = [*map(str, range(len(images)) if names is None else names)]
         inputs = {name: np.asarray(values) for name, values in (inputs or {}).items()}
         if {len(images)} != {len({*names}), len(names), *map(len, inputs.values())}:
             raise ValueError("each image must have one name of its own, and one of each input")
-        if {*inputs.get("label", ())} - {*range(len(label_names))} or (
-            bool(label_names) != ("label" in inputs)
-        ):
-            raise ValueError("labels must be indices of label_names")
         pixels_hash = hashlib.sha256(np.ascontiguousarray(images)).hexdigest()[:16]
         summary = f"{name}: {len(images):,} images at {images.shape[1]}x{images.shape[2]}"
         return ImageSet(
@@ -95,73 +94,52 @@ class ImageSet:
             pixels_hash=pixels_hash,
             summary=summary,
             inputs=inputs,
-            label_names=tuple(label_names),
+            facts=facts or {},
         )
 
 
-def open_packed(
-    source: Source,
-    image_size: int,
-    max_bad_images: int,
-    retry_bad: bool = False,
-    pixels_hash: str = "",
-) -> ImageSet:
-    """Map the packed file of a source at image_size (pixels), which is made first if needed.
+def open_packed(source: Source, shape: Shape, max_bad_images: int) -> ImageSet:
+    """Map the packed file of a source's images in this shape, which is made if needed.
 
-    Images that were left out stay so, unless `retry_bad`: if one can be read now, the pack is made
-    anew, and the earlier one is kept. A run that began with that one gives its `pixels_hash`.
-
-    Raises UserError when no image is usable, or more than max_bad_images are not, and OSError when
-    an image cannot be read, or the file cannot be written.
+    It has all images that could be read when it was made, and stays so until a file of the source
+    changes. Raises UserError when no image is usable, or more than max_bad_images are not, and
+    OSError when an image cannot be read, or the file cannot be written.
     """
-    key = pack_key(source, image_size)
-    path = pack_path(source, image_size)
-    read = partial(read_pack, key=key, source=source)
-    outgrown = partial(can_read_more, source=source, image_size=image_size)
-    # The hash comes from a file, and becomes a part of a name.
-    earlier = pixels_hash.isalnum() and read(earlier_path(path, pixels_hash))
-    pack = earlier or read(path)
-    if pack is None or (retry_bad and outgrown(pack)):
+    key = pack_key(source, shape)
+    path = pack_path(source, shape)
+    pack = read_pack(path, key, source)
+    if pack is None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
             # Another process may have made it while this one waited for the lock.
-            pack = read(path)
-            if pack and retry_bad and outgrown(pack):
-                earlier = earlier_path(path, pack.pixels_hash)
-                print(
-                    f"{path} lacks images that can be read now, and is made anew; runs that began "
-                    f"without them need {earlier}"
-                )
-                # Windows renames no file that is mapped.
-                pack = None
-                path.replace(earlier)
-                Path(f"{path}.json").replace(f"{earlier}.json")
-            pack = pack or write_pack(path, key, source, image_size)
+            pack = read_pack(path, key, source) or write_pack(path, key, source, shape)
 
     bad_count = len(pack.bad_images)
     if bad_count > max_bad_images:
-        name, reason = pack.bad_images[0]
+        first = ", ".join(f"{short(name)} ({reason})" for name, reason in pack.bad_images[:3])
         raise UserError(
-            f"{source.path}: {bad_count} unusable image(s), {max_bad_images} allowed; the first is "
-            f"{short(name)} ({reason}). {path}.json lists all; fix or remove them, or let train.py "
-            f"leave them out: --diffusion.max-bad-images {bad_count}"
+            f"{source.path}: {bad_count} unusable image(s), {max_bad_images} allowed: {first}. "
+            f"{path}.json lists all; fix or remove them, or let train.py leave them out: "
+            f"--diffusion.max-bad-images {bad_count}. Deleting {path} reads them again"
         )
     return pack
 
 
-def pack_key(source: Source, image_size: int) -> str:
+def pack_key(source: Source, shape: Shape) -> str:
     """Return a hash of everything that a pack's content depends on."""
-    facts = [FORMAT_VERSION, image_size, source.channels]
+    channels, image_size, _ = shape
+    facts = [FORMAT_VERSION, image_size, channels]
     facts += [member[:2] for member in source.members.values()]
     return sha256(json.dumps(facts))
 
 
-def pack_path(source: Source, image_size: int) -> Path:
+def pack_path(source: Source, shape: Shape) -> Path:
     """Return the path of a source's pack: with the data, or in a cache for read-only data."""
+    channels, image_size, _ = shape
     path = source.path.resolve()
 
     # The name does not depend on the source's content, so a new pack replaces an outdated one.
-    grey = "-grey" if source.channels == 1 else ""
+    grey = "-grey" if channels == 1 else ""
     name = f"{path.name}-{image_size}px{grey}.packed"
     # The pack of a folder is inside it, so that a moved folder keeps its pack.
     folder = path if path.is_dir() else path.parent
@@ -171,19 +149,6 @@ def pack_path(source: Source, image_size: int) -> Path:
     # In the cache, a hash of the path distinguishes sources of the same name.
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(cache, "ddpm-packed-images", sha256(ascii(path))[:8], name)
-
-
-def earlier_path(path: Path, pixels_hash: str) -> Path:
-    """Return where a pack is kept that a new run made anew because it could read more images."""
-    return path.with_name(f"{path.stem}-{pixels_hash}.packed")
-
-
-def can_read_more(pack: ImageSet, source: Source, image_size: int) -> bool:
-    """Return whether one of the images that were left out of a pack can be read now."""
-    ids = {*pack.ids}
-    left_out = {i: member for i, member in source.members.items() if i not in ids}
-    results = map_images(replace(source, members=left_out), image_size)
-    return any(not isinstance(result, BadImage) for result in results)
 
 
 def read_pack(path: Path, key: str, source: Source) -> ImageSet | None:
@@ -206,20 +171,24 @@ def read_pack(path: Path, key: str, source: Source) -> ImageSet | None:
 
 def map_pack(path: Path, record: dict, source: Source) -> ImageSet:
     """Map a packed file with its record."""
+    # Ignored files may come and go, and the pack stays.
+    summary = record["summary"] + source.describe_ignored()
+    if record["bad_images"]:
+        summary += f"; deleting {path} reads those left out again"
     return ImageSet(
         name=path.name,
         images=np.memmap(path, np.uint8, "r", shape=tuple(record["shape"])),
         ids=record["ids"],
         names=[source.members[i].name for i in record["ids"]],
         rule=source.rule,
+        sides=[source.members[i].side for i in record["ids"]],
         pixels_hash=record["pixels_hash"],
-        # Ignored files may come and go, and the pack stays.
-        summary=record["summary"] + source.describe_ignored(),
+        summary=summary,
         bad_images=record["bad_images"],
     )
 
 
-def write_pack(path: Path, key: str, source: Source, image_size: int) -> ImageSet:
+def write_pack(path: Path, key: str, source: Source, shape: Shape) -> ImageSet:
     """Write the pixels of all usable images to a packed file, and its record; map it.
 
     Prints a summary.
@@ -232,8 +201,7 @@ def write_pack(path: Path, key: str, source: Source, image_size: int) -> ImageSe
     record_path.unlink(missing_ok=True)
     path.unlink(missing_ok=True)
     try:
-        record = write_images(path, source, image_size)
-        print(record["summary"] + source.describe_ignored())
+        record = write_images(path, source, shape)
         file = {"key": key, "sha256": sha256(json.dumps(record)), "record": record}
         write_text(record_path, json.dumps(file))
     except OSError as error:
@@ -243,11 +211,14 @@ def write_pack(path: Path, key: str, source: Source, image_size: int) -> ImageSe
         # Half a pack would only fill the disk.
         if not record_path.exists():
             path.unlink(missing_ok=True)
-    return map_pack(path, record, source)
+    pack = map_pack(path, record, source)
+    print(pack.summary)
+    return pack
 
 
-def write_images(path: Path, source: Source, image_size: int) -> dict:
+def write_images(path: Path, source: Source, shape: Shape) -> dict:
     """Write the pixels of all usable images to a file, and return their record."""
+    channels, image_size, _ = shape
     ids = []
     bad_images = []
     smaller_count = 0
@@ -255,7 +226,7 @@ def write_images(path: Path, source: Source, image_size: int) -> dict:
     name = source.path.absolute().name
     digest = hashlib.sha256()
     with open(path, "wb") as file:
-        images = map_images(source, image_size)
+        images = map_images(source, shape)
         # A small set finishes within the delay and shows no progress bar.
         images = tqdm(images, f"Preparing {name}", len(source.members), unit="img", delay=1.0)
         for (image_id, member), result in zip(source.members.items(), images, strict=True):
@@ -275,7 +246,7 @@ def write_images(path: Path, source: Source, image_size: int) -> dict:
 
     smaller = f", {smaller_count:,} smaller than that" if smaller_count else ""
     return {
-        "shape": [len(ids), image_size, image_size, source.channels],
+        "shape": [len(ids), image_size, image_size, channels],
         "ids": ids,
         "pixels_hash": digest.hexdigest()[:16],
         "summary": f"{short(name)}: {len(ids):,} images at {image_size}x{image_size}, "
@@ -284,8 +255,8 @@ def write_images(path: Path, source: Source, image_size: int) -> dict:
     }
 
 
-def map_images(source: Source, image_size: int) -> Iterator[tuple[np.ndarray, int] | BadImage]:
-    """Yield every image, uint8 (S, S, C), and its shorter side, or the error of an unusable one.
+def map_images(source: Source, shape: Shape) -> Iterator[tuple[np.ndarray, int] | BadImage]:
+    """Yield each image, uint8 (S, S, C), and its shorter side, or the error of an unusable one.
 
     The order is that of source.members. Raises OSError when an image cannot be read.
     """
@@ -302,8 +273,8 @@ def map_images(source: Source, image_size: int) -> Iterator[tuple[np.ndarray, in
         except OSError as error:
             error.filename = error.filename or f"{source.path}: {member.name}"
             raise
-        pixels = to_pixels(image, source.channels)
-        return fit_square(pixels, image_size), min(pixels.shape[:2])
+        pixels = to_pixels(image, shape[0])
+        return fit_square(pixels, shape[1]), min(pixels.shape[:2])
 
     members = [*source.members.values()]
     # Threads are enough, because Pillow releases the GIL while it decodes.

@@ -34,7 +34,7 @@ def main() -> None:
     if args.download:
         read_torchvision_set(args.source, DATA_FOLDER, download=True)
         return
-    image_set = load_images(args.source, args.image_size, channels=args.channels, retry_bad=True)
+    image_set = load_images(args.source, args.image_size, channels=args.channels)
     print(f"Ready: {image_set.summary}")
 
 

@@ -1,7 +1,8 @@
 """Find images in a folder, in a zip, an npz or a parquet file, or in shards of these.
 
-Archives are read in place, so the name of a member never becomes a path on this machine. CIFAR-10
-and MNIST are read by torchvision, which can also download them.
+Whoever lists images decides on which side of the split each is, and which label it has. Archives
+are read in place, so the name of a member never becomes a path on this machine. CIFAR-10 and MNIST
+are read by torchvision, which can also download them.
 """
 
 import json
@@ -14,8 +15,9 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
+from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -59,8 +61,8 @@ TORCHVISION_ERRORS = (
     AssertionError,
 )
 
-# Files with which our scripts mark a folder whose pictures are no data, and a text in them
-RESULTS = {"config.json": '"diffusion": {', "samples.json": '"sampler": "'}
+# The file with which sample.py marks a folder whose pictures are no data, and a text in it
+MANIFEST, MANIFEST_TEXT = "samples.json", '"sampler": "'
 
 
 class Member(NamedTuple):
@@ -73,8 +75,10 @@ class Member(NamedTuple):
     stamp: int | tuple[int, int]
     # The function returns a file's bytes, or uint8 (H, W, C).
     read: Callable[[], bytes | np.ndarray]
-    # The function returns the label of a row, or None. Of a file, folders say it (`label_of`).
-    label: Callable[[], str | None] | None = None
+    # The side of a split that its folders name: "train", or one such as "val"; "" if none does.
+    side: str = ""
+    # The label, or a function that reads that of a row; None without one.
+    label: str | Callable[[], str | None] | None = None
 
 
 @dataclass
@@ -85,11 +89,9 @@ class Source:
     members: dict[Any, Member]
     # Files that are no images of the set, counted by their endings or their folders.
     ignored: Counter
-    # Images are converted to this number of channels, RGB or grey, after they are read.
-    channels: int = 3
     # What decides which images are held out (`split_images`): "name", "id", "FFHQ", or the folder
     # that has them, such as "val".
-    rule: str = "name"
+    rule: str
 
     def describe_ignored(self) -> str:
         """Return the end of a sentence that counts the ignored files, or "" if there are none."""
@@ -97,11 +99,12 @@ class Source:
         return f"; ignored: {short(text)}" if text else ""
 
 
-def find_source(path: str | os.PathLike) -> Source:
-    """Find the images at a path, and sort them by their ids.
+def find_source(path: str | os.PathLike, rule: str = "name") -> Source:
+    """Find the images at a path, sort them by their ids, and decide their sides and labels.
 
-    Raises UserError when there is no image, or an archive is damaged, and OSError when the disk
-    cannot be read.
+    `rule` is that of `Source`; "name" is replaced if folders such as train/ and val/ decide. Raises
+    UserError when there is no image, or an archive is damaged, and OSError when the disk cannot be
+    read.
     """
     path = Path(os.path.expanduser(path))
     members = []
@@ -115,7 +118,7 @@ def find_source(path: str | os.PathLike) -> Source:
     ignored += Counter({"of a repeated name": len(members) - len(by_name)})
     ids = choose_ids([*by_name])
     # No two ids are equal, so only ids are compared.
-    source = Source(path, dict(sorted(zip(ids, by_name.values(), strict=True))), ignored)
+    source = Source(path, dict(sorted(zip(ids, by_name.values(), strict=True))), ignored, rule)
     if not members:
         problem = "contains no image that can be read" if path.exists() else "does not exist"
         raise UserError(
@@ -123,7 +126,7 @@ def find_source(path: str | os.PathLike) -> Source:
             f"({', '.join(IMAGE_EXTENSIONS)}), or one of {', '.join(ARCHIVES)}; a tar must be "
             "unpacked (tar xf)."
         )
-    return source
+    return decided(source)
 
 
 def list_folder(path: Path, ignored: Counter) -> list[Member]:
@@ -160,7 +163,7 @@ def list_folder(path: Path, ignored: Counter) -> list[Member]:
 
 
 def files_below(folder: Path, ignored: Counter, above: tuple = ()) -> Iterator[Path]:
-    """Yield the files in a folder and its subfolders; count in `ignored` folders of RESULTS.
+    """Yield the files in a folder and its subfolders; count in `ignored` folders of samples.
 
     `above` are the places of the folders around it.
     """
@@ -169,13 +172,11 @@ def files_below(folder: Path, ignored: Counter, above: tuple = ()) -> Iterator[P
     place = folder.resolve()
     if place in above:
         return
-    for name, text in RESULTS.items():
-        file = folder / name
-        # A folder of samples may be named itself, to be measured.
-        wanted = name == "samples.json" and not above
-        if not wanted and file.is_file() and text in file.read_text(errors="replace"):
-            ignored["folder of a run or of samples"] += 1
-            return
+    manifest = folder / MANIFEST
+    # A folder of samples may be named itself, to be measured.
+    if above and manifest.is_file() and MANIFEST_TEXT in manifest.read_text(errors="replace"):
+        ignored["folder of samples"] += 1
+        return
     for path in folder.iterdir():
         if path.is_dir():
             yield from files_below(path, ignored, (*above, place))
@@ -290,7 +291,7 @@ def list_parquet(path: Path) -> list[Member]:
     # Only a set with labels reads them.
     labels = cache(partial(class_column, file, errors))
     return [
-        Member(None, stamp, partial(read, i), lambda i=i: labels()[i])
+        Member(None, stamp, partial(read, i), label=lambda i=i: labels()[i])
         for i in range(file.metadata.num_rows)
     ]
 
@@ -339,6 +340,59 @@ def choose_ids(names: list[str]) -> list[int] | list[str]:
     return names
 
 
+# Beside train/, the first of these folders that a set has is held out.
+HELD_OUT_FOLDERS = ("val", "valid", "validation", "test")
+# The folder or shard of a side, as train/, training/, val2017/ or train-00000-of-00002.parquet.
+SIDE = re.compile(
+    rf"(train|{'|'.join(HELD_OUT_FOLDERS)})(ing)?([-_]?\d\w*(-of-\d+(-\w+)?)?)?"
+    rf"({'|'.join(map(re.escape, ARCHIVES))})?"
+)
+
+
+def decided(source: Source) -> Source:
+    """Return the source whose members have the sides and the labels that their folders say.
+
+    With the rule "name", folders train/ and one of HELD_OUT_FOLDERS decide the split if there are
+    both; images elsewhere are then counted as ignored. The nearest other folder that is no archive
+    is the label of an image, unless its row has one. FFHQ has no labels.
+    """
+    places = sides_of([member.name for member in source.members.values()])
+    sides = {side for _, side in places}
+    held_out = [side for side in HELD_OUT_FOLDERS if side in sides]
+    by_folders = source.rule == "name" and "train" in sides and held_out
+    result = replace(source, members={}, rule=held_out[0] if by_folders else source.rule)
+    for (image_id, member), (level, side) in zip(source.members.items(), places, strict=True):
+        folders = member.name.split("/")[:-1]
+        if by_folders:
+            if side not in ("train", result.rule):
+                result.ignored[f"in {side or '/'.join(folders) or '.'}/"] += 1
+                continue
+            del folders[level]
+        labels = [name for name in folders if not name.lower().endswith((*ARCHIVES,))]
+        label = None if source.rule == "FFHQ" else member.label or (labels or [None])[-1]
+        result.members[image_id] = member._replace(side=side, label=label)
+    return result
+
+
+def sides_of(names: Sequence[str]) -> list[tuple[int, str]]:
+    """Return which side of a split the folders of each image name, or "", and at which level.
+
+    The first level of folders that has both sides counts, as the second one where test/ has train/
+    and val/. Without such a level, the first folder that names a side counts.
+    """
+    folders = [[side_of(folder) for folder in name.split("/")[:-1]] for name in names]
+    for level, sides in enumerate(zip_longest(*folders, fillvalue="")):
+        if "train" in sides and not {*HELD_OUT_FOLDERS}.isdisjoint(sides):
+            return [(level, side) for side in sides]
+    return [next(filter(lambda place: place[1], enumerate(sides)), (-1, "")) for sides in folders]
+
+
+def side_of(folder: str) -> str:
+    """Return which side of a split a folder names, or ""."""
+    match = SIDE.fullmatch(folder.lower())
+    return match[1] if match else ""
+
+
 def kind_of(name: str) -> str:
     """Return the ending of a path inside a source, in lower case.
 
@@ -377,13 +431,9 @@ def read_torchvision_set(name: str, folder: Path, download: bool = False) -> Sou
     # MNIST has no dimension for its one channel, and calls its classes "5 - five".
     images = images.reshape(*images.shape[:3], -1)
     names = [name.partition(" - ")[0] for name in train.classes]
+    sides = ["train"] * len(train) + ["test"] * len(test)
     members = {
-        i: Member(
-            f"{'train' if i < len(train) else 'test'}/{i}",
-            zlib.crc32(image.tobytes()),
-            image.copy,
-            partial(str, names[label]),
-        )
-        for i, (image, label) in enumerate(zip(images, labels, strict=True))
+        i: Member(f"{side}/{i}", zlib.crc32(image.tobytes()), image.copy, side, names[label])
+        for i, (side, image, label) in enumerate(zip(sides, images, labels, strict=True))
     }
-    return Source(folder / name, members, Counter())
+    return Source(folder / name, members, Counter(), "test")

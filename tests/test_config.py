@@ -97,7 +97,7 @@ def test_what_differs_is_named_and_only_what_leaves_the_meaning_may_change():
     # These change the rest of a run, and are what one changes in the middle of it.
     harmless |= {"learning_rate": 1e-4, "lr_schedule": "constant", "warmup_steps": 7}
     harmless |= {"clip_grad_norm": 0.5, "ema_decay": 0.99, "use_augmentation": False}
-    harmless |= {"max_rotation": 1.0, "label_dropout": 0.2}
+    harmless |= {"max_rotation": 1.0, "condition_dropout": 0.2}
     resumed = faces.override(**harmless)
     faces.check_resumption(resumed)
     assert len(faces.differences(resumed)) == len(harmless)
@@ -193,6 +193,10 @@ def test_a_saved_config_with_unknown_or_missing_fields():
     saved["diffusion"]["recompute"] = "norms"
     with refused(r"see CHANGELOG\.md\): recompute", ConfigError):
         Experiment.from_dict(saved)
+    # Another field has only another name.
+    del saved["diffusion"]["recompute"], saved["diffusion"]["condition_dropout"]
+    saved["diffusion"]["label_dropout"] = 0.25
+    assert Experiment.from_dict(saved).diffusion.condition_dropout == 0.25
 
 
 def test_a_config_of_before_says_which_of_two_networks_it_was():

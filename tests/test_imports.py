@@ -39,6 +39,7 @@ MAY_IMPORT = {
         "functions.support.command_line",
         "functions.support.errors",
         "functions.support.files",
+        "functions.support.settings",
     },
     "functions/support": {"functions.support", "data.pixels"},
     "functions/saved": SAVED,

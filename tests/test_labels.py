@@ -17,17 +17,16 @@ import sample
 import train
 from config import EXPERIMENTS, ConfigError
 from data.datasets import load_images, split_images
-from functions.denoiser import Denoiser
 from functions.enlarging import Keeping
 from functions.evaluation.bits_per_dim import evenly_spaced
-from functions.guidance import GUIDED_LOG_SNR, Guided
-from functions.noise_scheduler import NoiseScheduler
+from functions.guidance import Guided
 from functions.sampling import editing
 from functions.sampling.generation import given
 from functions.saved.loading import load_model
 from functions.saved.run_folder import checkpoints_of
 from functions.training.draws import training_draws
-from functions.training.run import LABEL_TABLE, TrainingRun
+from functions.training.opening import new_run
+from functions.training.run import TrainingRun
 from models.unet import UNet
 from tests.conftest import (
     CPU,
@@ -37,21 +36,19 @@ from tests.conftest import (
     call,
     changed,
     drawing_of,
-    during,
     newest,
     normal,
     only_in,
     pixels_of,
     refused,
     samples_of,
-    terminate,
     train_tiny,
 )
 from tests.data.packing import IMAGES, encoded, write_folder
 from tests.functions.support.test_processes import two
-from tests.small_training import same
 
-LABELS = "--diffusion.labels true --diffusion.label-dropout 0.5"
+LABEL_TABLE = "label_embedding.weight"
+LABELS = "--diffusion.labels true --diffusion.condition-dropout 0.5"
 FEW = "--steps 4 --device cpu"
 
 
@@ -82,9 +79,9 @@ def labelled_run(coloured, tmp_path_factory):
 def test_the_nearest_folder_is_the_label_and_numbers_are_sorted_as_such(coloured, capsys):
     plain = load_images(coloured, 16)
     labelled = load_images(coloured, 16, inputs=["label"])
-    assert labelled.label_names == ("2", "10", "blue")
+    assert labelled.facts["label_names"] == ["2", "10", "blue"]
     for name, label in zip(labelled.names, labelled.inputs["label"], strict=True):
-        assert f"/{labelled.label_names[label]}/" in f"/{name}"
+        assert f"/{labelled.facts['label_names'][label]}/" in f"/{name}"
     counts = np.bincount(labelled.inputs["label"])
     assert labelled.summary == f"{plain.summary}; 3 labels of {min(counts)} to {max(counts)} images"
     # What a run compares is as before, but for the labels themselves.
@@ -95,25 +92,43 @@ def test_the_nearest_folder_is_the_label_and_numbers_are_sorted_as_such(coloured
 
 
 @pytest.mark.parametrize(
-    "names, sentence",
+    "names, expected",
     [
         (["1/a.png", "b.png"], "has no label for b.png: folders are labels"),
         (["1/a.png", "1/b.png"], "has one label, 1; two are needed"),
-        # These folders say which images are held out.
+        # Only the level of folders that says which images are held out is no label.
         (["train/a.png", "val/b.png"], "has no label for train/a.png"),
-        (["test/train/a.png", "test/val/b.png"], "has no label for test/train/a.png"),
-        (["train/1/a.png", "train/2/c.png", "val/1/b.png"], None),
-        (["train/a.png", "cat/b.png"], None),
-        (["1/train/a.png", "2/train/b.png", "1/val/c.png"], None),
+        (["test/train/a.png", "test/val/b.png"], "has one label, test; two are needed"),
+        (["train/1/a.png", "train/2/c.png", "val/1/b.png"], ["1", "2"]),
+        (["train/a.png", "cat/b.png"], ["cat", "train"]),
+        (["1/train/a.png", "2/train/b.png", "1/val/c.png"], ["1", "2"]),
+        (["vehicles/train/train/a.png", "vehicles/test/bus/b.png"], ["bus", "train"]),
     ],
 )
-def test_without_labels_one_sentence_says_what_they_are(names, sentence, tmp_path):
+def test_folders_are_labels_or_one_sentence_says_why_not(names, expected, tmp_path):
     write_folder(tmp_path, [], more=dict.fromkeys(names, encoded(IMAGES[0])))
-    if sentence:
-        with refused(sentence):
+    if isinstance(expected, str):
+        with refused(expected):
             load_images(tmp_path, 8, inputs=["label"])
     else:
-        assert len(load_images(tmp_path, 8, inputs=["label"]).label_names) == 2
+        assert load_images(tmp_path, 8, inputs=["label"]).facts["label_names"] == expected
+
+
+def begun(data, *flags):
+    """Return a new run of the tiny experiment with these images, before its first step."""
+    flags = ["faces", TINY, "--diffusion.dataset-name", data, *flags]
+    return new_run("faces", call(train, *flags, function="parse_flags"), CPU)
+
+
+def test_a_new_run_needs_a_training_image_of_each_label(coloured, tmp_path):
+    data = shutil.copytree(coloured, tmp_path / "data")
+    (data / "a" / "2").rename(data / "a" / "Blue")
+    assert "warning: labels differ in case alone: Blue, blue" in begun(data, LABELS).describe()
+    write_folder(data / "green", IMAGES[:1], "{number:05d}.png")
+    # The hash of this name is below a tenth.
+    (data / "green" / "00000.png").rename(data / "green" / "00033.png")
+    with refused("no training image has the label 'green'.* folders train/ and val/"):
+        begun(data, LABELS)
 
 
 def test_a_row_has_the_class_of_its_column(tmp_path):
@@ -123,15 +138,22 @@ def test_a_row_has_the_class_of_its_column(tmp_path):
     image = {"bytes": encoded(IMAGES[0]), "path": None}
     info = {"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}
     for name, labels, metadata, expected in (
-        ("named", [1, 0, 1], info, ("cat", "dog")),
-        ("numbers", [7, 0, 7], {}, ("0", "7")),
+        ("named", [1, 0, 1], info, ["cat", "dog"]),
+        ("numbers", [7, 0, 7], {}, ["0", "7"]),
+        ("damaged", [7, 0, 7], {"info": {"features": 5}}, ["0", "7"]),
     ):
         table = pa.table({"image": [image] * 3, "label": labels})
         table = table.replace_schema_metadata({"huggingface": json.dumps(metadata)})
         parquet.write_table(table, tmp_path / f"{name}.parquet")
         image_set = load_images(tmp_path / f"{name}.parquet", 8, inputs=["label"])
-        assert image_set.label_names == expected
+        assert image_set.facts["label_names"] == expected
         assert image_set.inputs["label"].tolist() == [1, 0, 1]
+    # Metadata that are no JSON are named.
+    parquet.write_table(
+        table.replace_schema_metadata({"huggingface": 9**5 * "["}), tmp_path / "a.parquet"
+    )
+    with refused("a.parquet: the labels cannot be read"):
+        load_images(tmp_path / "a.parquet", 8, inputs=["label"])
     # Neither a shard nor a list of classes is a label, and without labels nobody asks.
     shards = tmp_path / "shards"
     shards.mkdir()
@@ -172,13 +194,13 @@ def test_the_embedding_is_added_to_that_of_t_and_begins_at_zero():
 def test_labels_are_dropped_by_place_and_purpose():
     """Other processes and batch sizes drop the same ones, and other draws stay as they were."""
     draws = training_draws(0, 5, 400, (3, 1, 1), 10, CPU)
-    config = replace(EXPERIMENTS["mnist"].diffusion, label_dropout=0.25)
-    run = Mock(config=config, image_set=Mock(label_names=[*"0123456789"]))
+    config = replace(EXPERIMENTS["mnist"].diffusion, condition_dropout=0.25)
+    run = Mock(config=config, facts={"label_names": [*"0123456789"]})
     labels = torch.arange(400) % 10
     _, inputs = TrainingRun.augment(run, draws.noise, {"label": labels}, draws, 0)
     dropped = inputs["label"] == 10
     assert torch.equal(inputs["label"][~dropped], labels[~dropped])
-    assert torch.equal(dropped, draws.label_drop < 0.25)
+    assert torch.equal(dropped, draws.condition_drop < 0.25)
 
 
 def test_samples_have_the_colours_of_their_labels(labelled_run, tmp_path, capsys):
@@ -202,36 +224,25 @@ def test_samples_have_the_colours_of_their_labels(labelled_run, tmp_path, capsys
         assert chosen == {"label": ["blue", "10"], **facts}
 
 
-def test_guidance_by_the_label_is_the_line_through_both_predictions():
-    """It is so at middle noise; elsewhere the model with its label draws alone."""
-    labelled_net = UNet(**SMALL_MODEL, label_count=2)
-    for parameter in labelled_net.parameters():
-        parameter.data.add_(0.05 * torch.randn_like(parameter))
-    drawing = drawing_of(labelled_net, 1000, label=("b", "a"), cfg=2.5)
-    guided = given(changed(drawing, {"label_names": ["b", "a"]}), [0, 1, 2]).models.denoiser
+def test_guidance_by_the_label_is_that_of_the_same_network_without_it():
+    """tests/functions/test_guidance.py has what a guide does."""
+    drawing = drawing_of(UNet(**SMALL_MODEL, label_count=2), label=("b", "a"), cfg=2.5)
+    guided = given(changed(drawing, {"facts": {"label_names": ["b", "a"]}}), [0, 1, 2])
+    guided = guided.models.denoiser
     assert isinstance(guided, Guided)
-    x_t = normal(0, 3, 3, 16, 16)
-    labels = torch.tensor([0, 1, 0])
-    plain = Denoiser(labelled_net, NoiseScheduler(1000))
-    lowest, highest = GUIDED_LOG_SNR
-    for t in (0, 400, 999):
-        x_0, _ = guided.predict(x_t, t)
-        own, _ = plain.given(label=labels).predict(x_t, t)
-        without, _ = plain.predict(x_t, t)
-        inside = lowest <= plain.scheduler.log_snr(t) <= highest
-        assert inside == (t == 400)
-        assert_close(x_0, without + 2.5 * (own - without) if inside else own, rtol=1e-4, atol=1e-4)
-        assert not torch.equal(own, without)
+    assert guided.weight == 2.5
+    assert guided.model.inputs["label"].tolist() == [0, 1, 0]
+    assert guided.guide == drawing.models.denoiser
     # What has no network of its own says so.
     with refused("Keeping takes no label", TypeError):
-        Keeping(plain, None).given(label=labels)
+        Keeping(guided.guide, None).given(label=torch.tensor([0]))
 
 
 def test_labels_that_cannot_be_drawn_are_one_sentence(labelled_run):
     """tests/test_bad_input.py has what is refused of any model."""
-    with refused("'green' is no label of .*, which has '2', '10', 'blue'"):
+    with refused("--label: the model knows 2, 10, blue, and not 'green'"):
         call(sample, labelled_run, FEW, "--label 2,green")
-    with refused("--cfg needs a --label: '2', '10', 'blue'"):
+    with refused("--cfg needs a condition: --label 2, 10, blue$"):
         call(sample, labelled_run, FEW, "--cfg 2")
 
 
@@ -291,18 +302,12 @@ def test_a_run_goes_on_only_with_its_labels(coloured, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_and_two_processes_give_the_run_of_one(coloured, tmp_path):
-    """With two passes in a step: resumed to the bit, and shared up to rounding."""
-    flags = f"{LABELS} --diffusion.batch-size 4 --diffusion.gradient-accumulation 2"
-    whole = newest(train_tiny(coloured, tmp_path / "whole", flags, ONE_LEVEL))
-    with pytest.raises(SystemExit, match="75"), during(3, terminate):
-        train_tiny(coloured, tmp_path / "half", flags, ONE_LEVEL)
-    half = only_in(tmp_path / "half")
-    call(train, "--resume", half, "--device cpu")
-    assert same(newest(half)["ema"], whole["ema"])
-
+def test_two_processes_give_the_run_of_one_with_labels(coloured, tmp_path):
+    """With two passes in a step, up to rounding. tests/test_own_parts.py resumes such a run."""
+    flags = f"{LABELS} --diffusion.batch-size 4 --diffusion.gradient-accumulation 2 {ONE_LEVEL}"
+    whole = newest(train_tiny(coloured, tmp_path / "whole", flags))
     words = ["--runs", tmp_path / "shared", "--diffusion.dataset-name", coloured, TINY, flags]
-    programs = two(tmp_path, "faces", *words, ONE_LEVEL, act=train.main)
+    programs = two(tmp_path, "faces", *words, act=train.main)
     assert [program.wait() for program in programs] == [0, 0], programs[1].printed
     for name, tensor in newest(only_in(tmp_path / "shared"))["ema"].items():
         assert_close(tensor, whole["ema"][name], rtol=1e-3, atol=1e-4)
@@ -313,30 +318,20 @@ def test_weights_with_and_without_labels_begin_other_runs(
     labelled_run, coloured, tiny_run, tmp_path
 ):
     """Of the same labels they keep the table, of others it is new, and without labels it goes."""
-    saved = load_model(checkpoints_of(labelled_run)[-1])
-    start = "--diffusion.epochs 1 --diffusion.learning-rate 1e-9 --diffusion.warmup-steps 4"
+    table = load_model(checkpoints_of(labelled_run)[-1]).weights[LABEL_TABLE]
 
-    def begun(data, init, *flags):
-        folder = tmp_path / f"runs{len([*tmp_path.iterdir()])}"
-        run = train_tiny(data, folder, start, "--init", init, *flags)
-        return newest(run)
+    def weights(data, init, *flags):
+        return begun(data, "--init", init, *flags).parts()["ema"]
 
-    kept = begun(coloured, labelled_run, "--diffusion.labels true --diffusion.objective v")
-    assert_close(kept["ema"][LABEL_TABLE], saved.weights[LABEL_TABLE], rtol=0, atol=1e-5)
-    gone = begun(coloured, labelled_run, "--diffusion.objective v")
-    assert LABEL_TABLE not in gone["ema"]
+    assert torch.equal(weights(coloured, labelled_run, LABELS)[LABEL_TABLE], table)
+    large = "--model.image-size 32 --model.dim-multiply 1,1,2 --model.transformer-layers 2"
+    grown = weights(coloured, labelled_run, LABELS, large, "--diffusion.log-snr-shift -1.386")
+    assert torch.equal(grown[LABEL_TABLE], table)
+    assert LABEL_TABLE not in weights(coloured, labelled_run)
     other = shutil.copytree(coloured, tmp_path / "other")
     (other / "a" / "blue").rename(other / "a" / "azure")
     for data, init in ((other, labelled_run), (coloured, tiny_run)):
-        objective = "v" if init == labelled_run else "eps"
-        new = begun(data, init, f"--diffusion.labels true --diffusion.objective {objective}")
-        assert new["ema"][LABEL_TABLE].shape == (4, 32)
-        assert new["ema"][LABEL_TABLE].abs().max() < 1e-5
-    large = "--model.image-size 32 --diffusion.labels true --diffusion.objective v"
-    large += " --model.dim-multiply 1,1,2 --model.transformer-layers 2"
-    large += " --diffusion.log-snr-shift -1.386"
-    grown = begun(coloured, labelled_run, large)
-    assert_close(grown["ema"][LABEL_TABLE], saved.weights[LABEL_TABLE], rtol=0, atol=1e-5)
+        assert torch.equal(weights(data, init, LABELS)[LABEL_TABLE], torch.zeros(4, 32))
 
 
 def test_a_file_keeps_labels_and_a_folder_of_diffusers_has_none(labelled_run, tmp_path):
@@ -365,6 +360,6 @@ def test_a_guide_has_the_labels_of_the_model(labelled_run, coloured, tmp_path):
     other = shutil.copytree(coloured, tmp_path / "other")
     (other / "a" / "blue").rename(other / "a" / "azure")
     guide = train_tiny(other, tmp_path / "runs", LABELS, "--diffusion.objective v")
-    with refused("cannot guide .*: it has other labels"):
+    with refused("cannot guide .*: other labels"):
         call(sample, labelled_run, FEW, "--label 2 --guide", guide)
     call(sample, labelled_run, FEW, "--n 1 --guide", guide, "--out", tmp_path / "out")

@@ -1,6 +1,7 @@
 """Images and a network of one's own, which no name and no config stand for."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from functions.saved.loading import load_denoiser
 from functions.saved.run_folder import intact_checkpoint
 from functions.support.errors import CheckpointError
 from functions.training.run import TrainingRun
-from tests.conftest import CPU, call, during, interrupt, newest, refused
+from tests.conftest import CPU, call, during, interrupt, newest, pixels_of, refused
 from tests.small_training import same
 
 RNG = np.random.default_rng(0)
@@ -39,10 +40,19 @@ class Normed(nn.Module):
         return self.last((self.norm(self.first(x_t)) + given[..., None, None]).relu())
 
 
+class Bare(nn.Conv2d):
+    """A network that does not see t."""
+
+    def forward(self, x_t, t):
+        return super().forward(x_t)
+
+
 def own_run(folder, checkpoint=None, **changes):
     """Return a run of `Normed` on random images with two labels."""
     inputs = {"label": np.arange(60) % 2, "brightness": PIXELS.mean((1, 2, 3), np.float32) / 255}
-    images = ImageSet.from_array("mine", PIXELS, inputs=inputs, label_names=("even", "odd"))
+    images = ImageSet.from_array(
+        "mine", PIXELS, inputs=inputs, facts={"label_names": ("even", "odd")}
+    )
     settings = {"epochs": 2, "checkpoint_every": 2, "precision": "float32", "sample_every": 3}
     settings |= {"grid_steps": 2, "validation_samples": 8, "dataset_name": "mine"} | changes
     experiment = Experiment(
@@ -81,19 +91,38 @@ def test_a_run_with_labels_and_buffers_resumes_and_is_loaded(tmp_path, capsys):
         load_denoiser(straight.folder, network=nn.Conv2d(3, 3, 1))
 
 
+@pytest.mark.parametrize("channels", [2, 4])
+def test_images_of_other_channels_are_trained_and_their_first_ones_shown(channels, tmp_path):
+    images = ImageSet.from_array("mine", RNG.integers(0, 256, (60, 8, 8, channels), np.uint8))
+    settings = {"epochs": 1, "sample_every": 3, "grid_steps": 2, "precision": "float32"}
+    experiment = EXPERIMENTS["faces"].override(**settings, validation_samples=8)
+    experiment = replace(experiment, model=OwnNetwork("Conv", 8, channels))
+    network = Bare(channels, channels, 3, padding=1)
+    run = TrainingRun("mine", experiment, images, network, tmp_path, CPU)
+    assert train.train(run)
+    grid = pixels_of(run.folder / "samples" / "step-00000003.png")
+    assert grid.shape[2:] == ((3,) if channels > 2 else ())
+
+
 def test_what_does_not_fit_is_refused(tmp_path):
-    for pixels in (PIXELS / 255, PIXELS[:, 1:], PIXELS[..., :2]):
-        with pytest.raises(ValueError, match=r"they must be uint8 \(N, S, S, 3\)"):
+    for pixels in (PIXELS / 255, PIXELS[:, 1:]):
+        with pytest.raises(ValueError, match=r"they must be uint8 \(N, S, S, C\)"):
             ImageSet.from_array("mine", pixels)
     with pytest.raises(ValueError, match="each image must have one name of its own"):
         ImageSet.from_array("mine", PIXELS, names=["a"] * 60)
     with pytest.raises(ValueError, match="and one of each input"):
         ImageSet.from_array("mine", PIXELS, inputs={"label": np.zeros(59)})
-    for inputs, names in (({"label": np.arange(60)}, "ab"), ({"label": [0] * 60}, ""), ({}, "ab")):
-        with pytest.raises(ValueError, match="labels must be indices of label_names"):
-            ImageSet.from_array("mine", PIXELS, inputs=inputs, label_names=names)
-    model = EXPERIMENTS["faces"].model
-    experiment = Experiment(EXPERIMENTS["faces"].diffusion, model)
+    experiment = EXPERIMENTS["faces"]
+    own = replace(experiment, model=OwnNetwork("Normed", 8, 3))
+    for labels, names, sentence in (
+        ([*range(60)], "ab", "mine: labels must be indices of the fact label_names"),
+        ([0] * 60, "", "labels must be indices"),
+        ([0] * 60, "ab", "mine: no training image has the label 'b'"),
+    ):
+        inputs = {"label": labels}
+        images = ImageSet.from_array("mine", PIXELS, inputs=inputs, facts={"label_names": names})
+        with refused(sentence):
+            TrainingRun("mine", own, images, Normed(), tmp_path, CPU)
     images = ImageSet.from_array("mine", PIXELS)
     with refused(r"mine are \(8, 8, 3\) .* the network's \(32, 32, 3\)", ConfigError):
         TrainingRun("mine", experiment, images, Normed(), tmp_path, CPU)

@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.batches import batches_of
+from data.conditions import CONDITIONS, chosen_inputs
 from functions.denoiser import Predictor
 from functions.enlarging import Known, enlarge, enlarging_times
 from functions.guidance import Guided
@@ -66,8 +67,8 @@ class Drawing:
         if not models.clip_x_0:
             values["clip_x_0"] = False
         # JSON has no tuples.
-        values["label"] = [*config.label]
-        given = {name: value for name, value in values.items() if value not in (None, [])}
+        lists = {name: [*value] for name, value in values.items() if isinstance(value, tuple)}
+        given = {name: value for name, value in (values | lists).items() if value not in (None, [])}
         return {"seed": self.seed, **given}
 
     @property
@@ -99,9 +100,9 @@ class Drawing:
         return min(self.times, key=lambda t: abs(t + 1 - depth * self.scheduler.timesteps))
 
     def with_denoiser(self, denoiser: Predictor) -> "Drawing":
-        """Return the drawing by another denoiser of the same images, which knows all conditions."""
-        config = replace(self.config, label=(), cfg=None)
-        return replace(self, models=replace(self.models, denoiser=denoiser), config=config)
+        """Return the drawing by another denoiser of the same images, which has all conditions."""
+        models = replace(self.models, denoiser=denoiser, facts={}, inputs={})
+        return replace(self, models=models, config=self.config.unconditional())
 
     def noise(self, indices: Sequence[int], purpose: str = "image", enlargements: int = 0) -> Noise:
         """Return what draws the noise of these images: first x_T, then that of the steps."""
@@ -129,19 +130,17 @@ def open_drawing(args: Namespace, config: DrawingConfig, most_steps: int | None 
 def given(drawing: Drawing, indices: Sequence[int]) -> Drawing:
     """Return the drawing whose denoiser has the inputs of its network for these images, if any.
 
-    With `cfg` it is guided by itself without a label. A single index is for all images.
+    With `cfg` it is guided by itself without any condition. A single index is for all images.
     """
     models, config = drawing.models, drawing.config
     inputs = {
         name: values[[i % len(values) for i in indices]] for name, values in models.inputs.items()
     }
-    others = dict(inputs)
-    if config.label:
-        labels = [models.label_names.index(name) for name in config.label]
-        label = [labels[i % len(labels)] for i in indices]
-        inputs["label"] = torch.tensor(label, device=models.device)
+    chosen = chosen_inputs(config, models.facts, indices, config.cfg)
+    inputs |= {name: values.to(models.device) for name, values in chosen.items()}
     denoiser = models.denoiser.given(**inputs)
     if config.cfg is not None:
+        others = {name: values for name, values in inputs.items() if name not in CONDITIONS}
         denoiser = Guided(denoiser, models.denoiser.given(**others), config.cfg)
     return drawing.with_denoiser(denoiser)
 

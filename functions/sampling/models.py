@@ -1,6 +1,5 @@
 """Load what draws together: a model, its guide, and the models that enlarge its images."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -8,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from data.conditions import CONDITIONS, chosen_inputs
 from functions.denoiser import Predictor
 from functions.guidance import Guided
 from functions.sampling.settings import DrawingConfig
@@ -16,7 +16,7 @@ from functions.saved.loading import open_model
 from functions.saved.run_folder import checkpoints_of, step_of
 from functions.support import processes
 from functions.support.device import choose_device, set_deterministic
-from functions.support.errors import UserError, short
+from functions.support.errors import UserError
 
 
 class Enlarger(NamedTuple):
@@ -42,10 +42,10 @@ class Models:
     # Each of them draws the images at twice their size.
     enlargers: tuple[Enlarger, ...] = ()
     guide_digest: str = ""
-    # The names of the model's labels
-    label_names: Sequence[str] = ()
-    # What the network gets beside the label, (N, ...) by name; image i gets that of i mod N. Only a
-    # training, which knows it of held-out images, gives it.
+    # What is known of the model (data/conditions.py)
+    facts: dict = field(default_factory=dict)
+    # What the network gets beside x_t and t, (N, ...) by name; image i gets that of i mod N. Only a
+    # training, which draws grids, gives it.
     inputs: dict[str, Tensor] = field(default_factory=dict)
     # Where the denoiser comes from; a training, which draws grids, has not saved it.
     saved: SavedModel | None = None
@@ -68,14 +68,15 @@ def open_models(config: DrawingConfig, device_name: str) -> Models:
     set_deterministic(False)
     saved, denoiser = open_model(Path(config.model), device, config.precision)
     processes.print_main(f"{saved.path}: {saved}")
-    check_labels(config, saved)
+    # This raises errors about conditions before other models are loaded.
+    chosen_inputs(config, saved.facts, [0], config.cfg)
     models = Models(
         denoiser,
         saved.model.image_shape,
         device,
         str(denoiser.precision).removeprefix("torch."),
         clips_x_0(saved),
-        label_names=saved.label_names,
+        facts=saved.facts,
         saved=saved,
     )
     if config.guide is not None:
@@ -90,32 +91,19 @@ def clips_x_0(saved: SavedModel) -> bool:
     return saved.config["diffusion"].get("clip_x_0", True)
 
 
-def check_labels(config: DrawingConfig, saved: SavedModel) -> None:
-    """Raise UserError for labels that the model does not have, and for `cfg` without one."""
-    if not config.label and config.cfg is None:
-        return
-    known = ", ".join(repr(short(name)) for name in saved.label_names)
-    if not known:
-        raise UserError(f"{saved.path} was trained without labels; --label and --cfg need some")
-    if not config.label:
-        raise UserError(f"--cfg needs a --label: {known}")
-    for name in config.label:
-        if name not in saved.label_names:
-            raise UserError(f"{short(name)!r} is no label of {saved.path}, which has {known}")
-
-
 def guided(models: Models, config: DrawingConfig) -> Models:
     """Return the models with the guide that the settings name (functions/guidance.py).
 
-    Raises UserError for a guide with another noise schedule, shape of images or labels.
+    Raises UserError for a guide with another noise schedule, shape of images or condition.
     """
     # The guide keeps its own objective, and its network may have another size.
     model, saved = models.denoiser, models.saved
     path = processes.on_main(guide_path, config.guide, saved)
     saved_guide, guide = open_model(path, models.device, models.precision)
     processes.print_main(f"guide {saved_guide.path}: {saved_guide}")
-    if config.label and saved_guide.label_names != saved.label_names:
-        raise UserError(f"{saved_guide.path} cannot guide {saved.path}: it has other labels")
+    for name, row in CONDITIONS.items():
+        if getattr(config, name) and row.known(saved_guide.facts) != row.known(saved.facts):
+            raise UserError(f"{saved_guide.path} cannot guide {saved.path}: other {row.switch}")
     # Both networks get the same x_t and t, so t must mean the same amount of noise to both.
     same_shape = saved_guide.model.image_shape == models.shape
     alphas_cumprod = model.scheduler.alphas_cumprod

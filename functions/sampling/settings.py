@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from math import inf
 from pathlib import Path
 
+from data.conditions import Given
 from functions.samplers import SAMPLERS, VARIANCES
 from functions.saved.loading import is_hub_name
 from functions.saved.run_folder import RUNS, is_recipe, newest_run
@@ -56,8 +57,10 @@ def describe_samplers() -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawingConfig:
-    """How images are drawn. Raises ConfigError for an option that the sampler does not have."""
+class DrawingConfig(Given):
+    """How images are drawn, with the conditions of `Given`.
+
+    Raises ConfigError for an option that the sampler does not have."""
 
     # A run, a checkpoint, an exported file, or a diffusers folder or its name.
     model: str = setting(no_flag=True, no_pixels=True)
@@ -90,11 +93,8 @@ class DrawingConfig:
     # The weight of --guide. 1 is the model alone; a larger weight moves x_0 further away from that
     # of the guide. Default: 1.5.
     guidance: float | None = setting(None, at_least=-inf)
-    # The labels to draw, of a model that was trained with labels. Image i gets the label i mod K of
-    # these K. Default: no label.
-    label: tuple[str, ...] = ()
-    # Classifier-free guidance, instead of a guide: move each x_0 away from that without the label.
-    # 1 is the model alone. Default: no.
+    # Classifier-free guidance, instead of a guide: move each x_0 away from that without a label or
+    # another condition. 1 is the model alone. Default: no.
     cfg: float | None = setting(None, at_least=-inf, metavar="W")
     # Then draw the details of each image at twice its size, by a model of that size, without guide
     # and temperature. The flag can be repeated: each model doubles the size. Default: no.
@@ -117,7 +117,7 @@ class DrawingConfig:
             raise ConfigError("--guidance needs a --guide")
         if self.cfg is not None and self.guide is not None:
             raise ConfigError(
-                "--cfg and --guide exclude each other: the model without label guides"
+                "--cfg and --guide exclude each other: the model without a condition guides"
             )
 
     @property
@@ -130,6 +130,10 @@ class DrawingConfig:
     @property
     def guide_weight(self) -> float:
         return GUIDANCE if self.guidance is None else self.guidance
+
+    def unconditional(self) -> "DrawingConfig":
+        """Return the settings without any condition."""
+        return replace(self, cfg=None, **{each.name: each.default for each in fields(Given)})
 
     def alone(self) -> "DrawingConfig":
         """Return the settings of the model alone, without guide, enlargers and all else."""

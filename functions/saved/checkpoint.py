@@ -185,9 +185,9 @@ class SavedModel:
         return build_scheduler(self.config["diffusion"])
 
     @property
-    def label_names(self) -> list[str]:
-        """Return the names of the labels that the model knows; none if it was trained without."""
-        return self.provenance.get("label_names", [])
+    def facts(self) -> dict:
+        """Return what is known of the model, as the rows of CONDITIONS need it."""
+        return self.config["diffusion"] | self.config["model"] | self.provenance
 
     @property
     def part(self) -> str:

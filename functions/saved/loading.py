@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from config import ConfigError, DiffusionConfig, build_network, input_names
+from config import ConfigError, DiffusionConfig, build_network
+from data.conditions import turned_on
 from data.datasets import ImageSet, Split, load_images, split_images
 from functions.denoiser import Denoiser
 from functions.saved.checkpoint import SavedModel, check_finite, copy_tensors, load_weights
@@ -143,8 +144,7 @@ def load_and_split(saved: SavedModel, name: str | None = None) -> tuple[ImageSet
             model.image_size,
             diffusion.get("max_bad_images", 0),
             model.channels,
-            input_names(diffusion),
-            pixels_hash=saved.provenance.get("pixels_hash", ""),
+            turned_on(diffusion),
         )
     except UserError as error:
         if name:
@@ -154,9 +154,9 @@ def load_and_split(saved: SavedModel, name: str | None = None) -> tuple[ImageSet
             f"this needs the images that {saved.path} was trained on: {error}; or name others with "
             "evaluate.py --data NAME"
         ) from error
-    if [*image_set.label_names] != saved.label_names:
-        raise UserError(
-            f"{dataset_name} has other labels than those of {saved.path}: "
-            f"{short(', '.join(saved.label_names))}"
-        )
+    for row in turned_on(diffusion).values():
+        known = row.known(saved.facts)
+        if row.known(diffusion | image_set.facts) != known:
+            known = short(", ".join(known))
+            raise UserError(f"{dataset_name} has other {row.switch} than {saved.path}: {known}")
     return image_set, split_images(image_set, diffusion.get("split", "reference"))

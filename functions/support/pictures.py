@@ -21,8 +21,10 @@ GAP = 2
 def grid_of(images: np.ndarray, columns: int | None = None) -> Image.Image:
     """Return a picture of all images in rows, with white gaps. By default it is about square.
 
-    Images with a side below MIN_SIDE are enlarged by an integer factor.
+    Of their channels, the first three are shown, or the first one if there are two. Images with a
+    side below MIN_SIDE are enlarged by an integer factor.
     """
+    images = images[..., : 3 if images.shape[3] >= 3 else 1]
     # This import takes two seconds, and it also imports PyTorch's compiler.
     from torchvision.utils import make_grid
 

@@ -41,6 +41,7 @@ def setting(default: Any = MISSING, **marks: Any) -> Any:
     no_flag: the program sets the value, and not the command line.
     fixed_by_weights: weights work only with the value with which they were trained.
     no_pixels: the value does not change what is drawn, but for rounding.
+    formerly: the name that the field has in files of earlier versions.
     repeated: the flag is given once for each item of a list.
     metavar: what the help shows for the value.
     details: a function that returns what the help says after the comment.
@@ -128,6 +129,9 @@ def from_fields(config_class: type, values: Any) -> Any:
     """
     known = {each.name for each in fields(config_class)}
     needed = {each.name for each in fields(config_class) if each.default is MISSING}
+    if isinstance(values, dict):
+        names = {each.metadata.get("formerly"): each.name for each in fields(config_class)}
+        values = {names.get(name, name): value for name, value in values.items()}
     given = set(values) if isinstance(values, dict) else set()
     if wrong := sorted(needed - given | given - known):
         raise ConfigError(

@@ -17,8 +17,8 @@ class StepDraws(NamedTuple):
     flip: Tensor  # (B,) bool, True with probability 1/2
     # (B,) float32, uniform in [-1, 1). The rotation is this fraction of the largest angle.
     rotation: Tensor
-    # (B,) float32, uniform in [0, 1). Below label_dropout, the label is dropped.
-    label_drop: Tensor
+    # (B,) float32, uniform in [0, 1). Below condition_dropout, all conditions are dropped.
+    condition_drop: Tensor
 
 
 def training_draws(
@@ -41,7 +41,7 @@ def training_draws(
         noise=torch.randn(effective_batch, *image_shape, **options),
         flip=torch.rand(effective_batch, **options) < 0.5,
         rotation=2 * torch.rand(effective_batch, **options) - 1,
-        label_drop=torch.rand(
+        condition_drop=torch.rand(
             effective_batch,
             generator=generator_of(device, seed, "training label", step),
             device=device,

@@ -18,8 +18,8 @@ from config import (
     ModelConfig,
     OwnNetwork,
     build_network,
-    input_names,
 )
+from data.conditions import network_fields, turned_on
 from data.datasets import load_images
 from functions.saved.checkpoint import Checkpoint, SavedModel
 from functions.saved.loading import open_model
@@ -59,8 +59,7 @@ def new_run(name: str, args: Namespace, device: torch.device) -> TrainingRun:
         experiment = fit_to_weights(experiment, initial, given)
     else:
         experiment = experiment.override(**given)
-    # What could not be read may be readable now; a dry run leaves the prepared images as they are.
-    run = make_run(name, experiment, args.runs, device, retry_bad=not args.dry_run)
+    run = make_run(name, experiment, args.runs, device)
     if args.init:
         run.begin_with(initial)
     return run
@@ -72,28 +71,22 @@ def make_run(
     runs: Path,
     device: torch.device,
     checkpoint: Checkpoint | None = None,
-    retry_bad: bool = False,
 ) -> TrainingRun:
-    """Return a run with the images that its config names, and the network that it describes.
-
-    A run that is resumed keeps the images that it had (`open_packed`).
-    """
+    """Return a run with the images that its config names, and the network that it describes."""
     config, model = experiment.diffusion, experiment.model
-    inputs = input_names(vars(config))
-    if inputs and isinstance(model, DiffusersNetwork):
-        raise ConfigError(f"a network of diffusers gets no {', '.join(inputs)} here")
+    conditions = turned_on(vars(config))
+    if conditions and isinstance(model, DiffusersNetwork):
+        raise ConfigError(f"a network of diffusers gets no {', '.join(conditions)} here")
     image_set = load_images(
         config.dataset_name,
         model.image_size,
         config.max_bad_images,
         model.channels,
-        inputs,
-        retry_bad,
-        pixels_hash=checkpoint.contents["run"].get("pixels_hash", "") if checkpoint else "",
+        conditions,
     )
     if isinstance(model, ModelConfig):
-        # The data decide how many labels the network knows.
-        experiment = experiment.override(label_count=len(image_set.label_names))
+        # The data decide, for example, how many labels the network knows.
+        experiment = experiment.override(**network_fields(vars(config) | image_set.facts))
     # This seed is for the initial weights. Every later draw has another seed.
     torch.manual_seed(config.seed)
     network = build_network(experiment.model)
@@ -130,9 +123,9 @@ def fit_to_weights(preset: Experiment, initial: SavedModel, given: dict) -> Expe
         except ValueError as error:
             raise ConfigError(f"{initial.path}: {error}") from error
     if is_ours:
-        # The data decide the number of labels.
+        # The data decide what follows from the conditions (`make_run`).
         dropout = given.get("dropout", preset.model.dropout)
-        network = network | {"dropout": dropout, "label_count": 0}
+        network = network | {"dropout": dropout, **network_fields({})}
     else:
         preset = replace(preset, model=initial.model)
         given = {name: value for name, value in given.items() if name != "image_size"}

@@ -10,7 +10,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import OwnNetwork
-from data.pixels import to_uint8
+from data.conditions import in_grids, with_conditions
+from data.pixels import to_model_range, to_uint8
 from functions.losses import eps_errors
 from functions.sampling.generation import Drawing, generate
 from functions.sampling.models import Models
@@ -203,23 +204,20 @@ class Recorder:
         """Draw a grid of samples, always from the same noise, and write it to a file."""
         run = self.run
         config = self.config
-        # All labels, in turn; all else that the network gets is that of held-out images.
-        label_names = run.image_set.label_names
-        _, inputs = run.feeder.gather(run.split.val_indices[: config.grid_images])
-        inputs.pop("label", None)
+        # What the network gets beside the noise is that of held-out images, but all labels in turn.
+        images, inputs = run.feeder.gather(run.split.val_indices[: config.grid_images])
+        inputs = with_conditions(inputs, to_model_range(images), vars(config))
         steps = min(config.grid_steps, config.timesteps_diff)
         models = Models(
             run.sample_denoiser,
             run.experiment.model.image_shape,
             run.device,
-            label_names=label_names,
-            inputs=inputs,
+            inputs=in_grids(inputs, run.facts),
         )
         settings = DrawingConfig(
             model=run.name,
             sampler=config.grid_sampler,
             steps=steps,
-            label=label_names,
             batch_size=config.batch_size,
         )
         with run.sample_denoiser.evaluating():

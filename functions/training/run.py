@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from config import ConfigError, DiffusionConfig, Experiment, build_scheduler
 from data.augmentation import augment
 from data.batches import ImageFeeder, indices_of_steps
+from data.conditions import CONDITIONS, check_images, with_conditions, without_conditions
 from data.datasets import ImageSet, hash_ids, split_images
 from data.sources import choose_ids
 from functions.denoiser import Denoiser
@@ -38,8 +39,6 @@ from functions.training.draws import StepDraws, training_draws
 from functions.training.metrics import TrainingWindow
 from models.growing import grown_weights
 
-# The weight of a network that has a row for each label (models/unet.py)
-LABEL_TABLE = "label_embedding.weight"
 # With a terminal SNR above this, x_T still shows the image. In the paper's 1000 steps it is 4e-5.
 VISIBLE_SNR = 1e-3
 
@@ -112,6 +111,8 @@ class TrainingRun:
             )
         if checkpoint:
             self.check_resumption()
+        else:
+            check_images(image_set, self.split.train_indices)
         self.feeder = ImageFeeder(image_set.images, device, image_set.inputs)
         self.window = TrainingWindow(device, config.effective_batch)
 
@@ -140,7 +141,7 @@ class TrainingRun:
             "val_ids_hash": self.split.val_ids_hash,
             "pixels_hash": self.split.pixels_hash,
             "labels_hash": self.split.labels_hash,
-            "label_names": list(self.image_set.label_names),
+            **{name: [*values] for name, values in image_set.facts.items()},
             "parameters": sum(p.numel() for p in self.model.parameters()),
             # This describes the model whose weights the run started from. None: random weights.
             "initial": self.earlier_provenance.get("initial"),
@@ -155,6 +156,11 @@ class TrainingRun:
                 "compiled": self.is_to_compile,
             },
         }
+
+    @property
+    def facts(self) -> dict:
+        """Return what is known of the model, as the rows of CONDITIONS need it."""
+        return vars(self.config) | vars(self.experiment.model) | self.image_set.facts
 
     @property
     def is_to_compile(self) -> bool:
@@ -205,11 +211,12 @@ class TrainingRun:
         """
         weights = dict(initial.weights)
         own = self.model.state_dict()
-        # The rows of the table are those of its labels. Of other labels it is new.
-        if initial.label_names != self.provenance["label_names"]:
-            weights.pop(LABEL_TABLE, None)
-        if LABEL_TABLE in own:
-            weights.setdefault(LABEL_TABLE, own[LABEL_TABLE])
+        # The weights of a condition stay if it means the same, as with labels of the same names.
+        for row in CONDITIONS.values():
+            prefix = f"{row.name}_embedding."
+            if row.known(initial.facts) != row.known(self.facts):
+                weights = {k: v for k, v in weights.items() if not k.startswith(prefix)}
+                weights |= {k: v for k, v in own.items() if k.startswith(prefix)}
         description = f"{initial.path}: {initial}"
         own_size = initial.model.image_size
         if own_size < self.experiment.model.image_size:
@@ -254,20 +261,17 @@ class TrainingRun:
     def augment(
         self, x_0: Tensor, inputs: dict[str, Tensor], draws: StepDraws, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Flip and rotate x_0 (B, C, H, W), if the config says so, and drop some labels."""
+        """Flip and rotate x_0 (B, C, H, W), if the config says so, and drop some conditions."""
         config = self.config
-        if "label" in inputs:
-            # The last row of the network's table (models/unet.py)
-            no_label = len(self.image_set.label_names)
-            dropped = draws.label_drop < config.label_dropout
-            inputs = inputs | {"label": inputs["label"].masked_fill(dropped, no_label)}
-        if not config.use_augmentation:
-            return x_0, inputs
-        angle = None
-        # Rotation is off at the end of a run, so that the network unlearns its tilt.
-        if config.max_rotation and step / self.total_steps < 1 - config.rotation_free_end:
-            angle = config.max_rotation * draws.rotation
-        return augment(x_0, draws.flip, angle), inputs
+        if config.use_augmentation:
+            angle = None
+            # Rotation is off at the end of a run, so that the network unlearns its tilt.
+            if config.max_rotation and step / self.total_steps < 1 - config.rotation_free_end:
+                angle = config.max_rotation * draws.rotation
+            x_0 = augment(x_0, draws.flip, angle)
+        inputs = with_conditions(inputs, x_0, vars(config))
+        dropped = draws.condition_drop < config.condition_dropout
+        return x_0, without_conditions(inputs, dropped, self.facts)
 
     def parts(self) -> dict[str, Tensors]:
         """Return the run's own tensors that the steps change, by a checkpoint's parts and names."""

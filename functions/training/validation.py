@@ -8,6 +8,7 @@ from torch import Tensor
 
 from config import DiffusionConfig
 from data.batches import batches_of
+from data.conditions import with_conditions
 from data.pixels import to_model_range
 from functions.denoiser import Denoiser
 from functions.losses import denoising_loss, eps_errors
@@ -47,6 +48,7 @@ def validation_losses(
     for positions in batches[processes.rank() :: processes.count()]:
         images, inputs = gather(all_indices[positions])
         x_0 = to_model_range(images)
+        inputs = with_conditions(inputs, x_0, vars(config))
         t = all_t[positions].to(x_0.device)
         quarters = 4 * t // timesteps
         # The noise of a triple depends on its position among all triples, not on its batch.

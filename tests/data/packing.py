@@ -76,10 +76,9 @@ def write_npz(path, images=IMAGES):
     return path
 
 
-def load(path, size=8, max_bad_images=0, **options):
+def load(path, size=8, max_bad_images=0):
     """Return the images of a folder or an archive, by way of a packed file."""
-    source = find_source(path)
-    return open_packed(source, size, max_bad_images, **options)
+    return open_packed(find_source(path), (3, size, size), max_bad_images)
 
 
 def packed_files(folder):

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import re
 import signal
 import zipfile
 from functools import partial
@@ -140,53 +141,32 @@ def test_an_error_of_our_own_is_neither_a_bad_image_nor_a_damaged_pack(path, mon
         load(path, max_bad_images=10)
 
 
-def test_a_new_run_tries_bad_images_again_and_an_earlier_run_keeps_its_own(path, monkeypatch):
-    webp = {f"{number}.webp": encoded(IMAGES[0], "WEBP", lossless=True) for number in (10, 11)}
-    write_folder(path, more=webp)
-    (path / "00012.png").touch()
-    with monkeypatch.context() as patch:
-        # Such is a Pillow without WebP.
-        patch.setattr(decode, "FORMATS", ("PNG",))
-        earlier = load(path, max_bad_images=3)
-        patch.setattr(packed, "write_pack", lambda *_: pytest.fail("made anew"))
-        for _ in range(2):
-            assert load(path, max_bad_images=3, retry_bad=True).ids == list(range(10))
-
-    # This Pillow reads WebP, but a run that goes on has the images that it had.
-    with monkeypatch.context() as patch:
-        forbid_decoding(patch)
-        assert load(path, max_bad_images=3).ids == list(range(10))
-    new = load(path, max_bad_images=1, retry_bad=True)
-    assert new.ids == list(range(12))
-    assert_array_equal(new.images[10:], [IMAGES[0]] * 2)
-    assert len(load(path, max_bad_images=1).ids) == 12
-
-    assert_array_equal(earlier.images, IMAGES)
-    forbid_decoding(monkeypatch)
-    again = load(path, max_bad_images=3, pixels_hash=earlier.pixels_hash)
-    assert again.ids == earlier.ids
-    assert_array_equal(again.images, IMAGES)
-    assert load(path, max_bad_images=1, pixels_hash=new.pixels_hash).ids == new.ids
-
-
-def test_bad_images_are_left_out_and_counted(tmp_path, capsys, monkeypatch):
-    # Among 100 images one is cut short, and one is a web page.
+def test_a_pack_is_final_and_says_how_its_bad_images_are_read_again(tmp_path, capsys, monkeypatch):
+    """Among 100 images one is cut short, one is a web page, and one is for another Pillow."""
     images = np.concatenate([IMAGES] * 10)
-    path = write_folder(tmp_path / "set", images)
+    webp = encoded(IMAGES[0], "WEBP", lossless=True)
+    path = write_folder(tmp_path / "set", images, more={"100.webp": webp})
     (path / "00002.png").write_bytes((path / "00002.png").read_bytes()[:100])
     (path / "00005.png").write_text("<html>quota exceeded</html>")
+    again = rf"eleting {path / 'set-8px.packed'} reads "
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "FORMATS", ("PNG",))
+        named = r"00002\.png \(cannot be .*, 00005\.png \(not a .*, 100\.webp \(not a .*"
+        with refused(rf"3 unusable.*2 allowed: {named}images 3\. D{again}them"):
+            load(path, max_bad_images=2)
+    assert "98 images at 8x8, 3 left out; d" in capsys.readouterr().out
 
-    with refused(r"2 unusable.*1 allowed.*00002\.png \(cannot be decoded"):
-        load(path, max_bad_images=1)
-    assert "98 images at 8x8, 2 left out" in capsys.readouterr().out
-
-    # No second decoding is needed to allow them. The limit holds for a pack, too.
-    forbid_decoding(monkeypatch)
-    pack = load(path, max_bad_images=2)
-    assert pack.ids == [number for number in range(100) if number not in (2, 5)]
-    assert_array_equal(pack.images, images[pack.ids])
-    with refused("2 unusable"):
-        load(path)
+    # Nothing is decoded again to allow them, or to refuse them.
+    with monkeypatch.context() as patch:
+        forbid_decoding(patch)
+        pack = load(path, max_bad_images=3)
+        assert re.search(f"3 left out; d{again}those left out", pack.summary)
+        assert pack.ids == [number for number in range(100) if number not in (2, 5)]
+        assert_array_equal(pack.images, images[pack.ids])
+        with refused("3 unusable"):
+            load(path)
+    Path(pack.images.filename).unlink()
+    assert load(path, max_bad_images=2).ids == [*pack.ids, 100]
 
 
 def test_what_is_ignored_or_smaller_than_the_size_is_counted(tmp_path, capsys, monkeypatch):

@@ -11,7 +11,6 @@ import pytest
 from numpy.testing import assert_array_equal
 from pyarrow import parquet
 
-from config import EXPERIMENTS
 from data.sources import find_source
 from tests.conftest import posix, refused
 from tests.data.packing import (
@@ -104,19 +103,15 @@ def test_images_beside_archives(tmp_path):
         find_source(path)
 
 
-def test_results_inside_the_data_are_no_data(tmp_path):
+def test_samples_inside_the_data_are_no_data(tmp_path):
     path = write_folder(tmp_path / "set")
-    run = write_folder(path / "runs" / "faces-20260101-120000", IMAGES, "samples/{number}.png")
-    (run / "config.json").write_text(
-        json.dumps({"config": EXPERIMENTS["faces"].to_dict()}, indent=2)
-    )
     samples = write_folder(path / "samples")
     (samples / "samples.json").write_text(json.dumps({"sampler": "ddpm"}, indent=2))
     # Other projects have such files, too.
-    (path / "config.json").write_text('{"_class_name": "diffusion"}')
+    (path / "samples.json").write_text('{"images": 10}')
     source = find_source(path)
     assert list(source.members) == NUMBERS
-    assert source.ignored == {"folder of a run or of samples": 2, ".json": 1}
+    assert source.ignored == {"folder of samples": 1, ".json": 1}
     assert list(find_source(samples).members) == NUMBERS
 
 
@@ -219,7 +214,7 @@ def test_a_row_without_an_image_is_one_bad_image(tmp_path):
     path = tmp_path / "set.parquet"
     rows = [{"bytes": PICTURE, "path": "a name"}, None, {"bytes": None, "path": "a name"}]
     parquet.write_table(pa.table({"image": rows}), path)
-    with refused(r"set.parquet: 2 unusable.* first is 1 \(empty file\)"):
+    with refused(r"set.parquet: 2 unusable.*: 1 \(empty file\), 2 \(empty file\)"):
         load(path)
     assert load(path, max_bad_images=2).ids == [0]
     parquet.write_table(pa.table({"image": [{"bytes": "a text"}, {"bytes": "another"}]}), path)

@@ -6,18 +6,15 @@ import shutil
 
 import pytest
 import torch
-from PIL import Image
 
 import sample
 import train
 from config import ConfigError
-from data import decode
-from functions.saved.checkpoint import Checkpoint, load_weights, verify_checkpoint, write_tensors
-from functions.saved.loading import load_and_split
+from functions.saved.checkpoint import Checkpoint, verify_checkpoint, write_tensors
 from functions.saved.run_folder import checkpoints_of, locked
 from functions.training import opening
 from functions.training.metrics import read_metrics
-from tests.conftest import HELD_OUT, call, during, newest, posix, refused, terminate, train_tiny
+from tests.conftest import HELD_OUT, call, during, newest, posix, refused, terminate
 from tests.kill import assert_same_run
 from tests.small_training import same
 
@@ -218,31 +215,3 @@ def test_a_signal_in_a_grid_is_heeded_after_it(trained, tiny_run, tmp_path, monk
     assert newest(run)["run"]["step"] == 5
     call(train, "--resume", run)
     assert_same_run(tiny_run, run)
-
-
-@pytest.mark.slow
-@posix
-def test_images_that_can_be_read_now_are_those_of_new_runs_alone(pictures, tmp_path, monkeypatch):
-    folder = shutil.copytree(pictures, tmp_path / "data")
-    Image.open(folder / "00001.png").save(folder / "00050.webp")
-    flags = "--diffusion.max-bad-images 1"
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="75"):
-        # As with a Pillow that does not read WebP
-        patch.setattr(decode, "FORMATS", ("PNG",))
-        with during(7, terminate):
-            train_tiny(folder, tmp_path / "first", flags)
-    (first,) = (tmp_path / "first").iterdir()
-    # A dry run leaves everything as it is.
-    before = sorted(folder.iterdir())
-    train_tiny(folder, tmp_path / "dry", flags, "--dry-run")
-    assert sorted(folder.iterdir()) == before
-    train_tiny(folder, tmp_path / "second", flags, "--diffusion.epochs 1")
-    (second,) = (tmp_path / "second").iterdir()
-    call(train, "--resume", first)
-
-    assert newest(first)["run"]["step"] == 10
-    hashes = [newest(run)["run"]["pixels_hash"] for run in (first, second)]
-    assert hashes[0] != hashes[1]
-    # So does a measurement of the first run.
-    image_set, _ = load_and_split(load_weights(checkpoints_of(first)[-1]))
-    assert image_set.pixels_hash == hashes[0]

@@ -97,7 +97,7 @@ def test_draws_have_their_distributions():
         (draws.noise.square(), 1, 2),
         (draws.flip.float(), 0.5, 0.25),
         (draws.rotation, 0, 1 / 3),
-        (draws.label_drop, 0.5, 1 / 12),
+        (draws.condition_drop, 0.5, 1 / 12),
     ):
         assert abs(values.mean() - mean) < 4 * math.sqrt(variance / values.numel())
 
@@ -306,7 +306,7 @@ def test_learning_rate_warms_up_and_decays_and_rotation_stops_for_the_last_tenth
         assert learning_rate(faces, step, 1000) == expected
 
     # A run calls these with its config.
-    run = SimpleNamespace(config=full, total_steps=1000)
+    run = SimpleNamespace(config=full, total_steps=1000, facts={})
     draws = training_draws(0, 0, 4, (3, 8, 8), 1000, CPU)
     for step, angle in ((0, 3), (899, 3), (900, 0), (999, 0)):
         expected = augment(draws.noise, draws.flip, angle * draws.rotation)

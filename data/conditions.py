@@ -1,0 +1,225 @@
+"""What a network can get beside x_t and t: the conditions, a row of CONDITIONS each.
+
+A row says how a condition is read from a data set or follows from x_0, what stands for none, what a
+model knows of it, and how it is chosen for a drawing. All else goes through the rows, and names
+none. How a condition enters the network stands in models/unet.py.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import inf
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.decode import BadImage
+from data.packed import ImageSet
+from data.sources import Source
+from functions.support.errors import UserError, short
+from functions.support.settings import setting
+
+# What is known of a model: the fields of its DiffusionConfig and of its ModelConfig, and the
+# `facts` of its ImageSet, which its provenance has.
+Facts = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a drawing can ask of the conditions: a field has the name of its row."""
+
+    # The labels to draw, of a model that was trained with labels. Image i gets the label i mod K of
+    # these K.
+    label: tuple[str, ...] = setting(())
+
+
+class Condition:
+    """A row of CONDITIONS. What a class does not define is as for a number that is always given."""
+
+    # The name of the network's argument and of the field of `Given`. Weights of the condition alone
+    # have names that begin with NAME_embedding.
+    name: str
+    # The field of DiffusionConfig with which a training turns the condition on.
+    switch: str
+    # The error of a drawing that gives no value, if the model cannot do without one
+    missing = ""
+
+    def read(self, image_set: ImageSet, source: Source) -> ImageSet:
+        """Return the set with the condition's values (N, ...) in `inputs`, and its `facts`."""
+        return image_set
+
+    def of_x_0(self, x_0: Tensor) -> Tensor | None:
+        """Return the values (B, ...) that follow from images x_0 (B, C, H, W), if they do."""
+
+    def absent(self, facts: Facts) -> float | None:
+        """Return the value that stands for none; with None, the condition is never dropped."""
+
+    def known(self, facts: Facts) -> Sequence[str]:
+        """Return what a model knows of it, by which values mean the same; empty for nothing."""
+        return ["a number"] if facts.get(self.switch) else []
+
+    def network(self, facts: Facts) -> dict[str, Any]:
+        """Return the fields of a ModelConfig that follow from the condition."""
+        return {}
+
+    def fault(self, values: np.ndarray, trained: np.ndarray, facts: Facts) -> str:
+        """Return why a new run cannot learn values (N, ...) from the images `trained`, or ""."""
+        return ""
+
+    def tensor(self, value: Any, facts: Facts, indices: Sequence[int]) -> Tensor:
+        """Return the tensor (B, ...) or (1, ...) of a value that is given for B images.
+
+        Raises UserError for a value that the model does not know.
+        """
+        return torch.tensor([value])
+
+    def in_grids(self, values: Tensor, facts: Facts) -> Tensor:
+        """Return what the grids of a training show, given the values of held-out images."""
+        return values
+
+    def chosen(self, given: Given, facts: Facts, indices: Sequence[int]) -> Tensor | None:
+        """Return the tensor (B, ...) or (1, ...) for images with these B indices, if any.
+
+        Raises UserError for what the model does not know, or cannot do without.
+        """
+        value = getattr(given, self.name)
+        known = self.known(facts)
+        if value in (None, ()):
+            if known and self.missing:
+                raise UserError(self.missing)
+            return None
+        if not known:
+            raise UserError(f"--{self.name}: the model was trained without {self.switch}")
+        return self.tensor(value, facts, indices)
+
+
+class Label(Condition):
+    """The folder or the class of an image, as an index of the fact `label_names`."""
+
+    name = "label"
+    switch = "labels"
+
+    def read(self, image_set: ImageSet, source: Source) -> ImageSet:
+        """Return the set with the label of each image, from 0 on in the order of their names.
+
+        Raises UserError for an image without one, and for fewer than two labels.
+        """
+        name = short(image_set.name)
+        found = [source.members[image_id].label for image_id in image_set.ids]
+        try:
+            labels = [label() if callable(label) else label for label in found]
+        except BadImage as error:
+            raise UserError(f"{name}: the labels {error}") from error
+        if None in labels:
+            raise UserError(
+                f"{name} has no label for {short(image_set.names[labels.index(None)])}: folders "
+                "are labels, or the column label of a parquet file; FFHQ has none"
+            )
+        # Numbers are sorted as such.
+        names = sorted({*labels}, key=lambda name: (int(name) if name.isdecimal() else inf, name))
+        if len(names) < 2:
+            raise UserError(f"{name} has one label, {short(names[0])}; two are needed")
+        indices = {label: index for index, label in enumerate(names)}
+        label = np.array([indices[label] for label in labels])
+        counts = sorted(np.bincount(label))
+        summary = f"{len(names)} labels of {counts[0]:,} to {counts[-1]:,} images"
+        folded = Counter(map(str.casefold, names))
+        if alike := [label for label in names if folded[label.casefold()] > 1]:
+            summary += f"; warning: labels differ in case alone: {short(', '.join(alike))}"
+        return replace(
+            image_set,
+            summary=f"{image_set.summary}; {summary}",
+            inputs=image_set.inputs | {"label": label},
+            facts=image_set.facts | {"label_names": names},
+        )
+
+    def absent(self, facts: Facts) -> int:
+        # The last row of the network's table
+        return len(self.known(facts))
+
+    def known(self, facts: Facts) -> Sequence[str]:
+        return [*facts.get("label_names", ())]
+
+    def network(self, facts: Facts) -> dict[str, int]:
+        return {"label_count": len(self.known(facts))}
+
+    def fault(self, values: np.ndarray, trained: np.ndarray, facts: Facts) -> str:
+        names = self.known(facts)
+        if not {*values.tolist()} <= {*range(len(names))}:
+            return "labels must be indices of the fact label_names"
+        unseen = [name for index, name in enumerate(names) if index not in values[trained]]
+        return unseen and (
+            f"no training image has the label {short(unseen[0])!r}, as all with it are held out; "
+            "add images of it, or let folders train/ and val/ decide"
+        )
+
+    def tensor(self, value: Sequence[str], facts: Facts, indices: Sequence[int]) -> Tensor:
+        names = self.known(facts)
+        for name in value:
+            if not name or name not in names:
+                known = short(", ".join(names))
+                raise UserError(f"--label: the model knows {known}, and not {short(name)!r}")
+        return torch.tensor([names.index(value[i % len(value)]) for i in indices])
+
+    def in_grids(self, values: Tensor, facts: Facts) -> Tensor:
+        return torch.arange(self.absent(facts), device=values.device)
+
+
+CONDITIONS: dict[str, Condition] = {row.name: row for row in (Label(),)}
+
+
+def turned_on(diffusion: Facts) -> dict[str, Condition]:
+    """Return the conditions that the fields of a DiffusionConfig turn on."""
+    return {name: row for name, row in CONDITIONS.items() if diffusion.get(row.switch)}
+
+
+def with_conditions(inputs: dict[str, Tensor], x_0: Tensor, diffusion: Facts) -> dict:
+    """Return the inputs of images x_0 (B, C, H, W) with the conditions that follow from x_0."""
+    values = {name: row.of_x_0(x_0) for name, row in turned_on(diffusion).items()}
+    return inputs | {name: value for name, value in values.items() if value is not None}
+
+
+def without_conditions(inputs: dict[str, Tensor], dropped: Tensor, facts: Facts) -> dict:
+    """Return the inputs of a batch, whose conditions are absent where `dropped` (B,) is true."""
+    result = dict(inputs)
+    for name in inputs.keys() & CONDITIONS.keys():
+        absent = CONDITIONS[name].absent(facts)
+        if absent is not None:
+            places = dropped.view(-1, *[1] * (inputs[name].ndim - 1))
+            result[name] = inputs[name].masked_fill(places, absent)
+    return result
+
+
+def in_grids(inputs: dict[str, Tensor], facts: Facts) -> dict[str, Tensor]:
+    """Return what grids show, given the inputs of held-out images."""
+    names = inputs.keys() & CONDITIONS.keys()
+    return inputs | {name: CONDITIONS[name].in_grids(inputs[name], facts) for name in names}
+
+
+def network_fields(facts: Facts) -> dict[str, Any]:
+    """Return the fields of a ModelConfig that follow from the conditions."""
+    return {key: value for row in CONDITIONS.values() for key, value in row.network(facts).items()}
+
+
+def check_images(image_set: ImageSet, trained: np.ndarray) -> None:
+    """Raise UserError for conditions that a new run cannot learn from images with these indices."""
+    for name in image_set.inputs.keys() & CONDITIONS.keys():
+        fault = CONDITIONS[name].fault(image_set.inputs[name], trained, image_set.facts)
+        if fault:
+            raise UserError(f"{short(image_set.name)}: {fault}")
+
+
+def chosen_inputs(given: Given, facts: Facts, indices: Sequence[int], cfg: float | None) -> dict:
+    """Return what is given for images with these indices, as `Condition.chosen` does, by name.
+
+    Raises UserError also for `cfg` without any of them.
+    """
+    values = {name: row.chosen(given, facts, indices) for name, row in CONDITIONS.items()}
+    inputs = {name: value for name, value in values.items() if value is not None}
+    if cfg is not None and not inputs:
+        known = [f"--{row.name} {', '.join(row.known(facts))}" for row in turned_on(facts).values()]
+        needed = short(" or ".join(known)) or "the model was trained without"
+        raise UserError(f"--cfg needs a condition: {needed}")
+    return inputs
