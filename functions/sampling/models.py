@@ -13,7 +13,7 @@ from functions.guidance import Guided
 from functions.sampling.settings import DrawingConfig
 from functions.saved.checkpoint import SavedModel
 from functions.saved.loading import open_model
-from functions.saved.run_folder import checkpoints_of, step_of
+from functions.saved.run_folder import checkpoints_of, run_of, step_of
 from functions.support import processes
 from functions.support.device import choose_device, set_deterministic
 from functions.support.errors import UserError
@@ -124,9 +124,7 @@ def guide_path(guide: int | str, saved: SavedModel) -> Path:
     """
     if isinstance(guide, str):
         return Path(guide)
-    folder = saved.path.absolute().parent
-    # A file that is elsewhere in a run's folder may come from another run.
-    run = folder.parent if folder.name in ("checkpoints", "snapshots") else None
+    run = run_of(saved.path)
     files = [*checkpoints_of(run), *checkpoints_of(run, "snapshots")] if run else []
     by_step = {step_of(file): file for file in files}
     if guide in by_step:

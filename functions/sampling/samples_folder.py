@@ -21,7 +21,7 @@ from torch import Tensor
 from data.pixels import to_uint8
 from functions.sampling.generation import Drawing, generate
 from functions.saved.checkpoint import SavedModel
-from functions.saved.run_folder import is_recipe, new_folder, results_folder
+from functions.saved.run_folder import is_recipe, new_folder, results_folder, run_of
 from functions.support import processes
 from functions.support.errors import UserError, short
 from functions.support.files import read_json, write_text
@@ -71,9 +71,8 @@ def new_samples_folder(run: Path, saved: SavedModel) -> Path:
     """
     if is_recipe(run):
         return processes.on_main(new_folder, Path("samples"), run.stem)
-    is_of_run = saved.path.parent.name in ("checkpoints", "snapshots")
-    folder = results_folder(saved, "samples")
-    return processes.on_main(new_folder, folder, "" if is_of_run else saved.name)
+    name = "" if run_of(saved.path) else saved.name
+    return processes.on_main(new_folder, results_folder(saved, "samples"), name)
 
 
 def image_indices(folder: Path) -> set[int]:

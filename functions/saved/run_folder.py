@@ -167,10 +167,13 @@ def results_folder(saved: SavedModel, kind: str) -> Path:
     # Nothing is written to a diffusers folder, either.
     if saved.path.is_dir() or saved.path.parent.resolve() == PRETRAINED.parent:
         return Path(kind)
-    folder = saved.path.parent
-    if folder.name in ("checkpoints", "snapshots"):
-        folder = folder.parent
-    return folder / kind
+    return (run_of(saved.path) or saved.path.parent) / kind
+
+
+def run_of(path: Path) -> Path | None:
+    """Return the run of a checkpoint or a snapshot, or None for what is in no run."""
+    folder = path.absolute().parent
+    return folder.parent if folder.name in ("checkpoints", "snapshots") and path.is_file() else None
 
 
 def find_checkpoints(path: Path) -> list[Path]:

@@ -75,7 +75,7 @@ def test_an_exported_file_is_the_same_model(write, path, tmp_path):
     assert str(original) == f"EMA weights {description}"
 
     exported = tmp_path / "faces.safetensors"
-    export(Mock(saved=original), exported)
+    export(Mock(saved=original), 0, exported)
     assert same(vars(load_weights(exported)), vars(original) | {"path": exported})
     assert verify_checkpoint(exported).digests.keys() == {"ema"}
 
@@ -83,7 +83,7 @@ def test_an_exported_file_is_the_same_model(write, path, tmp_path):
     digests = {original.digest}
     original.weights["conv_in.bias"][0] += 1
     for name in "ab":
-        export(Mock(saved=original), exported.with_stem(name))
+        export(Mock(saved=original), 0, exported.with_stem(name))
         digests.add(load_weights(exported.with_stem(name)).digest)
         original.config["diffusion"]["timesteps_diff"] += 1
     assert len(digests) == 3

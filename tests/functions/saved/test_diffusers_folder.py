@@ -185,7 +185,7 @@ def test_what_cannot_be_exported_leaves_nothing_behind(tiny_run, tmp_path, monke
         ("out", CheckpointError, "diffusers has no such model .its objective is eps.; export it"),
     ):
         with refused(message, error):
-            export(Mock(saved=saved), tmp_path / name)
+            export(Mock(saved=saved), 0, tmp_path / name)
     assert [*tmp_path.iterdir()] == [tmp_path / "there"]
 
 
