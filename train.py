@@ -8,6 +8,11 @@ checkpoints, signals) is in functions/training/recorder.py.
 On several GPUs: `torchrun --nproc-per-node 8 train.py ffhq-full`.
 """
 
+if __name__ == "__main__":
+    from functions.support.threads import limit_spinning
+
+    limit_spinning()
+
 import argparse
 import math
 import sys

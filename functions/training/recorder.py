@@ -16,7 +16,6 @@ from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.options import SamplerOptions
 from functions.saved.run_folder import delete_old, last_checkpoint, locked, new_folder, path_of
 from functions.support import processes
-from functions.support.device import warn_if_busy
 from functions.support.errors import UserError, quoted, short
 from functions.support.files import write_text
 from functions.support.pictures import save_grid
@@ -27,8 +26,6 @@ from functions.training.validation import validation_losses
 
 # The run ends at a row of metrics.csv if at least so many steps directly before it were skipped.
 MOST_SKIPPED = 20
-# After so many steps of a process, a training on a CPU looks whether other programs slow it down.
-CHECKED_STEP = 10
 
 
 class Recorder:
@@ -42,7 +39,6 @@ class Recorder:
         self.run = run
         self.config = run.config
         self.saved_at = time.monotonic()
-        self.checked_step = run.step + CHECKED_STEP
         self.stop_signals = StopSignals()
         # Only rank 0 has this log.
         self.metrics: MetricsLog | None = None
@@ -115,8 +111,6 @@ class Recorder:
             refresh=False,
         )
         self.bar.update()
-        if run.step == self.checked_step and run.device.type == "cpu" and processes.is_main():
-            warn_if_busy(f"continue with: python train.py --resume {quoted(run.folder)}")
 
         # The clock stops here, so that images_per_second is the speed of training only.
         with run.window.paused():
