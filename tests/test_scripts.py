@@ -81,6 +81,17 @@ def test_threads_spin_shortly_unless_the_environment_says_more(
     assert f"GOMP_SPINCOUNT = '{spin_count}'" in script(f"{name}.py", "--help").stderr
 
 
+@pytest.mark.slow
+def test_modules_of_other_packages_on_the_path_are_not_taken(tmp_path, monkeypatch):
+    for package in ("models", "data", "functions"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for name in ("train.py", "data/prepare.py"):
+        ended = script(ROOT / name, "--help", cwd=tmp_path)
+        assert ended.returncode == 0, ended.stderr
+
+
 @pytest.mark.parametrize("config_class", [DiffusionConfig, ModelConfig])
 def test_every_field_is_a_flag_with_a_comment(config_class, capsys):
     """Of a field with choices, the help shows all of these."""
