@@ -99,7 +99,8 @@ class Denoiser(Predictor):
     scheduler: NoiseScheduler
     # A key of OBJECTIVES.
     objective: str = "eps"
-    # The dtype of the network's matrix products and convolutions.
+    # The dtype of the network's matrix products and convolutions. Its weights are float32, or with
+    # float64 float64.
     precision: torch.dtype = torch.float32
     # What the network gets beside x_t and t, such as labels, by the names of its arguments.
     inputs: dict[str, Tensor] = field(default_factory=dict)
@@ -111,11 +112,19 @@ class Denoiser(Predictor):
             )
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Return the network's prediction at (x_t, t (B,)), in float32: (B, C, H, W)."""
-        half = self.precision != torch.float32
+        """Return the network's prediction at (x_t, t (B,)): (B, C, H, W) float32, or float64.
+
+        x_t and inputs of another dtype than the weights are converted for the network.
+        """
+        dtype = torch.promote_types(self.precision, torch.float32)
+        half = self.precision != dtype
+        inputs = {
+            name: value.to(dtype) if value.is_floating_point() else value
+            for name, value in self.inputs.items()
+        }
         # Autocast's cache of cast weights is off: no weight is used twice in a forward pass.
         with torch.autocast(x_t.device.type, self.precision, enabled=half, cache_enabled=False):
-            return self.network(x_t.float(), t, **self.inputs).float()
+            return self.network(x_t.to(dtype), t, **inputs).to(dtype)
 
     def given(self, **inputs: Tensor) -> "Denoiser":
         """Return the denoiser with these inputs of its network, (B, ...) or (1, ...) each."""
