@@ -213,6 +213,8 @@ def test_one_or_two_logsnr_times_begin_at_the_end_of_the_noise():
     assert sampling_times(scheduler, 20, "logsnr")[:4] == [999, second, 987, 978]
 
 
-def test_no_steps_are_refused():
-    with refused("steps is 0; a model with 100 timesteps takes 1 to", ValueError):
-        sampling_times(SCHEDULER, 0)
+@pytest.mark.parametrize("steps", [0, 101, 2.5])
+def test_steps_that_do_not_exist_are_refused(steps):
+    with refused(f"steps is {steps}; a model with 100 timesteps takes 1 to", ValueError):
+        sampling_times(SCHEDULER, steps)
+    assert sampling_times(SCHEDULER, 20.0) == sampling_times(SCHEDULER, 20)
