@@ -109,7 +109,9 @@ def train(run: TrainingRun) -> bool:
                 losses.append(loss.detach())
 
             # 5: the optimiser's step. If the gradient is not finite, weights and moments stay.
-            optimizer.param_groups[0]["lr"] = learning_rate(config, step, run.total_steps)
+            rate = learning_rate(config, step, run.total_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * (group["initial_lr"] / config.learning_rate)
             scaler.unscale_(optimizer)
             grad_norm = clip_grad_norm_(parameters, max_norm)
             optimizer.found_inf = (~grad_norm.isfinite()).float()

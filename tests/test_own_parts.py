@@ -1,6 +1,7 @@
 """Images and a network of one's own, which no name and no config stand for."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ import sample
 import train
 from config import EXPERIMENTS, ConfigError, Experiment, OwnNetwork
 from data.packed import ImageSet
+from functions.optimizers import OPTIMIZERS, Adam
 from functions.saved.loading import load_denoiser
 from functions.saved.run_folder import intact_checkpoint
 from functions.support.errors import CheckpointError
-from functions.training.run import TrainingRun
+from functions.training.run import TrainingRun, learning_rate
 from tests.conftest import CPU, call, during, interrupt, newest, refused
 from tests.small_training import same
 
@@ -52,15 +54,28 @@ def own_run(folder, checkpoint=None, **changes):
     return TrainingRun("mine", experiment, images, Normed(), folder, CPU, checkpoint)
 
 
-def test_a_run_with_labels_and_buffers_resumes_and_is_loaded(tmp_path, capsys):
+def two_groups(network, lr, precision):
+    """Return Adam whose second group of parameters has a tenth of the learning rate."""
+    first, *others = network.children()
+    parameters = [p for layer in others for p in layer.parameters()]
+    return Adam([{"params": first.parameters()}, {"params": parameters, "lr": lr / 10}], lr)
+
+
+def test_own_run_with_labels_buffers_and_groups_resumes_and_is_loaded(
+    tmp_path, capsys, monkeypatch
+):
     """A resumed run equals an uninterrupted one, and what is loaded draws with the averages."""
-    straight = own_run(tmp_path / "straight")
+    monkeypatch.setitem(OPTIMIZERS, "two groups", two_groups)
+    of_run = partial(own_run, optimizer="two groups")
+    straight = of_run(tmp_path / "straight")
     train.train(straight)
+    rates = [group["lr"] for group in straight.optimizer.param_groups]
+    assert rates == pytest.approx([learning_rate(straight.config, 5, 6) / n for n in (1, 10)])
     assert "sample from it: load_denoiser" in capsys.readouterr().out
-    cut = own_run(tmp_path / "cut")
+    cut = of_run(tmp_path / "cut")
     with pytest.raises(KeyboardInterrupt), during(4, interrupt):
         train.train(cut)
-    resumed = own_run(tmp_path / "cut", intact_checkpoint(cut.folder))
+    resumed = of_run(tmp_path / "cut", intact_checkpoint(cut.folder))
     assert resumed.step == 2
     train.train(resumed)
     assert same(newest(straight.folder)["ema"], newest(cut.folder)["ema"])

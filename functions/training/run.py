@@ -127,6 +127,9 @@ class TrainingRun:
             self.ema_model = copy.deepcopy(self.model).eval().requires_grad_(False)
         optimizer = OPTIMIZERS[config.optimizer]
         self.optimizer = optimizer(self.model, config.learning_rate, precision)
+        # A group of parameters may have a rate of its own, which follows the same schedule.
+        for group in self.optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
         # Gradients of float16 underflow unless the loss is scaled; elsewhere the scaler does
         # nothing.
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
@@ -303,7 +306,8 @@ class TrainingRun:
         for part, tensors in self.parts().items():
             saved = checkpoint.tensors(part)
             check_finite(saved, checkpoint.path, part, self.model)
-            copy_tensors(saved, tensors, checkpoint.path)
+            what = "moments" if part == "optimizer" else "weights"
+            copy_tensors(saved, tensors, checkpoint.path, what)
         # The state is empty unless the precision was float16.
         scaler = checkpoint.contents.get("scaler")
         if scaler:
