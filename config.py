@@ -386,8 +386,8 @@ class DiffusionConfig:
     log_every: int = changeable(50)
     # Steps between validations of the raw and the EMA weights. Each also draws losses.png.
     validate_every: int = changeable(800)
-    # Steps between grids of samples.
-    sample_every: int = changeable(4000)
+    # Steps between grids of samples. 0: none.
+    sample_every: int = changeable(4000, at_least=0)
     # Steps between checkpoints.
     checkpoint_every: int = changeable(800)
     # The longest time between checkpoints, in minutes. 0: no limit.
@@ -586,9 +586,14 @@ class Experiment:
     def override(self, **changes) -> "Experiment":
         """Return a copy with some fields of either part replaced, which have no name in common.
 
-        Raises ConfigError if they do not fit.
+        The lowest resolution follows from another image size, unless it is given. Raises
+        ConfigError if they do not fit.
         """
         model = {name: changes.pop(name) for name in vars(self.model) if name in changes}
+        if "image_size" in model and isinstance(self.model, ModelConfig):
+            levels = len(model.get("dim_multiply", self.model.dim_multiply))
+            lowest = max(1, model["image_size"] // 2 ** (levels - 1))
+            model.setdefault("lowest_resolution_size", lowest)
         return Experiment(replace(self.diffusion, **changes), replace(self.model, **model))
 
     def check_resumption(self, changed: "Experiment") -> None:
