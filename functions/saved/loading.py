@@ -14,7 +14,7 @@ from data.datasets import ImageSet, Split, load_images, split_images
 from functions.denoiser import Denoiser
 from functions.saved.checkpoint import SavedModel, check_finite, copy_tensors, load_weights
 from functions.saved.diffusers_folder import import_diffusers, load_folder
-from functions.saved.run_folder import RUN_NAME, find_checkpoints, first_intact
+from functions.saved.run_folder import RUN_NAME, RUNS, find_checkpoints, first_intact
 from functions.support import processes
 from functions.support.device import choose_precision, fast_layout
 from functions.support.errors import CheckpointError, UserError, short
@@ -65,9 +65,9 @@ def open_model(
 def is_hub_name(path: Path) -> bool:
     """Return whether a path that does not exist can be a name such as google/ddpm-cifar10-32.
 
-    A path in a folder that exists is no such name, nor is one with the name of a run.
+    A path in a folder that exists, or in that of runs, is no such name.
     """
-    is_path = path.parent.exists() or path.suffix == ".safetensors"
+    is_path = path.parent.exists() or path.parent == RUNS or path.suffix == ".safetensors"
     return len(path.parts) == 2 and not is_path and not RUN_NAME.fullmatch(path.name)
 
 
@@ -150,8 +150,8 @@ def load_and_split(saved: SavedModel, name: str | None = None) -> tuple[ImageSet
             raise
         # The model may come from elsewhere, so its images need not be here.
         raise UserError(
-            f"this needs the images that {saved.path} was trained on: {error}; or name others with "
-            "evaluate.py --data NAME"
+            f"this needs the images that {saved.path} was trained on: {str(error).rstrip('.')}; "
+            "or name others with evaluate.py --data NAME"
         ) from error
     if [*image_set.label_names] != saved.label_names:
         raise UserError(
