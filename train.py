@@ -82,8 +82,9 @@ def train(run: TrainingRun) -> bool:
     recorder = Recorder(run)
     with recorder.opened():
         # Algorithm 1. The numbers are those of its lines.
-        for step in range(run.step, run.total_steps):  # 1: repeat
+        while run.step < run.total_steps:  # 1: repeat
             # All random numbers of a step follow from the seed and the step.
+            step = run.step
             draws = run.draw(step)
             # 2: images x_0 of this process, in [-1, 1], and what else the network gets, if anything
             images, inputs = next(batches)

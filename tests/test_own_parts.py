@@ -16,8 +16,9 @@ from functions.optimizers import OPTIMIZERS, Adam
 from functions.saved.loading import load_denoiser
 from functions.saved.run_folder import intact_checkpoint
 from functions.support.errors import CheckpointError
+from functions.training.recorder import Recorder
 from functions.training.run import TrainingRun, learning_rate
-from tests.conftest import CPU, call, during, interrupt, newest, refused
+from tests.conftest import CPU, call, during, interrupt, newest, refused, terminate
 from tests.small_training import same
 
 RNG = np.random.default_rng(0)
@@ -94,6 +95,27 @@ def test_own_run_with_labels_buffers_and_groups_resumes_and_is_loaded(
         call(train, "--resume", straight.folder)
     with refused("weights are missing or unknown", CheckpointError):
         load_denoiser(straight.folder, network=nn.Conv2d(3, 3, 1))
+
+
+def test_own_run_can_end_early_and_is_finished(tmp_path, monkeypatch):
+    def log(recorder, *_):
+        if recorder.run.step == 2:
+            recorder.run.total_steps = 2
+
+    monkeypatch.setattr(Recorder, "log", log)
+    run = own_run(tmp_path, log_every=1, sample_every=0, warmup_steps=6)
+    assert "warmup_steps = 6 and the run has 6 steps" in run.describe()
+    assert train.train(run)
+    saved = newest(run.folder)["run"]
+    assert (saved["step"], saved["total_steps"]) == (2, 2)
+    assert not list((run.folder / "samples").iterdir())
+
+
+def test_own_run_that_is_stopped_names_what_continues_it(tmp_path, capsys):
+    run = own_run(tmp_path)
+    with during(2, terminate):
+        assert not train.train(run)
+    assert f"continue with: a TrainingRun of {run.folder} (docs" in capsys.readouterr().out
 
 
 def test_what_does_not_fit_is_refused(tmp_path):

@@ -213,6 +213,11 @@ def last_checkpoint(run: Path) -> Path | None:
     return None
 
 
+def resume_command(run: Path) -> str:
+    """Return the command that continues a run, for messages."""
+    return f"python train.py --resume {quoted(run)}"
+
+
 def run_to_resume(resume: str | None, runs: Path, experiment: str) -> Path | None:
     """Return the folder of the run to resume, which has a checkpoint; or None to start a new run.
 

@@ -53,7 +53,7 @@ class Recorder:
         is_new = not run.folder
         if is_new:
             run.folder = processes.on_main(new_folder, run.runs_folder, run.name)
-        with explain_failed_writes(run.folder), ExitStack() as stack:
+        with explain_failed_writes(run.folder, run.how_to_resume), ExitStack() as stack:
             # From the first line on, a run that has a folder saves before it ends.
             stack.enter_context(self.stop_signals)
             processes.on_main(self.open_files, stack, is_new)
@@ -141,10 +141,7 @@ class Recorder:
             # Its last line is complete then.
             self.bar.close()
             reason = self.stop_signals.received or "a signal to another process"
-            processes.print_main(
-                f"stopped by {reason}, saved; "
-                f"continue with: python train.py --resume {quoted(run.folder)}"
-            )
+            processes.print_main(f"stopped by {reason}, saved; continue with: {run.how_to_resume}")
         return stopped
 
     def log(self, grad_norm: Tensor, validating: bool) -> None:

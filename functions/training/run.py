@@ -24,6 +24,7 @@ from functions.saved.checkpoint import (
     copy_tensors,
     write_tensors,
 )
+from functions.saved.run_folder import resume_command
 from functions.support import processes
 from functions.support.device import (
     COMPILED_DEVICES,
@@ -59,11 +60,15 @@ class TrainingRun:
         denoiser, model: the model that is trained, and its network.
         ema_model: the network with the averaged weights; None without EMA.
         window: the steps since the last row of metrics.csv.
-        step, total_steps: the number of steps done, and of the whole run.
+        step, total_steps: the number of steps done, and of the whole run. With fewer steps, as
+            total_steps = step, the run ends before the next one, finished.
         share: this process's places in the effective batch.
         provenance: plain values for config.json and checkpoints: hashes of the images, ...
         earlier_provenance: that in the checkpoint; {} for a run that is not resumed.
     """
+
+    # Whether train.py finds images and network by their names: not those of your own, from Python.
+    is_named = False
 
     def __init__(
         self,
@@ -137,7 +142,6 @@ class TrainingRun:
             self.load(checkpoint)
 
         self.provenance = {
-            "total_steps": self.total_steps,
             "split_rule": self.split.rule,
             "train_ids_hash": self.split.train_ids_hash,
             "val_ids_hash": self.split.val_ids_hash,
@@ -158,6 +162,13 @@ class TrainingRun:
                 "compiled": self.is_to_compile,
             },
         }
+
+    @property
+    def how_to_resume(self) -> str:
+        """Return what one continues the run with, for messages."""
+        if self.is_named:
+            return resume_command(self.folder)
+        return f"a TrainingRun of {self.folder} (docs/sampling.md)"
 
     @property
     def is_to_compile(self) -> bool:
@@ -287,7 +298,8 @@ class TrainingRun:
 
     def contents(self) -> dict:
         """Return the plain values of a checkpoint or a snapshot."""
-        run = {"experiment": self.name, "step": self.step, **self.provenance}
+        run = {"experiment": self.name, "step": self.step, "total_steps": self.total_steps}
+        run |= self.provenance
         return {"config": self.experiment.to_dict(), "run": run}
 
     def save(self, path: Path) -> None:
@@ -357,6 +369,11 @@ class TrainingRun:
                 f"terminal SNR {snr:.2g} (sqrt(alpha_bar_T) = {math.sqrt(snr / (1 + snr)):.3f}): "
                 "x_T still carries the image, but sampling starts from pure noise; set "
                 f"rescale_betas = True and beta_end = {DiffusionConfig.beta_end}"
+            )
+        if config.warmup_steps >= steps:
+            yield (
+                f"warmup_steps = {config.warmup_steps:,} and the run has {steps:,} steps: its "
+                "learning rate never reaches learning_rate"
             )
         if self.step:
             # More epochs move a step back on its schedule.
