@@ -25,7 +25,6 @@ from functions.denoiser import OBJECTIVES
 from functions.noise_scheduler import PAPER_TIMESTEPS
 from functions.saved.checkpoint import (
     SavedModel,
-    check_finite,
     copy_tensors,
     digest_of,
     model_digest,
@@ -134,7 +133,9 @@ def read_folder(path: Path) -> SavedModel:
     # diffusers draws missing weights at random.
     if any(loading.values()):
         raise ConfigError(f"the weights do not fit the network: {loading}")
-    check_finite(network.state_dict(), path, "unet", network)
+    for name, weight in network.named_parameters():
+        if not weight.isfinite().all():
+            raise ConfigError(f"unet.{name} has infinite values or NaN")
     model = ModelConfig(**config["model"])
     ours = build_network(model)
     copy_weights(network, ours, model)

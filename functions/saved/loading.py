@@ -12,7 +12,7 @@ from torch import nn
 from config import ConfigError, DiffusionConfig, build_network, input_names
 from data.datasets import ImageSet, Split, load_images, split_images
 from functions.denoiser import Denoiser
-from functions.saved.checkpoint import SavedModel, check_finite, copy_tensors, load_weights
+from functions.saved.checkpoint import SavedModel, copy_tensors, load_weights
 from functions.saved.diffusers_folder import import_diffusers, load_folder
 from functions.saved.run_folder import RUN_NAME, RUNS, find_checkpoints, first_intact
 from functions.support import processes
@@ -117,7 +117,6 @@ def rebuild(
     denoiser = Denoiser(model, scheduler, objective, precision)
 
     copy_tensors(saved.weights, model.state_dict(), saved.path)
-    check_finite(saved.weights, saved.path, saved.part, model)
     model.to(device, memory_format=fast_layout(device)).eval().requires_grad_(False)
     return denoiser
 

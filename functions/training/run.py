@@ -20,7 +20,6 @@ from functions.saved.checkpoint import (
     Checkpoint,
     SavedModel,
     Tensors,
-    check_finite,
     copy_tensors,
     write_tensors,
 )
@@ -317,7 +316,6 @@ class TrainingRun:
         """Take over a checkpoint's numbers. Raises CheckpointError when they do not fit."""
         for part, tensors in self.parts().items():
             saved = checkpoint.tensors(part)
-            check_finite(saved, checkpoint.path, part, self.model)
             what = "moments" if part == "optimizer" else "weights"
             copy_tensors(saved, tensors, checkpoint.path, what)
         # The state is empty unless the precision was float16.
