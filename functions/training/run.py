@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from config import ConfigError, DiffusionConfig, Experiment, build_scheduler
 from data.augmentation import augment
 from data.batches import ImageFeeder, indices_of_steps
-from data.datasets import ImageSet, hash_ids, split_images
-from data.sources import choose_ids
+from data.datasets import ImageSet, split_images
 from functions.denoiser import Denoiser
 from functions.optimizers import LR_SCHEDULES, OPTIMIZERS
 from functions.saved.checkpoint import (
@@ -182,9 +181,6 @@ class TrainingRun:
 
     def check_resumption(self) -> None:
         """Raise ConfigError if images, labels or fields are not the run's, or no step is left."""
-        # Beside a new image without a number, ids are names, but those for training are the same.
-        names = [self.image_set.names[i] for i in self.split.train_indices]
-        numbers_hash = hash_ids(choose_ids(names))
         for name, what in (
             ("labels_hash", "trained with other labels or inputs"),
             ("train_ids_hash", "trained on other images"),
@@ -193,7 +189,7 @@ class TrainingRun:
         ):
             now = getattr(self.split, name)
             # The first runs of this format have no hash of labels and of ids for validation.
-            if self.earlier_provenance.get(name, now) not in (now, numbers_hash):
+            if self.earlier_provenance.get(name, now) != now:
                 rules = self.earlier_provenance.get("split_rule", ""), self.split.rule
                 reason = " (held out then: {}; now: {})".format(*rules) if len({*rules}) > 1 else ""
                 if "FFHQ" in rules[0] and self.config.dataset_name != "FFHQ":
