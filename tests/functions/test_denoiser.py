@@ -24,7 +24,7 @@ T = torch.tensor([0, 1, 200, 700, 999])
 # In the same x_t, the squared error of eps is that of x_0 times the SNR (Eq. 15).
 X_0 = Objective(
     target=lambda scheduler, x_0, t, noise: x_0,
-    x_0_and_eps=lambda scheduler, x_t, t, x_0: (x_0, scheduler.predict_eps(x_t, t, x_0)),
+    from_output=lambda scheduler, x_t, t, x_0: (x_0, scheduler.predict_eps(x_t, t, x_0)),
     eps_factor=lambda scheduler, t: scheduler.alpha_bar(t) / (1 - scheduler.alpha_bar(t)),
     diffusers="sample",
 )
