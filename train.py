@@ -74,7 +74,7 @@ def train(run: TrainingRun) -> bool:
     parameters = list(run.model.parameters())
     ema_parameters = list(run.ema_model.parameters()) if run.ema_model else []
     # An average that starts from trained weights (--init) must not forget them, so its decay does
-    # not rise slowly. A level that has grown is new, and to be forgotten.
+    # not rise slowly. A grown level is untrained: the EMA forgets its first weights.
     ramp = run.provenance["grown"] or not run.provenance["initial"]
     max_norm = config.clip_grad_norm or math.inf
 
