@@ -28,7 +28,7 @@ from torch import Tensor
 
 from config import ModelConfig, OwnNetwork, build_scheduler, model_from
 from functions.noise_scheduler import NoiseScheduler
-from functions.support.errors import CheckpointError, UserError, short
+from functions.support.errors import CheckpointError, UserError, printable
 from functions.support.files import check_file, parse_json, replacing, sha256
 
 FORMAT = "ddpm-faces checkpoint 3"
@@ -139,7 +139,7 @@ def unreadable(path: Path, reason: object) -> CheckpointError:
     """Return the error about a file that nothing can be read from."""
     return CheckpointError(
         f"{path}: the file is truncated, damaged or not a checkpoint of this version "
-        f"(see CHANGELOG.md): {short(reason)}"
+        f"(see CHANGELOG.md): {printable(reason)}"
     )
 
 
@@ -227,7 +227,7 @@ def copy_tensors(saved: Tensors, tensors: Tensors, path: Path, what: str = "weig
     if mismatches:
         raise CheckpointError(
             f"{path}: {len(mismatches)} {what} are missing or unknown, "
-            f"such as {short(mismatches[0])!r}"
+            f"such as {printable(mismatches[0])!r}"
         )
     for name, tensor in tensors.items():
         if saved[name].shape != tensor.shape:

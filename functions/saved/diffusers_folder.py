@@ -29,7 +29,7 @@ from functions.saved.checkpoint import (
     digest_of,
     model_digest,
 )
-from functions.support.errors import CheckpointError, UserError, short
+from functions.support.errors import CheckpointError, UserError, printable
 from functions.support.files import read_json
 from models.blocks import DIALECTS
 from models.unet import BLOCKS_DOWN, UNet
@@ -113,7 +113,7 @@ def load_folder(path: Path) -> SavedModel:
     try:
         return read_folder(path)
     except ConfigError as error:
-        raise CheckpointError(f"{path}: this model cannot be read: {short(error)}") from error
+        raise CheckpointError(f"{path}: this model cannot be read: {printable(error)}") from error
 
 
 def read_folder(path: Path) -> SavedModel:

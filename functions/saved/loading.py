@@ -17,7 +17,7 @@ from functions.saved.diffusers_folder import import_diffusers, load_folder
 from functions.saved.run_folder import RUN_NAME, RUNS, find_checkpoints, first_intact
 from functions.support import processes
 from functions.support.device import choose_precision, fast_layout
-from functions.support.errors import CheckpointError, UserError, short
+from functions.support.errors import CheckpointError, UserError, printable
 
 
 def load_denoiser(
@@ -86,7 +86,7 @@ def downloaded(path: Path) -> Path:
         # Without a network, the libraries below diffusers raise errors of many types.
         raise UserError(
             f"{path} is no path, and diffusers cannot download it: "
-            f"{type(error).__name__}: {short(error)}"
+            f"{type(error).__name__}: {printable(error)}"
         ) from error
 
 
@@ -112,7 +112,7 @@ def rebuild(
         objective = saved.config["diffusion"].get("objective", DiffusionConfig.objective)
     except ConfigError as error:
         raise CheckpointError(
-            f"{saved.path}: this version cannot build a model from its config: {short(error)}"
+            f"{saved.path}: this version cannot build a model from its config: {printable(error)}"
         ) from error
     denoiser = Denoiser(model, scheduler, objective, precision)
 
@@ -155,6 +155,6 @@ def load_and_split(saved: SavedModel, name: str | None = None) -> tuple[ImageSet
     if [*image_set.label_names] != saved.label_names:
         raise UserError(
             f"{dataset_name} has other labels than those of {saved.path}: "
-            f"{short(', '.join(saved.label_names))}"
+            f"{printable(', '.join(saved.label_names))}"
         )
     return image_set, split_images(image_set, diffusion.get("split", "reference"))

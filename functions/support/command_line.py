@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import NoReturn
 
-from functions.support.errors import UserError, short
+from functions.support.errors import UserError, printable
 from functions.support.settings import ConfigError
 
 # argparse ends with this exit status, too.
@@ -45,13 +45,13 @@ def run_script(main: Callable[[], None], memory_advice: str = MEMORY_ADVICE) -> 
 
     Bugs keep their traceback. With DDPM_TRACEBACK=1 in the environment, all errors have one.
     """
-    let_all_be_printed()
+    make_output_safe()
     try:
         main()
     except Exception as error:
         sentence = str(error)
         if is_out_of_memory(error):
-            sentence = f"out of memory ({short(error)}): {memory_advice}"
+            sentence = f"out of memory ({printable(error)}): {memory_advice}"
         elif not isinstance(error, (UserError, ConfigError, OSError)):
             raise
         if os.environ.get("DDPM_TRACEBACK") == "1":
@@ -64,7 +64,7 @@ def run_script(main: Callable[[], None], memory_advice: str = MEMORY_ADVICE) -> 
         sys.exit(130)
 
 
-def let_all_be_printed() -> None:
+def make_output_safe() -> None:
     """Let no output end the script: neither a closed one nor one without the characters."""
     for name in ("stdout", "stderr"):
         # After `2>&-` the stream is None. The null device takes the free descriptor, which a file

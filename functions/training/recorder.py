@@ -16,7 +16,7 @@ from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.options import SamplerOptions
 from functions.saved.run_folder import delete_old, last_checkpoint, locked, new_folder, path_of
 from functions.support import processes
-from functions.support.errors import UserError, quoted, short
+from functions.support.errors import UserError, printable, quoted
 from functions.support.files import write_text
 from functions.support.pictures import save_grid
 from functions.training.metrics import QUARTERS, MetricsLog, plot_losses
@@ -68,7 +68,7 @@ class Recorder:
             run.window.start_clock()
             yield
             if run.step == run.total_steps:
-                # It is said here, where a lost output does not spoil a finished run.
+                # Printed here: a broken pipe can no longer harm a finished run.
                 self.bar.close()
                 how = f"python sample.py {quoted(run.folder)}"
                 if isinstance(run.experiment.model, OwnNetwork):
@@ -103,7 +103,7 @@ class Recorder:
         config = self.config
         errors = eps_errors(run.denoiser, losses, t)
         sums = torch.stack([losses, errors, torch.ones_like(losses)]).sum(dim=1)
-        run.window.add(processes.sum_(sums), run.optimizer.found_inf)
+        run.window.add(processes.all_reduce(sums), run.optimizer.found_inf)
         # From here on `run.step` counts this step, too.
         run.step += 1
         self.bar.set_description(
@@ -123,7 +123,7 @@ class Recorder:
                 self.sample()
             # All processes get the same answer, so that they stop after the same step. They
             # exchange it on their CPUs, and do not wait for a GPU.
-            signal_received = processes.true_in_any(self.stop_signals.received is not None)
+            signal_received = processes.any_rank(self.stop_signals.received is not None)
             stopped = signal_received and run.step < run.total_steps
             minutes = (time.monotonic() - self.saved_at) / 60
             overdue = 0 < config.checkpoint_minutes <= minutes
@@ -171,7 +171,8 @@ class Recorder:
         if processes.is_main():
             self.metrics.write(**row)
             if validating:
-                plot_losses(self.metrics.path, run.folder / "losses.png", short(run.folder.name))
+                title = printable(run.folder.name)
+                plot_losses(self.metrics.path, run.folder / "losses.png", title)
 
     def validate(self) -> dict[str, float]:
         """Validate the raw weights, and the EMA weights if there are any; return the columns."""

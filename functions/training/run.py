@@ -31,7 +31,7 @@ from functions.support.device import (
     fast_layout,
     set_deterministic,
 )
-from functions.support.errors import quoted, short
+from functions.support.errors import printable, quoted
 from functions.support.settings import fields_with
 from functions.training.draws import StepDraws, training_draws
 from functions.training.metrics import TrainingWindow
@@ -95,8 +95,8 @@ class TrainingRun:
         channels, size, _ = experiment.model.image_shape
         if shape != (size, size, channels):
             raise ConfigError(
-                f"the images of {short(image_set.name)} are {shape} (height, width, channels), and "
-                f"the network's {(size, size, channels)}"
+                f"the images of {printable(image_set.name)} are {shape} (height, width, channels), "
+                f"and the network's {(size, size, channels)}"
             )
         self.split = split_images(self.image_set, config.split)
         self.steps_per_epoch = len(self.split.train_indices) // config.effective_batch
@@ -228,7 +228,7 @@ class TrainingRun:
         # Images that these weights were trained on may be held out now, which only the user knows.
         if images := initial.config["diffusion"].get("dataset_name"):
             rule = initial.provenance.get("split_rule", "unknown")
-            description += f"; trained on {short(images)} (held out then: {rule})"
+            description += f"; trained on {printable(images)} (held out then: {rule})"
         copy_tensors(weights, own, initial.path)
         if self.ema_model:
             self.ema_model.load_state_dict(self.model.state_dict())
