@@ -18,7 +18,7 @@ from functions.saved.run_folder import intact_checkpoint
 from functions.support.errors import CheckpointError
 from functions.training.recorder import Recorder
 from functions.training.run import TrainingRun, learning_rate
-from tests.conftest import CPU, call, during, interrupt, newest, refused, terminate
+from tests.conftest import CPU, call, during, newest, refused, terminate
 from tests.small_training import same
 
 RNG = np.random.default_rng(0)
@@ -74,10 +74,11 @@ def test_own_run_with_labels_buffers_and_groups_resumes_and_is_loaded(
     assert rates == pytest.approx([learning_rate(straight.config, 5, 6) / n for n in (1, 10)])
     assert "sample from it: load_denoiser" in capsys.readouterr().out
     cut = of_run(tmp_path / "cut")
-    with pytest.raises(KeyboardInterrupt), during(4, interrupt):
-        train.train(cut)
+    with during(3, terminate):
+        assert not train.train(cut)
+    assert f"continue with: a TrainingRun of {cut.folder} (docs" in capsys.readouterr().out
     resumed = of_run(tmp_path / "cut", intact_checkpoint(cut.folder))
-    assert resumed.step == 2
+    assert resumed.step == 3
     train.train(resumed)
     assert same(newest(straight.folder)["ema"], newest(cut.folder)["ema"])
 
@@ -109,13 +110,6 @@ def test_own_run_can_end_early_and_is_finished(tmp_path, monkeypatch):
     saved = newest(run.folder)["run"]
     assert (saved["step"], saved["total_steps"]) == (2, 2)
     assert not list((run.folder / "samples").iterdir())
-
-
-def test_own_run_that_is_stopped_names_what_continues_it(tmp_path, capsys):
-    run = own_run(tmp_path)
-    with during(2, terminate):
-        assert not train.train(run)
-    assert f"continue with: a TrainingRun of {run.folder} (docs" in capsys.readouterr().out
 
 
 def test_what_does_not_fit_is_refused(tmp_path):
