@@ -17,7 +17,7 @@ from functions.denoiser import OBJECTIVES
 from functions.noise_scheduler import BETA_SCHEDULES, LARGEST_TIMESTEPS, NoiseScheduler
 from functions.optimizers import LR_SCHEDULES, OPTIMIZERS
 from functions.samplers import SAMPLERS
-from functions.support.errors import short
+from functions.support.errors import printable
 from functions.support.optional import import_diffusers, refusing_errors
 from functions.support.settings import (
     ConfigError,
@@ -394,8 +394,8 @@ class DiffusionConfig:
     log_every: int = changeable(50)
     # Steps between validations of the raw and the EMA weights. Each also draws losses.png.
     validate_every: int = changeable(800)
-    # Steps between grids of samples.
-    sample_every: int = changeable(4000)
+    # Steps between grids of samples. 0: none.
+    sample_every: int = changeable(4000, at_least=0)
     # Steps between checkpoints.
     checkpoint_every: int = changeable(800)
     # The longest time between checkpoints, in minutes. 0: no limit.
@@ -590,7 +590,7 @@ def model_from(values: Any) -> NetworkConfig:
     dialect = values.pop("dialect", "ho")
     if dialect != "ho":
         raise ConfigError(
-            f"dialect = {short(dialect)} is gone: with commit a67ff70, sample.py --export FOLDER "
+            f"dialect = {printable(dialect)} is gone: with commit a67ff70, sample.py --export DIR "
             "makes a folder of it, which this version reads"
         )
     kinds = {"class_name": OwnNetwork, "unet_2d_model": DiffusersNetwork}
@@ -627,9 +627,14 @@ class Experiment:
     def override(self, **changes) -> "Experiment":
         """Return a copy with some fields of either part replaced, which have no name in common.
 
-        Raises ConfigError for fields that neither part has, and if they do not fit.
+        The lowest resolution follows from another image size, unless it is given. Raises
+        ConfigError for fields that neither part has, and if they do not fit.
         """
         model = {name: changes.pop(name) for name in vars(self.model) if name in changes}
+        if "image_size" in model and isinstance(self.model, ModelConfig):
+            levels = len(model.get("dim_multiply", self.model.dim_multiply))
+            lowest = max(1, model["image_size"] // 2 ** (levels - 1))
+            model.setdefault("lowest_resolution_size", lowest)
         if unknown := sorted(changes.keys() - vars(self.diffusion).keys()):
             kind = type(self.model).__name__
             raise ConfigError(f"neither DiffusionConfig nor {kind} has {', '.join(unknown)}")

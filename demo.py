@@ -6,6 +6,11 @@ of sample.py, and so is the recipe that is used without a run; the page's fields
 values.
 """
 
+if __name__ == "__main__":
+    from functions.support.threads import limit_spinning
+
+    limit_spinning()
+
 import os
 import sys
 from collections.abc import Callable, Sequence

@@ -12,6 +12,11 @@ beyond it is lost, except for inpaint. RUN comes right after the images; the fla
 those of sample.py. Of a recipe, invert and --exact use the model alone, and inpaint the models.
 """
 
+if __name__ == "__main__":
+    from functions.support.threads import limit_spinning
+
+    limit_spinning()
+
 import argparse
 from functools import partial
 

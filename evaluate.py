@@ -11,6 +11,11 @@
 `python evaluate.py bits --help`, `distance --help` and `images --help` list the flags of these.
 """
 
+if __name__ == "__main__":
+    from functions.support.threads import limit_spinning
+
+    limit_spinning()
+
 import json
 import sys
 from argparse import Namespace

@@ -1,139 +1,203 @@
 """DDPM on one page: Denoising Diffusion Probabilistic Models, Ho et al. 2020 (arXiv:2006.11239).
 
 Noise is added to an image x_0 in T small steps, until hardly anything of the image is left. A
-network learns to predict the noise eps in a noisy image x_t. Then it turns pure noise into an
-image, step by step. The comments name the paper's equations, and the lines of its algorithms.
+network learns to guess the noise eps in a noisy image x_t. Then it turns pure noise into an image,
+step by step. The comments name the paper's equations.
 
-`python example.py` trains on emoji faces in 8 minutes on two CPU cores, and writes new ones to
-example.png and its curve to example_loss.png. train.py does the same with checkpoints, mixed
-precision, several GPUs and many options.
+    python example.py           trains on the emoji people in data/: 10 minutes on two CPU cores
+    python example.py FOLDER    trains on the images in a folder, of any size
+
+Either writes new images to example.png, and the curve of the loss to example_loss.png. This file
+imports no other file of the repository, so it can be copied and changed. train.py does the same
+with the paper's network, checkpoints, mixed precision, several GPUs and many options.
 """
 
 import copy
+import math
+import sys
+import zipfile
+from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torchvision.utils import save_image
+from PIL import Image, ImageOps
+from torch import nn
 from tqdm import tqdm
 
-from data.datasets import load_images
-from data.pixels import to_model_range
-from functions.optimizers import Muon
-from models.unet import UNet
-
-T = 250  # noising steps; the paper has 1000
-STEPS = 1200  # optimiser steps
+SIZE = 32  # height and width of the images
+DIMS = (32, 64, 128, 256)  # channels of the network at 32, 16, 8 and 4 pixels
+TIME_DIM = 128  # channels of the embedded timestep
+STEPS = 3000  # optimiser steps
 BATCH_SIZE = 16
-LEARNING_RATE = 2e-3  # the highest: it rises over 5% of the steps, then falls to 0
+LEARNING_RATE = 1e-3  # the highest: it rises over 5% of the steps, then falls to 0
 EMA_DECAY = 0.995  # of the moving average of the weights, per step
-NETWORK = {
-    "image_size": 32,
-    "channels": 3,
-    "base_dim": 32,  # channels of the first level
-    "dim_multiply": (1, 2, 4, 4),  # times base_dim: of four levels, of 32, 16, 8 and 4 pixels
-    "lowest_resolution_size": 4,
-    "transformer_layers": (2,),  # self-attention at 8 pixels; the bottleneck always has it
-    "norm_groups": 8,
-}
 
-# Step t keeps sqrt(alpha_t) of the image, and adds noise of variance beta_t = 1 - alpha_t (Eq. 2).
-# Betas rise linearly. The paper's are for 1000 steps; times 1000 / T, T steps add as much noise.
-# In code t = 0 is the paper's t = 1. In float32, 1 - alpha_bar would lose digits.
-beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T  # (T,)
+# Step t keeps sqrt(alpha) of the image, and adds noise of variance beta = 1 - alpha (Eq. 2). The
+# paper has T = 1000. With 250 steps sampling takes a quarter of the time, and each step is still
+# small enough. The paper's betas, times 1000 / T, add as much noise in T steps.
+T = 250
+beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
+beta = F.pad(beta, (1, 0))  # (T + 1,): at t = 0 is the clean image, and beta is 0
 alpha = 1 - beta
-alpha_bar = alpha.cumprod(0)  # the product of alpha up to t: from about 1 to nearly 0, pure noise
+# The share of the image in the variance of x_t: from 1 to nearly 0, where x_t is pure noise. In
+# float32, 1 - alpha_bar would lose digits.
+alpha_bar = alpha.cumprod(0)
 
 
-def main() -> None:
-    """Train a small network; draw its loss curve and a grid of its samples."""
-    torch.manual_seed(0)
-    pixels = load_images("emoji_people", NETWORK["image_size"]).images  # uint8 (N, 32, 32, 3)
-    images = to_model_range(pixels)  # (N, 3, 32, 32) in [-1, 1]
-    ema_model, losses = train(UNet(**NETWORK), images)
-
-    x_T = torch.randn(36, *images.shape[1:])
-    samples = sample(ema_model, x_T)
-    enlarged = F.interpolate(samples, scale_factor=3)
-    save_image(enlarged, "example.png", nrow=6, normalize=True, value_range=(-1, 1), pad_value=1)
-    plt.semilogy(losses)
-    plt.xlabel("step")
-    plt.ylabel("loss")
-    plt.savefig("example_loss.png")
+def loss_of(model, x_0):
+    """Noise images x_0 (B, C, H, W) to x_t, and compare the network's guess with the noise."""
+    t = torch.randint(1, T + 1, (len(x_0),))
+    eps = torch.randn_like(x_0)
+    a = alpha_bar[t].view(-1, 1, 1, 1)
+    x_t = a.sqrt() * x_0 + (1 - a).sqrt() * eps  # Eq. 4
+    return F.mse_loss(model(x_t.float(), t), eps)  # Eq. 14
 
 
-def train(model: nn.Module, images: Tensor) -> tuple[nn.Module, list[float]]:
+@torch.no_grad()
+def sample(model, x_t):
+    """Turn pure noise x_t (B, C, H, W), at t = T, into images, at t = 0."""
+    for t in range(T, 0, -1):
+        a, a_before = alpha_bar[t], alpha_bar[t - 1]
+        eps = model(x_t, torch.full((len(x_t),), t))
+        x_0 = (x_t - (1 - a).sqrt() * eps) / a.sqrt()  # Eq. 15
+        x_0 = x_0.clamp(-1, 1)
+        mean = (a_before.sqrt() * beta[t] * x_0 + alpha[t].sqrt() * (1 - a_before) * x_t) / (1 - a)
+        variance = (1 - a_before) / (1 - a) * beta[t]  # Eq. 7, as the mean
+        x_t = mean + variance.sqrt() * torch.randn_like(x_t)
+    return x_t
+
+
+# Why may `sample` use x_0? It is no image yet but a blurred average of all images that fit x_t,
+# because the average has the smallest squared error. Were it the image, x_{t-1} would be Gaussian,
+# with this mean and variance. In fact x_{t-1} is a mixture of such Gaussians, one for each image
+# that fits. Its mean is exactly this one, and for a small step its variance is nearly this one
+# (docs/sampling.md has the proof). Then x_0 is estimated again, from a little less noise.
+
+
+class Block(nn.Module):
+    """Two convolutions, with the timestep added in between, beside a shortcut."""
+
+    def __init__(self, dim_in, dim_out):
+        super().__init__()
+        self.first = norm_and_convolution(dim_in, dim_out)
+        self.time = nn.Linear(TIME_DIM, dim_out)
+        self.second = norm_and_convolution(dim_out, dim_out)
+        self.shortcut = nn.Conv2d(dim_in, dim_out, 1)
+
+    def forward(self, x, time):  # (B, dim_in, H, W), (B, TIME_DIM) -> (B, dim_out, H, W)
+        h = self.first(x) + self.time(time)[:, :, None, None]
+        return self.second(h) + self.shortcut(x)
+
+
+def norm_and_convolution(dim_in, dim_out):
+    """Return the layers that all of the network consists of."""
+    convolution = nn.Conv2d(dim_in, dim_out, 3, padding=1)
+    return nn.Sequential(nn.GroupNorm(8, dim_in), nn.SiLU(), convolution)
+
+
+class UNet(nn.Module):
+    """Guess the noise in x_t (B, 3, SIZE, SIZE) at timesteps t (B,).
+
+    On the way down the image is halved before each block but the first, and on the way up doubled
+    again. What a block on the way down has found skips to the block of the same size on the way
+    up. The paper's network is larger, and also has attention.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.time = nn.Sequential(nn.Linear(TIME_DIM, TIME_DIM), nn.SiLU())
+        self.first = nn.Conv2d(3, DIMS[0], 3, padding=1)
+        dims = (DIMS[0], *DIMS, DIMS[-1])
+        self.down = nn.ModuleList(Block(dims[i], dims[i + 1]) for i in range(len(DIMS)))
+        self.middle = Block(DIMS[-1], DIMS[-1])
+        self.up = nn.ModuleList(Block(dims[i + 2] + dim, dim) for i, dim in enumerate(DIMS))
+        self.last = norm_and_convolution(DIMS[0], 3)
+
+    def forward(self, x_t, t):
+        # The timestep is given as sines and cosines, of waves from short to long.
+        waves = torch.exp(-math.log(10_000) * torch.linspace(0, 1, TIME_DIM // 2))
+        angles = t[:, None] * waves
+        time = self.time(torch.cat([angles.sin(), angles.cos()], dim=1))
+
+        h = self.first(x_t)
+        skips = []
+        for block in self.down:
+            h = block(F.avg_pool2d(h, 2) if skips else h, time)
+            skips.append(h)
+        h = self.middle(h, time)
+        for block, skip in zip(reversed(self.up), reversed(skips), strict=True):
+            h = F.interpolate(h, skip.shape[2:])
+            h = block(torch.cat([h, skip], dim=1), time)
+        return self.last(h)
+
+
+def train(model, images):
     """Run Algorithm 1 of the paper. Return the averaged network, and the loss of each step.
 
     model: any module (x_t, t) -> eps, on the CPU. images: any tensor (N, C, H, W) in [-1, 1].
     """
-    ema_model = copy.deepcopy(model).requires_grad_(False).eval()
-    # Why Muon? With the paper's Adam clear faces take about twice the time. It computes in float32.
-    optimizer = Muon(model.parameters(), LEARNING_RATE, torch.float32)
+    ema_model = copy.deepcopy(model)
+    optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
     learning_rate = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LEARNING_RATE, STEPS, pct_start=0.05, cycle_momentum=False
     )
     losses = []
-    # Line 1: repeat.
     for _ in tqdm(range(STEPS), "training"):
-        # Line 2: a batch of images x_0, half of them mirrored.
         x_0 = images[torch.randint(len(images), (BATCH_SIZE,))]
-        mirrored = torch.rand(BATCH_SIZE, 1, 1, 1) < 0.5
-        x_0 = torch.where(mirrored, x_0.flip(-1), x_0)
-        # Line 3: a timestep for each image.
-        t = torch.randint(T, (BATCH_SIZE,))
-        # Line 4: noise.
-        eps = torch.randn_like(x_0)
-        # Line 5: a gradient step on the squared error of the noise that the network predicts. A
-        # sum of Gaussians is Gaussian, so all steps up to x_t are made at once (Eq. 4).
-        a = alpha_bar[t].view(-1, 1, 1, 1)
-        x_t = (a.sqrt() * x_0 + (1 - a).sqrt() * eps).float()
-        loss = F.mse_loss(model(x_t, t), eps)
+        loss = loss_of(model, x_0)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         learning_rate.step()
         losses.append(loss.item())
         # EMA: each batch moves the weights by some chance of its own. In a moving average of the
         # weights this cancels out, so the average makes better samples than the last weights.
-        for average, weight in zip(ema_model.parameters(), model.parameters(), strict=True):
-            average.lerp_(weight.detach(), 1 - EMA_DECAY)
-    # Line 6: until converged. Here it is a fixed number of steps.
+        with torch.no_grad():
+            for average, weight in zip(ema_model.parameters(), model.parameters(), strict=True):
+                average.lerp_(weight, 1 - EMA_DECAY)
     return ema_model, losses
 
 
-@torch.no_grad()
-def sample(model: nn.Module, x_T: Tensor) -> Tensor:
-    """Run Algorithm 2, from any noise x_T (B, C, H, W), by any module such as `train` takes."""
-    # Line 1: pure noise, which the caller draws.
-    x_t = x_T
-    # Line 2: for each timestep, from the last to the first.
-    for t in tqdm(range(T - 1, -1, -1), "sampling"):
-        # Line 3: fresh noise. Without it, the states would have less noise than in training.
-        z = torch.randn_like(x_t)
-        # Line 4: the network predicts the noise in x_t. Eq. 4, solved for x_0, gives the image
-        # (Eq. 15). It is clipped to the range of images, because later steps would build on what is
-        # outside of it. (The paper inserts Eq. 15 into Eq. 7, which leaves no x_0 to clip.)
-        eps = model(x_t, torch.full((len(x_t),), t))
-        x_0 = (x_t - (1 - alpha_bar[t]).sqrt() * eps) / alpha_bar[t].sqrt()
-        x_0 = x_0.clamp(-1, 1)
-        # If x_0 were known, x_{t-1} would be Gaussian, with this mean and variance (Eq. 7). The
-        # last step leads to the clean image, where alpha_bar is 1: mean x_0, variance 0.
-        previous = alpha_bar[t - 1] if t > 0 else torch.tensor(1.0)
-        x_0_weight = previous.sqrt() * beta[t] / (1 - alpha_bar[t])
-        x_t_weight = alpha[t].sqrt() * (1 - previous) / (1 - alpha_bar[t])
-        mean = x_0_weight * x_0 + x_t_weight * x_t
-        variance = (1 - previous) / (1 - alpha_bar[t]) * beta[t]
-        # At high t the best x_0 is only a blurred average of all images that fit x_t, because the
-        # average has the smallest squared error. It may take the place of the true one: x_{t-1} is
-        # a mixture of such Gaussians, one for each image that fits. The mean is linear in x_0, so
-        # the mixture's is exactly that at the average image. If the step is small, the mixture is
-        # nearly Gaussian, with this variance. Then x_0 is estimated again.
-        x_t = mean + variance.sqrt() * z
-    # Lines 5 and 6: the loop ends with the images x_0.
-    return x_t
+def load_images(folder=None):
+    """Return a folder's images, or the emoji people, and mirrored: (N, 3, SIZE, SIZE)."""
+    if folder:
+        files = Path(folder).iterdir()
+    else:
+        emoji = zipfile.Path(Path(__file__).parent / "data" / "emoji_faces.zip")
+        files = [file for file in emoji.iterdir() if file.name.startswith("people")]
+    images = []
+    for file in files:
+        if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
+            with file.open("rb") as stream:
+                # Cameras write the picture as it is and, beside it, how it is to be turned.
+                image = ImageOps.exif_transpose(Image.open(stream)).convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image).convert("RGB")
+            images.append(np.array(ImageOps.fit(image, (SIZE, SIZE))))
+    if not images:
+        sys.exit(f"{folder} has no images")
+    images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1  # in [-1, 1]
+    return torch.cat([images, images.flip(-1)])
+
+
+def main():
+    """Train a network; draw the curve of its loss, and a grid of 6 x 6 samples."""
+    torch.manual_seed(0)
+    images = load_images(*sys.argv[1:])
+    ema_model, losses = train(UNet(), images)
+    plt.semilogy(losses)
+    plt.xlabel("step")
+    plt.ylabel("loss")
+    plt.savefig("example_loss.png")
+
+    print("sampling 36 images in 250 steps, which takes a minute")
+    samples = sample(ema_model, torch.randn(36, 3, SIZE, SIZE))
+    # In rows of 6, three times as large: (6, 6, 3, H, W) -> (6 H, 6 W, 3).
+    samples = F.interpolate(samples, scale_factor=3).unflatten(0, (6, 6)) / 2 + 0.5
+    grid = samples.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+    plt.imsave("example.png", grid.clamp(0, 1).numpy())
 
 
 if __name__ == "__main__":

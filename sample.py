@@ -13,6 +13,11 @@ starting it again samples only the batches with missing images:
     torchrun --nproc-per-node 8 sample.py -n 50000 --individual --out FOLDER
 """
 
+if __name__ == "__main__":
+    from functions.support.threads import limit_spinning
+
+    limit_spinning()
+
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Sequence
 from pathlib import Path

@@ -5,6 +5,11 @@ sample.py. To train a run, put FFHQ at data/FFHQ and start `python train.py ffhq
 `python train.py ffhq-day`.
 """
 
+if __name__ == "__main__":
+    from functions.support.threads import limit_spinning
+
+    limit_spinning()
+
 import sample
 from functions.support.command_line import run_script
 

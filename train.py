@@ -8,6 +8,11 @@ checkpoints, signals) is in functions/training/recorder.py.
 On several GPUs: `torchrun --nproc-per-node 8 train.py ffhq-full`.
 """
 
+if __name__ == "__main__":
+    from functions.support.threads import limit_spinning
+
+    limit_spinning()
+
 import argparse
 import math
 import sys
@@ -69,7 +74,7 @@ def train(run: TrainingRun) -> bool:
     parameters = list(run.model.parameters())
     ema_parameters = list(run.ema_model.parameters()) if run.ema_model else []
     # An average that starts from trained weights (--init) must not forget them, so its decay does
-    # not rise slowly. A level that has grown is new, and to be forgotten.
+    # not rise slowly. A grown level is untrained: the EMA forgets its first weights.
     ramp = run.provenance["grown"] or not run.provenance["initial"]
     max_norm = config.clip_grad_norm or math.inf
 
@@ -77,8 +82,9 @@ def train(run: TrainingRun) -> bool:
     recorder = Recorder(run)
     with recorder.opened():
         # Algorithm 1. The numbers are those of its lines.
-        for step in range(run.step, run.total_steps):  # 1: repeat
+        while run.step < run.total_steps:  # 1: repeat
             # All random numbers of a step follow from the seed and the step.
+            step = run.step
             draws = run.draw(step)
             # 2: images x_0 of this process, in [-1, 1], and what else the network gets, if anything
             images, inputs = next(batches)
@@ -104,7 +110,9 @@ def train(run: TrainingRun) -> bool:
                 losses.append(loss.detach())
 
             # 5: the optimiser's step. If the gradient is not finite, weights and moments stay.
-            optimizer.param_groups[0]["lr"] = learning_rate(config, step, run.total_steps)
+            rate = learning_rate(config, step, run.total_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * (group["initial_lr"] / config.learning_rate)
             scaler.unscale_(optimizer)
             grad_norm = clip_grad_norm_(parameters, max_norm)
             optimizer.found_inf = (~grad_norm.isfinite()).float()

@@ -18,7 +18,7 @@ from torch import Tensor
 from data.decode import BadImage
 from data.packed import ImageSet
 from data.sources import Source
-from functions.support.errors import UserError, short
+from functions.support.errors import UserError, printable
 from functions.support.settings import setting
 
 # What is known of a model: the fields of its DiffusionConfig and of its ModelConfig, and the
@@ -106,28 +106,29 @@ class Label(Condition):
 
         Raises UserError for an image without one, and for fewer than two labels.
         """
-        name = short(image_set.name)
+        name = printable(image_set.name)
         found = [source.members[image_id].label for image_id in image_set.ids]
         try:
             labels = [label() if callable(label) else label for label in found]
         except BadImage as error:
             raise UserError(f"{name}: the labels {error}") from error
         if None in labels:
+            without = printable(image_set.names[labels.index(None)])
             raise UserError(
-                f"{name} has no label for {short(image_set.names[labels.index(None)])}: folders "
-                "are labels, or the column label of a parquet file; FFHQ has none"
+                f"{name} has no label for {without}: folders are labels, "
+                "or the column label of a parquet file; FFHQ has none"
             )
         # Numbers are sorted as such.
         names = sorted({*labels}, key=lambda name: (int(name) if name.isdecimal() else inf, name))
         if len(names) < 2:
-            raise UserError(f"{name} has one label, {short(names[0])}; two are needed")
+            raise UserError(f"{name} has one label, {printable(names[0])}; two are needed")
         indices = {label: index for index, label in enumerate(names)}
         label = np.array([indices[label] for label in labels])
         counts = sorted(np.bincount(label))
         summary = f"{len(names)} labels of {counts[0]:,} to {counts[-1]:,} images"
         folded = Counter(map(str.casefold, names))
         if alike := [label for label in names if folded[label.casefold()] > 1]:
-            summary += f"; warning: labels differ in case alone: {short(', '.join(alike))}"
+            summary += f"; warning: labels differ in case alone: {printable(', '.join(alike))}"
         return replace(
             image_set,
             summary=f"{image_set.summary}; {summary}",
@@ -151,16 +152,16 @@ class Label(Condition):
             return "labels must be indices of the fact label_names"
         unseen = [name for index, name in enumerate(names) if index not in values[trained]]
         return unseen and (
-            f"no training image has the label {short(unseen[0])!r}, as all with it are held out; "
-            "add images of it, or let folders train/ and val/ decide"
+            f"no training image has the label {printable(unseen[0])!r}, as all with it are held "
+            "out; add images of it, or let folders train/ and val/ decide"
         )
 
     def tensor(self, value: Sequence[str], facts: Facts, indices: Sequence[int]) -> Tensor:
         names = self.known(facts)
         for name in value:
             if not name or name not in names:
-                known = short(", ".join(names))
-                raise UserError(f"--label: the model knows {known}, and not {short(name)!r}")
+                known = printable(", ".join(names))
+                raise UserError(f"--label: the model knows {known}, and not {printable(name)!r}")
         return torch.tensor([names.index(value[i % len(value)]) for i in indices])
 
     def in_grids(self, values: Tensor, facts: Facts) -> Tensor:
@@ -208,7 +209,7 @@ def check_images(image_set: ImageSet, trained: np.ndarray) -> None:
     for name in image_set.inputs.keys() & CONDITIONS.keys():
         fault = CONDITIONS[name].fault(image_set.inputs[name], trained, image_set.facts)
         if fault:
-            raise UserError(f"{short(image_set.name)}: {fault}")
+            raise UserError(f"{printable(image_set.name)}: {fault}")
 
 
 def chosen_inputs(given: Given, facts: Facts, indices: Sequence[int], cfg: float | None) -> dict:
@@ -220,6 +221,6 @@ def chosen_inputs(given: Given, facts: Facts, indices: Sequence[int], cfg: float
     inputs = {name: value for name, value in values.items() if value is not None}
     if cfg is not None and not inputs:
         known = [f"--{row.name} {', '.join(row.known(facts))}" for row in turned_on(facts).values()]
-        needed = short(" or ".join(known)) or "the model was trained without"
+        needed = printable(" or ".join(known)) or "the model was trained without"
         raise UserError(f"--cfg needs a condition: {needed}")
     return inputs

@@ -9,7 +9,7 @@ import numpy as np
 from data.conditions import CONDITIONS
 from data.packed import ImageSet, open_packed
 from data.sources import ARCHIVES, TORCHVISION, Source, find_source, read_torchvision_set
-from functions.support.errors import UserError, short
+from functions.support.errors import UserError, printable
 from functions.support.files import sha256
 
 DATA_FOLDER = Path(__file__).resolve().parent
@@ -127,7 +127,7 @@ def split_images(image_set: ImageSet, split: str) -> Split:
 
     train_indices = np.flatnonzero(~held_out)
     val_indices = np.flatnonzero(held_out)
-    name = short(image_set.name)
+    name = printable(image_set.name)
     counts = f"{name}: {len(train_indices):,} images train, {len(val_indices):,} validate"
     why = f"({held_out.mean():.1%}, {reason})"
     if held_out.all() or not held_out.any():
@@ -138,7 +138,7 @@ def split_images(image_set: ImageSet, split: str) -> Split:
         train_indices,
         val_indices,
         reason,
-        f"{counts} {why}, such as {', '.join(short(names[i]) for i in val_indices[:3])}{note}",
+        f"{counts} {why}, such as {', '.join(printable(names[i]) for i in val_indices[:3])}{note}",
         hash_ids([ids[i] for i in train_indices]),
         hash_ids([ids[i] for i in val_indices]),
         image_set.pixels_hash,

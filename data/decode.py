@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data.pixels import picture_of
-from functions.support.errors import UserError, short
+from functions.support.errors import UserError, printable
 
 # By default Pillow tries dozens of other formats too. No data set uses these, and Pillow runs other
 # programs to read some of them.
@@ -55,7 +55,7 @@ def parsing(verb: str, errors: tuple) -> Iterator[None]:
         # that no file has.
         if getattr(error, "errno", None) not in (None, errno.EINVAL):
             raise
-        raise BadImage(f"cannot be {verb} ({type(error).__name__}: {short(error)})") from error
+        raise BadImage(f"cannot be {verb} ({type(error).__name__}: {printable(error)})") from error
 
 
 def open_image(data: bytes) -> Image.Image:

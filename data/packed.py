@@ -21,7 +21,7 @@ from tqdm import tqdm
 from data.decode import BadImage, fit_square, open_image, to_pixels
 from data.pixels import picture_of
 from data.sources import Source
-from functions.support.errors import UserError, short
+from functions.support.errors import UserError, printable
 from functions.support.files import sha256, write_text
 
 # Increase this whenever the same files would give different pixels. Then all packs are made again.
@@ -116,7 +116,7 @@ def open_packed(source: Source, shape: Shape, max_bad_images: int) -> ImageSet:
 
     bad_count = len(pack.bad_images)
     if bad_count > max_bad_images:
-        first = ", ".join(f"{short(name)} ({reason})" for name, reason in pack.bad_images[:3])
+        first = ", ".join(f"{printable(name)} ({reason})" for name, reason in pack.bad_images[:3])
         raise UserError(
             f"{source.path}: {bad_count} unusable image(s), {max_bad_images} allowed: {first}. "
             f"{path}.json lists all; fix or remove them, or let train.py leave them out: "
@@ -231,7 +231,7 @@ def write_images(path: Path, source: Source, shape: Shape) -> dict:
         images = tqdm(images, f"Preparing {name}", len(source.members), unit="img", delay=1.0)
         for (image_id, member), result in zip(source.members.items(), images, strict=True):
             if isinstance(result, BadImage):
-                bad_images.append([member.name, short(result)])
+                bad_images.append([member.name, printable(result)])
                 continue
             image, side = result
             file.write(image)
@@ -242,14 +242,16 @@ def write_images(path: Path, source: Source, shape: Shape) -> dict:
         os.fsync(file.fileno())
     if not ids:
         first, reason = bad_images[0]
-        raise UserError(f"{source.path}: none of its images can be used: {short(first)}: {reason}.")
+        raise UserError(
+            f"{source.path}: none of its images can be used: {printable(first)}: {reason}."
+        )
 
     smaller = f", {smaller_count:,} smaller than that" if smaller_count else ""
     return {
         "shape": [len(ids), image_size, image_size, channels],
         "ids": ids,
         "pixels_hash": digest.hexdigest()[:16],
-        "summary": f"{short(name)}: {len(ids):,} images at {image_size}x{image_size}, "
+        "summary": f"{printable(name)}: {len(ids):,} images at {image_size}x{image_size}, "
         f"{len(bad_images):,} left out{smaller}",
         "bad_images": bad_images,
     }

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.decode import BadImage, parsing
-from functions.support.errors import UserError, short
+from functions.support.errors import UserError, printable
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
@@ -96,7 +96,7 @@ class Source:
     def describe_ignored(self) -> str:
         """Return the end of a sentence that counts the ignored files, or "" if there are none."""
         text = ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.ignored.items()))
-        return f"; ignored: {short(text)}" if text else ""
+        return f"; ignored: {printable(text)}" if text else ""
 
 
 def find_source(path: str | os.PathLike, rule: str = "name") -> Source:
@@ -151,9 +151,9 @@ def list_folder(path: Path, ignored: Counter) -> list[Member]:
 
     if len(archives) > 1 and len(images) > 1:
         raise UserError(
-            f"{path} has {len(images):,} images, such as {short(min(images))}, and "
-            f"{len(archives):,} archives, such as {short(min(archives))}. Which are the data? Name "
-            "their folder, or move the others away."
+            f"{path} has {len(images):,} images, such as {printable(min(images))}, and "
+            f"{len(archives):,} archives, such as {printable(min(archives))}. Which are the data? "
+            "Name their folder, or move the others away."
         )
     if len(archives) >= len(images):
         ignored.update(map(kind_of, images))
@@ -421,9 +421,9 @@ def read_torchvision_set(name: str, folder: Path, download: bool = False) -> Sou
         train, test = (dataset(folder, train, download=download) for train in (True, False))
     except TORCHVISION_ERRORS as error:
         raise UserError(
-            f"{name} cannot be read from {folder} ({short(error)}). Delete a damaged copy, and put "
-            f"there {TORCHVISION[name]}; python data/prepare.py {name} --download does so, where "
-            "there is a network."
+            f"{name} cannot be read from {folder} ({printable(error)}). Delete a damaged copy, and "
+            f"put there {TORCHVISION[name]}; python data/prepare.py {name} --download does so, "
+            "where there is a network."
         ) from error
 
     images = np.concatenate([train.data, test.data])

@@ -23,7 +23,7 @@ class Objective:
     # (scheduler, x_0, t, noise) -> the tensor that the loss compares the network's output with.
     target: Callable[..., Tensor]
     # (scheduler, x_t, t, output) -> the x_0 and the eps that x_t and the output imply.
-    x_0_and_eps: Callable[..., tuple[Tensor, Tensor]]
+    from_output: Callable[..., tuple[Tensor, Tensor]]
     # (scheduler, t) -> the squared error of that eps, divided by the squared error of the output:
     # logs have the errors of eps, too, which compare networks of all objectives.
     eps_factor: Callable[..., Coefficient]
@@ -36,7 +36,7 @@ OBJECTIVES = {
     # Ho et al. 2020: the target is the noise (Eq. 14), and Eq. 15 gives x_0.
     "eps": Objective(
         target=lambda scheduler, x_0, t, noise: noise,
-        x_0_and_eps=lambda scheduler, x_t, t, eps: (scheduler.predict_x_0(x_t, t, eps), eps),
+        from_output=lambda scheduler, x_t, t, eps: (scheduler.predict_x_0(x_t, t, eps), eps),
         eps_factor=lambda scheduler, t: 1.0,
         diffusers="epsilon",
     ),
@@ -46,7 +46,7 @@ OBJECTIVES = {
     # An error d of v is an error of sqrt(alpha_bar) d in eps, and of -sqrt(1 - alpha_bar) d in x_0.
     "v": Objective(
         target=NoiseScheduler.v,
-        x_0_and_eps=NoiseScheduler.predict_from_v,
+        from_output=NoiseScheduler.predict_from_v,
         eps_factor=NoiseScheduler.alpha_bar,
         diffusers="v_prediction",
     ),
@@ -59,7 +59,7 @@ class Predictor(ABC):
     scheduler: NoiseScheduler
 
     @abstractmethod
-    def x_0_and_eps(self, x_t: Tensor, t: Timestep) -> tuple[Tensor, Tensor]:
+    def estimate(self, x_t: Tensor, t: Timestep) -> tuple[Tensor, Tensor]:
         """Return x_0 and eps at (x_t, t), without clipping: (B, C, H, W) each.
 
         A `Denoiser` calls its network, and its row of OBJECTIVES gives both: Eq. 15, or that of v.
@@ -80,7 +80,7 @@ class Predictor(ABC):
             clip_x_0: clip x_0 to the range of images, [-1, 1], and recompute eps from it, so that
                 x_t still is what Eq. 4 makes of both.
         """
-        x_0, eps = self.x_0_and_eps(x_t, t)
+        x_0, eps = self.estimate(x_t, t)
         if clip_x_0:
             x_0 = x_0.clamp(-1, 1)
             eps = self.scheduler.predict_eps(x_t, t, x_0)
@@ -99,7 +99,8 @@ class Denoiser(Predictor):
     scheduler: NoiseScheduler
     # A key of OBJECTIVES.
     objective: str = "eps"
-    # The dtype of the network's matrix products and convolutions.
+    # The dtype of the network's matrix products and convolutions. Its weights are float32, or with
+    # float64 float64.
     precision: torch.dtype = torch.float32
     # What the network gets beside x_t and t, such as labels, by the names of its arguments.
     inputs: dict[str, Tensor] = field(default_factory=dict)
@@ -111,22 +112,30 @@ class Denoiser(Predictor):
             )
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Return the network's prediction at (x_t, t (B,)), in float32: (B, C, H, W)."""
-        half = self.precision != torch.float32
+        """Return the network's prediction at (x_t, t (B,)): (B, C, H, W) float32, or float64.
+
+        x_t and inputs of another dtype than the weights are converted for the network.
+        """
+        dtype = torch.promote_types(self.precision, torch.float32)
+        half = self.precision != dtype
+        inputs = {
+            name: value.to(dtype) if value.is_floating_point() else value
+            for name, value in self.inputs.items()
+        }
         # Autocast's cache of cast weights is off: no weight is used twice in a forward pass.
         with torch.autocast(x_t.device.type, self.precision, enabled=half, cache_enabled=False):
-            return self.network(x_t.float(), t, **self.inputs).float()
+            return self.network(x_t.to(dtype), t, **inputs).to(dtype)
 
     def given(self, **inputs: Tensor) -> "Denoiser":
         """Return the denoiser with these inputs of its network, (B, ...) or (1, ...) each."""
         return replace(self, inputs=self.inputs | inputs)
 
-    def x_0_and_eps(self, x_t: Tensor, t: Timestep) -> tuple[Tensor, Tensor]:
+    def estimate(self, x_t: Tensor, t: Timestep) -> tuple[Tensor, Tensor]:
         t_batch = t
         if isinstance(t, int):
             t_batch = torch.full((len(x_t),), t, device=x_t.device)
         output = self(x_t, t_batch)
-        return OBJECTIVES[self.objective].x_0_and_eps(self.scheduler, x_t, t, output)
+        return OBJECTIVES[self.objective].from_output(self.scheduler, x_t, t, output)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

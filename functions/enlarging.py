@@ -75,7 +75,7 @@ class Keeping(Predictor):
     def scheduler(self) -> NoiseScheduler:
         return self.model.scheduler
 
-    def x_0_and_eps(self, x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
+    def estimate(self, x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
         """Return x_0 with the known pixels, and its eps."""
         x_0 = self.known.put_into(self.model.predict(x_t, t)[0])
         return x_0, self.scheduler.predict_eps(x_t, t, x_0)
@@ -143,7 +143,7 @@ class Enlarging(Predictor):
     def scheduler(self) -> NoiseScheduler:
         return self.model.scheduler
 
-    def x_0_and_eps(self, x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
+    def estimate(self, x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
         """Return x_0, changed as little as makes it shrink to the small image, and its eps."""
         x_0, _ = self.model.predict(x_t, t)
         x_0 = x_0 + self.stretched(self.small - self.shrink @ x_0 @ self.shrink.mT)

@@ -41,7 +41,7 @@ class Guided(Predictor):
         model, guide = (each.given(**inputs) for each in (self.model, self.guide))
         return replace(self, model=model, guide=guide)
 
-    def x_0_and_eps(self, x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
+    def estimate(self, x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
         """Return the guided x_0 and its eps; t is one timestep for the whole batch."""
         x_0, eps = self.model.predict(x_t, t)
         lowest, highest = GUIDED_LOG_SNR

@@ -7,11 +7,11 @@ from functions.noise_scheduler import broadcast
 
 
 def denoising_loss(denoiser: Denoiser, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """Return L_simple of each image, ||eps - eps_theta(x_t, t)||^2 / (C H W): (B,) float32.
+    """Return the loss of each image, ||eps - eps_theta(x_t, t)||^2 / (C H W): (B,) float32.
 
-    This is Eq. 14 of Ho et al. 2020, and line 5 of their Algorithm 1. For a `Denoiser` that
-    predicts v, it is the squared error of v. x_0 (B, C, H, W) is in [-1, 1], t is (B,) int64, and
-    noise (B, C, H, W) is standard normal.
+    This is L_simple, Eq. 14 of Ho et al. 2020, and line 5 of their Algorithm 1. For a `Denoiser`
+    that predicts v, it is the squared error of v. x_0 (B, C, H, W) is in [-1, 1], t is (B,) int64,
+    and noise (B, C, H, W) is standard normal.
     """
     # x_t is float32, like x_0, even if the network computes in half precision. It is rounded only
     # once, by the network's first convolution.

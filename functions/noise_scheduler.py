@@ -8,8 +8,8 @@
     eps         the standard normal noise in x_t, (B, C, H, W)
     beta        variance of the noise that one step adds: `betas`, (T,)
     alpha       1 - beta
-    alpha_bar   product of alpha from the first timestep to t: `alphas_cumprod`, (T,)
-    a_t, a_s    alpha_bar at timesteps t and s
+    alpha_bar   product of alpha from the first timestep to t. The whole table is `alphas_cumprod`,
+                (T,); `alpha_bar(t)` looks one up; a_t and a_s are those at timesteps t and s
     SNR         signal-to-noise ratio of x_t, alpha_bar / (1 - alpha_bar)
     v           sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0, which can be predicted instead of eps
 

@@ -24,8 +24,9 @@ They return images (B, C, H, W), in [-1, 1] if `clip_x_0`, and raise ValueError 
 few steps. A step leads from timestep t to s; `a_t` and `a_s` are alpha_bar there. These are Python
 numbers, so the loops never synchronise with a GPU.
 
-With N steps, a sampler of order p has an error in proportion to N^-p. With fresh noise the order is
-weak: the error is that of the distribution of x_0. test_sampler_orders.py measures both.
+With N steps, a sampler of order p has an error in proportion to N^-p: that of x_0 or, with fresh
+noise, that of the distribution of x_0. test_sampler_orders.py measures both. `sampling_times`
+(functions/timesteps.py) lists the timesteps: with N = T, they are T-1, ..., 1, 0, -1.
 """
 
 from collections.abc import Callable
@@ -65,7 +66,7 @@ def ddpm_sample(
     step_noise: StepNoise | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Sample by ancestral sampling (Ho et al. 2020, arXiv:2006.11239, Algorithm 2); weak order 1.
+    """Sample by ancestral sampling (Ho et al. 2020, arXiv:2006.11239, Algorithm 2); order 1.
 
     Args:
         variance: that of the step's noise, a key of VARIANCES.
@@ -81,6 +82,7 @@ def ddpm_sample(
         # the eps of the network, in `predict`) and then the mean (Eq. 7), so that x_0 can be
         # clipped. Without clipping the mean is the same.
         x_0, _ = denoiser.predict(x, t, clip_x_0)
+        # The variance of Eq. 7, left out here, is one of VARIANCES: "small".
         mean, _ = scheduler.q_posterior(x_0, x, t, s)
         sigma_squared = VARIANCES[variance](scheduler, t, s)
 

@@ -1,6 +1,6 @@
 """The timesteps that a sampler visits."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,20 +23,24 @@ def sampling_times(scheduler: NoiseScheduler, steps: Steps, spacing: str = "trai
     The last one, -1, is the clean image, where the network is not called.
 
     Args:
-        steps: the number of network calls, 1 .. T (None means T), or ValueError is raised; or the
-            timesteps themselves, which may start below T - 1, for an image that was noised only up
-            to there, and end above -1, to leave noise in the image.
+        steps: the number of network calls, 1 .. T (None means T); or the timesteps themselves,
+            which may start below T - 1, for an image that was noised only up to there, and end
+            above -1, to leave noise in the image.
         spacing: a key of SPACINGS.
+
+    Raises ValueError for another number of steps, and for another spacing.
     """
     T = scheduler.timesteps
     if steps is None:
         steps = T
-    if not isinstance(steps, int):
+    if isinstance(steps, Iterable):
         return list(steps)
 
-    if not 1 <= steps <= T:
+    if steps not in range(1, T + 1):
         raise ValueError(f"steps is {steps}; a model with {T} timesteps takes 1 to {T}")
-    return SPACINGS[spacing](scheduler, steps)
+    if spacing not in SPACINGS:
+        raise ValueError(f"spacing is {spacing!r}; it can be {' or '.join(SPACINGS)}")
+    return SPACINGS[spacing](scheduler, int(steps))
 
 
 def trailing(scheduler: NoiseScheduler, steps: int) -> list[int]:

@@ -83,6 +83,7 @@ class UNet(nn.Module):
         dim = base_dim
         skip_dims = [dim]
         self.down = nn.ModuleList()
+        # A level: blocks, each with attention or nothing after it; then halving, but for the last.
         for level in range(levels):
             stage = nn.ModuleDict({"blocks": nn.ModuleList(), "attentions": nn.ModuleList()})
             for _ in range(BLOCKS_DOWN):

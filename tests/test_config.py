@@ -184,6 +184,15 @@ def test_what_is_probably_not_meant_is_warned_of():
     assert [*still.warnings()] == ["max_rotation has no effect without use_augmentation = True"]
 
 
+def test_another_image_size_keeps_the_levels_unless_a_size_of_the_last_is_given():
+    faces = EXPERIMENTS["faces"]
+    assert faces.override(image_size=64).model.lowest_resolution_size == 8
+    three = faces.override(image_size=64, dim_multiply=[1, 2, 4])
+    assert three.model.lowest_resolution_size == 16
+    with refused("dim_multiply is .* a list of 5", ConfigError):
+        faces.override(image_size=64, lowest_resolution_size=4)
+
+
 def test_a_saved_config_with_unknown_or_missing_fields():
     saved = EXPERIMENTS["faces-v"].to_dict()
     with refused("DiffusionConfig: missing", ConfigError):

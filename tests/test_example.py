@@ -1,10 +1,8 @@
 """example.py computes what the rest of the repository computes, and its command draws pictures."""
 
-import copy
-import math
-from itertools import pairwise
+import inspect
+import re
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,82 +12,93 @@ import example
 from functions.denoiser import Denoiser
 from functions.losses import denoising_loss
 from functions.noise_scheduler import NoiseScheduler
-from tests.conftest import ROOT, SMALL_MODEL, normal, small_unet
+from functions.samplers import ddpm_sample
+from tests.conftest import ROOT, call, normal
+
+SCHEDULER = NoiseScheduler(example.T)
+# The page counts t as the paper does, from 1, and the repository from 0.
+DENOISER = Denoiser(lambda x_t, t: guess(x_t, t + 1), SCHEDULER)
 
 
-@pytest.fixture
-def scheduler(monkeypatch):
-    """Let the page have 25 steps."""
-    scheduler = NoiseScheduler(25)
-    monkeypatch.setattr(example, "T", 25)
-    monkeypatch.setattr(example, "beta", scheduler.betas)
-    monkeypatch.setattr(example, "alpha", 1 - scheduler.betas)
-    monkeypatch.setattr(example, "alpha_bar", scheduler.alphas_cumprod)
-    return scheduler
+def guess(x_t, t):
+    """Guess some noise in x_t at timesteps t (B,), as a network would."""
+    return x_t * (0.9 + 0.1 * t.cos()).view(-1, 1, 1, 1)
 
 
-def test_its_betas_and_its_posterior_are_the_schedulers():
-    scheduler = NoiseScheduler(example.T)
-    assert_close(example.beta, scheduler.betas)
-    assert_close(example.alpha_bar, scheduler.alphas_cumprod)
+def check_quoted(markdown, *names):
+    """Check that the Python of a page, which is fenced, is example.py's, with these functions."""
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", markdown, re.DOTALL | re.MULTILINE))
+    for paragraph in code.split("\n\n"):
+        assert paragraph.strip("\n") in inspect.getsource(example)
+    for name in names:
+        assert inspect.getsource(getattr(example, name)).strip() in code
 
-    states = []
 
-    def network(x_t, t):
-        states.append(x_t)
-        return x_t * t.cos().view(-1, 1, 1, 1)
+def test_example_is_quoted_only_if_every_line_is_the_same():
+    code = inspect.getsource(example.loss_of) + "\n\n" + inspect.getsource(example.sample)
+    page = "Text\n\n```python\n{}```\n\n    python train.py\n"
+    check_quoted(page.format(code), "loss_of", "sample")
+    for changed in (code.replace("eps)", "noise)"), inspect.getsource(example.sample)):
+        with pytest.raises(AssertionError):
+            check_quoted(page.format(changed), "loss_of", "sample")
 
+
+def test_example_has_the_betas_of_the_scheduler():
+    assert_close(example.beta[1:], SCHEDULER.betas)
+    assert_close(example.alpha_bar[1:], SCHEDULER.alphas_cumprod)
+    assert example.alpha_bar[0] == 1
+
+
+def test_example_has_the_loss_of_the_repository():
+    x_0 = normal(0, 5, 3, 4, 4)
     torch.manual_seed(3)
-    states.append(example.sample(network, normal(0, 2, 3, 4, 4)))
-    # Each step follows from the state before it and the same noise.
+    loss = example.loss_of(guess, x_0)
     torch.manual_seed(3)
-    for t, (x_t, x_s) in zip(reversed(range(example.T)), pairwise(states), strict=True):
-        x_0 = scheduler.predict_x_0(x_t, t, x_t * math.cos(t)).clamp(-1, 1)
-        mean, variance = scheduler.q_posterior(x_0, x_t, t, t - 1)
-        assert_close(x_s, mean + variance**0.5 * torch.randn_like(x_t))
+    t = torch.randint(example.T, (5,))
+    assert_close(loss, denoising_loss(DENOISER, x_0, t, torch.randn_like(x_0)).mean())
 
 
-def test_its_loss_is_denoising_loss_and_its_average_that_of_the_definition(scheduler, monkeypatch):
-    # The learning rate of the second step, which is the last, is nearly 0.
-    monkeypatch.setattr(example, "STEPS", 2)
+def test_example_samples_as_the_repository():
+    x_T = normal(0, 2, 3, 4, 4)
+    torch.manual_seed(3)
+    samples = example.sample(guess, x_T)
+    torch.manual_seed(3)
+    assert_close(samples, ddpm_sample(DENOISER, x_T))
+
+
+def test_example_averages_the_weights(monkeypatch):
+    monkeypatch.setattr(example, "STEPS", 2)  # the learning rate of the last step is nearly 0
     monkeypatch.setattr(example, "EMA_DECAY", 0.7)
-    # 10 images of noise in [-1, 1].
-    images = torch.rand(10, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    model = small_unet()
-    before = copy.deepcopy(model)
-    torch.manual_seed(4)
-    ema_model, [loss, _] = example.train(model, images)
-    parameters = (each.parameters() for each in (before, model, ema_model))
-    for old, new, average in zip(*parameters, strict=True):
-        assert_close(average, 0.49 * old + 0.51 * new, rtol=0, atol=1e-6)
-    # The first step changes the weights by far more than this tolerance.
-    assert (new - old).abs().max() > 1e-4
-
-    # The same draws in the same order: images, which are mirrored, timesteps, noise.
-    torch.manual_seed(4)
-    x_0 = images[torch.randint(10, (example.BATCH_SIZE,))]
-    mirrored = torch.rand(len(x_0), 1, 1, 1).flatten() < 0.5
-    x_0[mirrored] = x_0[mirrored].flip(3)
-    t = torch.randint(25, (len(x_0),))
-    expected = denoising_loss(Denoiser(before, scheduler), x_0, t, torch.randn_like(x_0)).mean()
-    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    model = torch.nn.Conv2d(3, 3, 1)
+    model.forward = lambda x_t, t: model._conv_forward(x_t, model.weight, model.bias)
+    before = model.weight.detach().clone()
+    average, _ = example.train(model, normal(1, 10, 3, 8, 8))
+    assert (model.weight - before).abs().min() > 1e-4
+    assert_close(average.weight, 0.49 * before + 0.51 * model.weight, rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow
-def test_its_command_learns_and_draws(tmp_path, scheduler, monkeypatch):
+def test_example_trains_on_a_folder_of_two_images(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, value in (("STEPS", 40), ("NETWORK", SMALL_MODEL)):
+    for name, value in (("STEPS", 3), ("SIZE", 8), ("DIMS", (8, 16)), ("BATCH_SIZE", 2)):
         monkeypatch.setattr(example, name, value)
-    curves = []
-    monkeypatch.setattr(example.plt, "semilogy", curves.append)
-    example.main()
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "notes.txt").touch()
+    Image.new("RGB", (30, 20), "white").save(folder / "a.JPG")
+    # One is transparent, and so white, but for the left half of its middle.
+    picture = Image.new("RGBA", (20, 60))
+    picture.paste("black", (0, 20, 10, 40))
+    picture.save(folder / "b.png")
 
-    # An untrained network predicts 0, so its loss is the variance of the noise, which is 1.
-    [losses] = curves
-    assert losses[0] == pytest.approx(1, abs=0.05)
-    assert np.mean(losses[-5:]) < 0.8
-    # Six images of 16 pixels, three times as large, with gaps of 2 around each, make a side.
-    assert Image.open("example.png").size == (6 * 50 + 2, 6 * 50 + 2)
-    names = {path.name for path in tmp_path.iterdir()}
+    images = example.load_images(folder)
+    assert images.shape == (4, 3, 8, 8)
+    left_and_right = {(image[0, 4, 0].item(), image[2, 4, -1].item()) for image in images}
+    assert left_and_right == {(1, 1), (-1, 1), (1, -1)}
+
+    call(example, folder)
+    # Six images of 8 pixels, three times as large, make a side.
+    assert Image.open("example.png").size == (144, 144)
+    names = {path.name for path in tmp_path.iterdir()} - {"mine"}
     assert names == {"example.png", "example_loss.png"}
     assert names <= {*(ROOT / ".gitignore").read_text().split()}

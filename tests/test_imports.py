@@ -31,7 +31,7 @@ MAY_IMPORT = {
         "functions.support.settings",
         "models",
     },
-    "example.py": {"data", "functions.optimizers", "models.unet"},
+    "example.py": set(),
     "models": {"models"},
     # The flags are those of the script, prepare.py.
     "data": {

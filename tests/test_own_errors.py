@@ -71,6 +71,6 @@ def test_only_memory_is_called_memory():
 def test_a_failed_write_names_its_file(tmp_path):
     with (
         refused("^other/metrics.csv cannot be written to: No space left", UserError),
-        explain_failed_writes(tmp_path),
+        explain_failed_writes(tmp_path, ""),
     ):
         raise OSError(28, "No space left on device", "other/metrics.csv")

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,11 +13,12 @@ import sample
 import train
 from config import EXPERIMENTS, ConfigError, Experiment, OwnNetwork
 from data.packed import ImageSet
+from functions.optimizers import OPTIMIZERS, Adam
 from functions.saved.loading import load_denoiser
 from functions.saved.run_folder import intact_checkpoint
 from functions.support.errors import CheckpointError
-from functions.training.run import TrainingRun
-from tests.conftest import CPU, call, during, interrupt, newest, pixels_of, refused
+from functions.training.run import TrainingRun, learning_rate
+from tests.conftest import CPU, call, during, newest, pixels_of, refused, terminate
 from tests.small_training import same
 
 RNG = np.random.default_rng(0)
@@ -62,16 +64,30 @@ def own_run(folder, checkpoint=None, **changes):
     return TrainingRun("mine", experiment, images, Normed(), folder, CPU, checkpoint)
 
 
-def test_a_run_with_labels_and_buffers_resumes_and_is_loaded(tmp_path, capsys):
+def two_groups(network, lr, precision):
+    """Return Adam whose second group of parameters has a tenth of the learning rate."""
+    first, *others = network.children()
+    parameters = [p for layer in others for p in layer.parameters()]
+    return Adam([{"params": first.parameters()}, {"params": parameters, "lr": lr / 10}], lr)
+
+
+def test_own_run_with_labels_buffers_and_groups_resumes_and_is_loaded(
+    tmp_path, capsys, monkeypatch
+):
     """A resumed run equals an uninterrupted one, and what is loaded draws with the averages."""
-    straight = own_run(tmp_path / "straight")
+    monkeypatch.setitem(OPTIMIZERS, "two groups", two_groups)
+    of_run = partial(own_run, optimizer="two groups")
+    straight = of_run(tmp_path / "straight")
     train.train(straight)
+    rates = [group["lr"] for group in straight.optimizer.param_groups]
+    assert rates == pytest.approx([learning_rate(straight.config, 5, 6) / n for n in (1, 10)])
     assert "sample from it: load_denoiser" in capsys.readouterr().out
-    cut = own_run(tmp_path / "cut")
-    with pytest.raises(KeyboardInterrupt), during(4, interrupt):
-        train.train(cut)
-    resumed = own_run(tmp_path / "cut", intact_checkpoint(cut.folder))
-    assert resumed.step == 2
+    cut = of_run(tmp_path / "cut")
+    with during(3, terminate):
+        assert not train.train(cut)
+    assert f"continue with: a TrainingRun of {cut.folder} (docs" in capsys.readouterr().out
+    resumed = of_run(tmp_path / "cut", intact_checkpoint(cut.folder))
+    assert resumed.step == 3
     train.train(resumed)
     assert same(newest(straight.folder)["ema"], newest(cut.folder)["ema"])
 

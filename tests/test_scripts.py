@@ -10,7 +10,7 @@ import train
 from config import DiffusionConfig, ModelConfig
 from functions.support.command_line import field_comments
 from functions.training.metrics import read_metrics
-from tests.conftest import ROOT, TINY, call, script
+from tests.conftest import ROOT, TINY, call, linux, script
 
 
 def test_a_run_folder_holds_everything(tiny_run):
@@ -60,6 +60,36 @@ def test_a_script_works_from_another_folder(pictures, tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert "epoch 2/2" in ended.stderr
     assert list((tmp_path / "runs").glob("faces-*/checkpoints/step-00000010.safetensors"))
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, setting, spin_count",
+    [
+        *((name, {}, 10_000) for name in ("train", "sample", "sampleFFHQ", "edit", "demo")),
+        ("evaluate", {"GOMP_SPINCOUNT": "77"}, 77),
+        ("evaluate", {"OMP_WAIT_POLICY": "PASSIVE"}, 0),
+    ],
+)
+def test_threads_spin_shortly_unless_the_environment_says_more(
+    name, setting, spin_count, monkeypatch
+):
+    for key, value in {"OMP_DISPLAY_ENV": "VERBOSE", **setting}.items():
+        monkeypatch.setenv(key, value)
+    # OpenMP itself prints what it has read.
+    assert f"GOMP_SPINCOUNT = '{spin_count}'" in script(f"{name}.py", "--help").stderr
+
+
+@pytest.mark.slow
+def test_modules_of_other_packages_on_the_path_are_not_taken(tmp_path, monkeypatch):
+    for package in ("models", "data", "functions"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for name in ("train.py", "data/prepare.py"):
+        ended = script(ROOT / name, "--help", cwd=tmp_path)
+        assert ended.returncode == 0, ended.stderr
 
 
 @pytest.mark.parametrize("config_class", [DiffusionConfig, ModelConfig])

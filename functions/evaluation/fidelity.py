@@ -28,7 +28,7 @@ from data.datasets import ImageSet, Split, load_images, split_images
 from data.decode import open_image_file, to_pixels
 from data.pixels import to_model_range
 from functions.sampling.samples_folder import MANIFEST, image_indices, image_path
-from functions.support.errors import UserError, short
+from functions.support.errors import UserError
 from functions.support.files import read_json
 
 # torch-fidelity would otherwise take another network for precision and recall.
@@ -114,46 +114,27 @@ def load_like(folder: Path, name: str) -> tuple[ImageSet, Split]:
     return image_set, split
 
 
-def inception_weights() -> Path:
-    """Return the path of the weights of InceptionV3, after reading them without running code.
+def measure_fidelity(samples: Images, real: Images, device: torch.device) -> dict[str, float]:
+    """Return FID, KID and its deviation, precision and recall, by torch-fidelity's names.
 
-    Raises UserError when torch-fidelity or the file is missing, or when it has other contents.
+    It downloads the weights of InceptionV3 on first use. Raises UserError for too few real images
+    and without torch-fidelity, and torch-fidelity's own errors.
     """
+    if len(real) < FEWEST:
+        raise UserError(f"there are {len(real)} real images; there must be {FEWEST} or more")
     try:
-        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+        from torch_fidelity import calculate_metrics
     except ImportError as error:
         raise UserError(
             "FID, KID, precision and recall need torch-fidelity: "
             "pip install -r requirements-eval.txt"
         ) from error
-    path = Path(torch.hub.get_dir(), "checkpoints", Path(URL_INCEPTION_V3).name)
-    if not path.exists():
-        raise UserError(f"the weights of InceptionV3 are missing: put {URL_INCEPTION_V3} at {path}")
-    try:
-        torch.load(path, weights_only=True)
-    except Exception as error:
-        # For damaged pickles, PyTorch raises errors of many types.
-        raise UserError(f"{path} is not the file of {URL_INCEPTION_V3}: {short(error)}") from error
-    return path
-
-
-def measure_fidelity(samples: Images, real: Images, device: torch.device) -> dict[str, float]:
-    """Return FID, KID and its deviation, precision and recall, by torch-fidelity's names.
-
-    Raises UserError for too few real images.
-    """
-    if len(real) < FEWEST:
-        raise UserError(f"there are {len(real)} real images; there must be {FEWEST} or more")
-    weights = inception_weights()
-    from torch_fidelity import calculate_metrics
-
     return calculate_metrics(
         input1=samples,
         input2=real,
         # torch-fidelity would find features by a name, which other images may have, too.
         cache=False,
         feature_extractor=EXTRACTOR,
-        feature_extractor_weights_path=str(weights),
         cuda=device.type == "cuda",
         fid=True,
         kid=True,

@@ -23,7 +23,7 @@ from functions.sampling.generation import Drawing, generate
 from functions.saved.checkpoint import SavedModel
 from functions.saved.run_folder import is_recipe, new_folder, results_folder, run_of
 from functions.support import processes
-from functions.support.errors import UserError, short
+from functions.support.errors import UserError, printable
 from functions.support.files import read_json, write_text
 from functions.support.pictures import save_strip
 from functions.timesteps import FIRST_LOG_SNR
@@ -98,7 +98,7 @@ def open_folder(folder: Path, settings: dict, shown: list[int] | None = None) ->
         earlier = read_json(folder / MANIFEST)
         manifest[SHOWN] = shown or earlier.get(SHOWN)
         changes = [
-            f"{name} was {short(earlier.get(name))}, is now {short(manifest.get(name))}"
+            f"{name} was {printable(earlier.get(name))}, is now {printable(manifest.get(name))}"
             for name in manifest | earlier
             # An earlier version may not have had this setting.
             if earlier.get(name, DEFAULTS.get(name)) != manifest.get(name)

@@ -18,7 +18,7 @@ from functions.saved.run_folder import RUNS, is_recipe, newest_run
 from functions.support import processes
 from functions.support.command_line import add_config_flags, given_fields
 from functions.support.device import DTYPES
-from functions.support.errors import UserError, short
+from functions.support.errors import UserError, printable
 from functions.support.files import check_file
 from functions.support.settings import ConfigError, check_fields, choice, from_fields, setting
 from functions.timesteps import SPACINGS
@@ -167,13 +167,13 @@ def read_recipe(path: Path) -> DrawingConfig:
         values = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         hint = "TOML in UTF-8 is needed, with / and not \\ in paths"
-        raise UserError(f"{path}: {short(error)}; {hint}") from error
+        raise UserError(f"{path}: {printable(error)}; {hint}") from error
     try:
         config = from_fields(
             DrawingConfig, {key.replace("-", "_"): value for key, value in values.items()}
         )
     except ConfigError as error:
-        raise UserError(f"{path}: {short(error)}") from error
+        raise UserError(f"{path}: {printable(error)}") from error
     guide = config.guide
     return replace(
         config,
@@ -187,12 +187,12 @@ def located(recipe: Path, key: str, name: str) -> str:
     """Return the path of a part that a recipe names, or a name on a model hub."""
     path = recipe.parent / name
     if is_recipe(path):
-        raise UserError(f"{recipe}: {key} is {short(name)!r}, a recipe; name one of its models")
+        raise UserError(f"{recipe}: {key} is {printable(name)!r}, a recipe; name one of its models")
     if path.exists():
         return str(path)
     if is_hub_name(Path(name)) and not path.parent.exists():
         return name
-    raise UserError(f"{recipe}: {key} is {short(name)!r}, and there is no {short(path)}")
+    raise UserError(f"{recipe}: {key} is {printable(name)!r}, and there is no {printable(path)}")
 
 
 def settings_of(

@@ -19,7 +19,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from config import ConfigError, DiffusersNetwork, DiffusionConfig, ModelConfig, build_network
 from functions.denoiser import OBJECTIVES
 from functions.saved.checkpoint import SavedModel, copy_tensors, digest_of, model_digest
-from functions.support.errors import CheckpointError, short
+from functions.support.errors import CheckpointError, printable
 from functions.support.files import read_json
 from functions.support.optional import import_diffusers, refusing_errors
 from models.diffusers_unet import DiffusersUNet
@@ -49,7 +49,7 @@ def load_folder(path: Path) -> SavedModel:
     try:
         return read_folder(path)
     except ConfigError as error:
-        raise CheckpointError(f"{path}: this model cannot be read: {short(error)}") from error
+        raise CheckpointError(f"{path}: this model cannot be read: {printable(error)}") from error
 
 
 def read_folder(path: Path) -> SavedModel:
@@ -153,7 +153,7 @@ def write_folder(saved: SavedModel, folder: Path) -> None:
             network = theirs
     except ConfigError as error:
         raise CheckpointError(
-            f"{saved.path}: diffusers has no such model ({short(error)}); export it to a file, "
+            f"{saved.path}: diffusers has no such model ({printable(error)}); export it to a file, "
             "NAME.safetensors"
         ) from error
     diffusers.DDPMPipeline(network.unet.float(), scheduler).save_pretrained(folder)

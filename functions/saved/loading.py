@@ -13,12 +13,12 @@ from config import ConfigError, DiffusionConfig, build_network
 from data.conditions import turned_on
 from data.datasets import ImageSet, Split, load_images, split_images
 from functions.denoiser import Denoiser
-from functions.saved.checkpoint import SavedModel, check_finite, copy_tensors, load_weights
+from functions.saved.checkpoint import SavedModel, copy_tensors, load_weights
 from functions.saved.diffusers_folder import load_folder
-from functions.saved.run_folder import RUN_NAME, find_checkpoints, first_intact
+from functions.saved.run_folder import RUN_NAME, RUNS, find_checkpoints, first_intact
 from functions.support import processes
 from functions.support.device import choose_precision, fast_layout
-from functions.support.errors import CheckpointError, UserError, short
+from functions.support.errors import CheckpointError, UserError, printable
 from functions.support.optional import import_diffusers
 
 
@@ -67,9 +67,9 @@ def open_model(
 def is_hub_name(path: Path) -> bool:
     """Return whether a path that does not exist can be a name such as google/ddpm-cifar10-32.
 
-    A path in a folder that exists is no such name, nor is one with the name of a run.
+    A path in a folder that exists, or in that of runs, is no such name.
     """
-    is_path = path.parent.exists() or path.suffix == ".safetensors"
+    is_path = path.parent.exists() or path.parent == RUNS or path.suffix == ".safetensors"
     return len(path.parts) == 2 and not is_path and not RUN_NAME.fullmatch(path.name)
 
 
@@ -88,7 +88,7 @@ def downloaded(path: Path) -> Path:
         # Without a network, the libraries below diffusers raise errors of many types.
         raise UserError(
             f"{path} is no path, and diffusers cannot download it: "
-            f"{type(error).__name__}: {short(error)}"
+            f"{type(error).__name__}: {printable(error)}"
         ) from error
 
 
@@ -114,12 +114,11 @@ def rebuild(
         objective = saved.config["diffusion"].get("objective", DiffusionConfig.objective)
     except ConfigError as error:
         raise CheckpointError(
-            f"{saved.path}: this version cannot build a model from its config: {short(error)}"
+            f"{saved.path}: this version cannot build a model from its config: {printable(error)}"
         ) from error
     denoiser = Denoiser(model, scheduler, objective, precision)
 
     copy_tensors(saved.weights, model.state_dict(), saved.path)
-    check_finite(saved.weights, saved.path, saved.part, model)
     model.to(device, memory_format=fast_layout(device)).eval().requires_grad_(False)
     return denoiser
 
@@ -151,12 +150,12 @@ def load_and_split(saved: SavedModel, name: str | None = None) -> tuple[ImageSet
             raise
         # The model may come from elsewhere, so its images need not be here.
         raise UserError(
-            f"this needs the images that {saved.path} was trained on: {error}; or name others with "
-            "evaluate.py --data NAME"
+            f"this needs the images that {saved.path} was trained on: {str(error).rstrip('.')}; "
+            "or name others with evaluate.py --data NAME"
         ) from error
     for row in turned_on(diffusion).values():
         known = row.known(saved.facts)
         if row.known(diffusion | image_set.facts) != known:
-            known = short(", ".join(known))
+            known = printable(", ".join(known))
             raise UserError(f"{dataset_name} has other {row.switch} than {saved.path}: {known}")
     return image_set, split_images(image_set, diffusion.get("split", "reference"))

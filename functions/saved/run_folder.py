@@ -1,7 +1,7 @@
 """Make and find run folders: runs/<experiment>-<YYYYMMDD-HHMMSS>/ contains all about one run.
 
 config.json     the experiment's fields, and the facts of the run, as in a checkpoint
-metrics.csv     one row every `log_every` steps; metrics-TIME.csv is a copy from before a repair
+metrics.csv     one row every `log_every` steps; metrics-TIME.csv had other columns or lines
 tensorboard/    the same metrics as events
 losses.png      the curves of metrics.csv
 samples/        grids of samples, by step
@@ -219,6 +219,11 @@ def last_checkpoint(run: Path) -> Path | None:
     with suppress(UserError, OSError, MemoryError):
         return intact_checkpoint(run).path
     return None
+
+
+def resume_command(run: Path) -> str:
+    """Return the command that continues a run, for messages."""
+    return f"python train.py --resume {quoted(run)}"
 
 
 def run_to_resume(resume: str | None, runs: Path, experiment: str) -> Path | None:

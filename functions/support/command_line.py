@@ -18,7 +18,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import partial
 from typing import Any, NoReturn
 
-from functions.support.errors import UserError, short
+from functions.support.errors import UserError, printable
 from functions.support.settings import TYPE_DESCRIPTIONS, ConfigError, checked, type_of
 
 # argparse ends with this exit status, too.
@@ -46,13 +46,13 @@ def run_script(main: Callable[[], None], memory_advice: str = MEMORY_ADVICE) -> 
 
     Bugs keep their traceback. With DDPM_TRACEBACK=1 in the environment, all errors have one.
     """
-    let_all_be_printed()
+    make_output_safe()
     try:
         main()
     except Exception as error:
         sentence = str(error)
         if is_out_of_memory(error):
-            sentence = f"out of memory ({short(error)}): {memory_advice}"
+            sentence = f"out of memory ({printable(error)}): {memory_advice}"
         elif not isinstance(error, (UserError, ConfigError, OSError)):
             raise
         if os.environ.get("DDPM_TRACEBACK") == "1":
@@ -65,7 +65,7 @@ def run_script(main: Callable[[], None], memory_advice: str = MEMORY_ADVICE) -> 
         sys.exit(130)
 
 
-def let_all_be_printed() -> None:
+def make_output_safe() -> None:
     """Let no output end the script: neither a closed one nor one without the characters."""
     for name in ("stdout", "stderr"):
         # After `2>&-` the stream is None. The null device takes the free descriptor, which a file

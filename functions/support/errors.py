@@ -39,8 +39,12 @@ def quoted(path: Path) -> str:
     return shlex.quote(path.as_posix())
 
 
-def short(value) -> str:
+def printable(value) -> str:
     """Return 200 characters of a text from a file, for a message, without a terminal's controls."""
     text = str(value)
     start = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:200])
     return start if len(text) <= 200 else f"{start}..."
+
+
+# Its earlier name, which data/ and functions/sampling/ still use.
+short = printable

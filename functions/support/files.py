@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from functions.support.errors import CheckpointError, short
+from functions.support.errors import CheckpointError, printable
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def parse_json(path: Path, text: str | bytes) -> dict:
         values = json.loads(text)
     # The second one is for brackets in brackets, a thousand deep.
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {short(error)}") from error
+        raise CheckpointError(f"{path}: cannot be read: {printable(error)}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: cannot be read: it is no JSON object")
     return values

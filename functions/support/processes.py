@@ -78,22 +78,22 @@ def gradient_sync(wrapped: nn.Module, last: bool) -> AbstractContextManager:
     return nullcontext() if last or count() == 1 else wrapped.no_sync()
 
 
-def sum_(tensor: Tensor) -> Tensor:
+def all_reduce(tensor: Tensor) -> Tensor:
     """Add up a tensor over all processes, in place. The host does not wait for a GPU."""
     if count() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def true_in_any(flag: bool) -> bool:
+def any_rank(flag: bool) -> bool:
     """Return whether a flag is true in any process."""
     # The tensor is on the CPU, so the processes exchange it without waiting for their GPUs.
-    return bool(sum_(torch.tensor(int(flag))))
+    return bool(all_reduce(torch.tensor(int(flag))))
 
 
 def wait() -> None:
     """Wait until all processes have called this."""
-    true_in_any(False)
+    any_rank(False)
 
 
 def on_main(make: Callable[..., Value], *arguments: Any) -> Value:

@@ -8,7 +8,7 @@ from operator import or_
 from types import NoneType, UnionType
 from typing import Any, get_args
 
-from functions.support.errors import short
+from functions.support.errors import printable
 
 # Error messages describe the values of each type in this way.
 TYPE_DESCRIPTIONS = {
@@ -136,6 +136,6 @@ def from_fields(config_class: type, values: Any) -> Any:
     if wrong := sorted(needed - given | given - known):
         raise ConfigError(
             f"{config_class.__name__}: missing, or unknown to this version (see CHANGELOG.md): "
-            f"{short(', '.join(wrong))}"
+            f"{printable(', '.join(wrong))}"
         )
     return config_class(**values)

@@ -3,7 +3,6 @@
 import csv
 import math
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -48,7 +47,6 @@ COLUMNS = (
     "images_per_second",
     # The number of steps skipped so far, because their gradients were not finite.
     "skipped_steps",
-    # A run that began without them can go on, because they are the last.
     *QUARTERS,
 )
 
@@ -67,11 +65,13 @@ class MetricsLog:
         writer.writeheader()
         if self.path.exists():
             rows = read_metrics(self.path)
-            # The header is no row.
-            if len(rows) < len(lines_of(self.path)) - 1:
-                kept = shutil.copy(self.path, run / f"metrics-{timestamp()}.csv")
-                print(f"warning: {self.path} has lines that are no rows; a copy is kept: {kept}")
-            writer.writerows(as_cells(row) for row in rows if row["step"] <= resume_step)
+            header, *lines = lines_of(self.path)
+            # A kill may have cut the last line.
+            if header == ",".join(COLUMNS) and len(rows) >= len(lines) - 1:
+                writer.writerows(as_cells(row) for row in rows if row["step"] <= resume_step)
+            else:
+                aside = self.path.rename(run / f"metrics-{timestamp()}.csv")
+                print(f"warning: {self.path} has other columns or lines; it is now {aside}")
         write_text(self.path, text.getvalue())
         self.tensorboard = SummaryWriter(run / "tensorboard", purge_step=resume_step + 1)
         self.tensorboard.add_text("config", f"```\n{config}\n```", resume_step)
@@ -109,19 +109,14 @@ def as_cells(values: dict[str, float | None]) -> dict[str, str | int | None]:
 
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
     """Return the rows of a metrics.csv as numbers, None where a cell is empty; no other lines."""
-    columns = COLUMNS
+    header, *lines = lines_of(path)
     rows = []
-    for line in lines_of(path):
-        cells = line.split(",")
-        # A run of another version has other columns.
-        if cells[0] == "step":
-            columns = cells
+    for line in lines:
         # There are too few or too many cells, or one of them is no number.
         with suppress(ValueError):
-            row = {
-                column: float(cell) if cell else None
-                for column, cell in zip(columns, cells, strict=True)
-            }
+            cells = line.split(",")
+            pairs = zip(header.split(","), cells, strict=True)
+            row = {column: float(cell) if cell else None for column, cell in pairs}
             rows.append({**row, "step": int(cells[0])})
     return rows
 

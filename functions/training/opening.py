@@ -23,7 +23,7 @@ from data.conditions import network_fields, turned_on
 from data.datasets import load_images
 from functions.saved.checkpoint import Checkpoint, SavedModel
 from functions.saved.loading import open_model
-from functions.saved.run_folder import intact_checkpoint, locked, run_to_resume
+from functions.saved.run_folder import intact_checkpoint, locked, resume_command, run_to_resume
 from functions.support import processes
 from functions.support.command_line import given_fields
 from functions.support.device import choose_device
@@ -45,7 +45,7 @@ def open_run(args: Namespace) -> Iterator[TrainingRun]:
     folder = processes.on_main(run_to_resume, args.resume, args.runs, name)
     with ExitStack() as stack:
         if folder and not args.dry_run:
-            with explain_failed_writes(folder):
+            with explain_failed_writes(folder, resume_command(folder)):
                 processes.on_main(stack.enter_context, locked(folder))
         yield resume_run(folder, args, device) if folder else new_run(name, args, device)
 
@@ -90,7 +90,9 @@ def make_run(
     # This seed is for the initial weights. Every later draw has another seed.
     torch.manual_seed(config.seed)
     network = build_network(experiment.model)
-    return TrainingRun(name, experiment, image_set, network, runs, device, checkpoint)
+    run = TrainingRun(name, experiment, image_set, network, runs, device, checkpoint)
+    run.is_named = True
+    return run
 
 
 def fit_to_weights(preset: Experiment, initial: SavedModel, given: dict) -> Experiment:

@@ -18,8 +18,7 @@ from functions.sampling.models import Models
 from functions.sampling.settings import DrawingConfig
 from functions.saved.run_folder import delete_old, last_checkpoint, locked, new_folder, path_of
 from functions.support import processes
-from functions.support.device import warn_if_busy
-from functions.support.errors import UserError, quoted, short
+from functions.support.errors import UserError, printable, quoted
 from functions.support.files import write_text
 from functions.support.pictures import save_grid
 from functions.training.metrics import QUARTERS, MetricsLog, plot_losses
@@ -29,8 +28,6 @@ from functions.training.validation import validation_losses
 
 # The run ends at a row of metrics.csv if at least so many steps directly before it were skipped.
 MOST_SKIPPED = 20
-# After so many steps of a process, a training on a CPU looks whether other programs slow it down.
-CHECKED_STEP = 10
 
 
 class Recorder:
@@ -44,7 +41,6 @@ class Recorder:
         self.run = run
         self.config = run.config
         self.saved_at = time.monotonic()
-        self.checked_step = run.step + CHECKED_STEP
         self.stop_signals = StopSignals()
         # Only rank 0 has this log.
         self.metrics: MetricsLog | None = None
@@ -59,7 +55,7 @@ class Recorder:
         is_new = not run.folder
         if is_new:
             run.folder = processes.on_main(new_folder, run.runs_folder, run.name)
-        with explain_failed_writes(run.folder), ExitStack() as stack:
+        with explain_failed_writes(run.folder, run.how_to_resume), ExitStack() as stack:
             # From the first line on, a run that has a folder saves before it ends.
             stack.enter_context(self.stop_signals)
             processes.on_main(self.open_files, stack, is_new)
@@ -74,7 +70,7 @@ class Recorder:
             run.window.start_clock()
             yield
             if run.step == run.total_steps:
-                # It is said here, where a lost output does not spoil a finished run.
+                # Printed here: a broken pipe can no longer harm a finished run.
                 self.bar.close()
                 how = f"python sample.py {quoted(run.folder)}"
                 if isinstance(run.experiment.model, OwnNetwork):
@@ -109,7 +105,7 @@ class Recorder:
         config = self.config
         errors = eps_errors(run.denoiser, losses, t)
         sums = torch.stack([losses, errors, torch.ones_like(losses)]).sum(dim=1)
-        run.window.add(processes.sum_(sums), run.optimizer.found_inf)
+        run.window.add(processes.all_reduce(sums), run.optimizer.found_inf)
         # From here on `run.step` counts this step, too.
         run.step += 1
         self.bar.set_description(
@@ -117,8 +113,6 @@ class Recorder:
             refresh=False,
         )
         self.bar.update()
-        if run.step == self.checked_step and run.device.type == "cpu" and processes.is_main():
-            warn_if_busy(f"continue with: python train.py --resume {quoted(run.folder)}")
 
         # The clock stops here, so that images_per_second is the speed of training only.
         with run.window.paused():
@@ -131,7 +125,7 @@ class Recorder:
                 self.sample()
             # All processes get the same answer, so that they stop after the same step. They
             # exchange it on their CPUs, and do not wait for a GPU.
-            signal_received = processes.true_in_any(self.stop_signals.received is not None)
+            signal_received = processes.any_rank(self.stop_signals.received is not None)
             stopped = signal_received and run.step < run.total_steps
             minutes = (time.monotonic() - self.saved_at) / 60
             overdue = 0 < config.checkpoint_minutes <= minutes
@@ -149,10 +143,7 @@ class Recorder:
             # Its last line is complete then.
             self.bar.close()
             reason = self.stop_signals.received or "a signal to another process"
-            processes.print_main(
-                f"stopped by {reason}, saved; "
-                f"continue with: python train.py --resume {quoted(run.folder)}"
-            )
+            processes.print_main(f"stopped by {reason}, saved; continue with: {run.how_to_resume}")
         return stopped
 
     def log(self, grad_norm: Tensor, validating: bool) -> None:
@@ -182,7 +173,8 @@ class Recorder:
         if processes.is_main():
             self.metrics.write(**row)
             if validating:
-                plot_losses(self.metrics.path, run.folder / "losses.png", short(run.folder.name))
+                title = printable(run.folder.name)
+                plot_losses(self.metrics.path, run.folder / "losses.png", title)
 
     def validate(self) -> dict[str, float]:
         """Validate the raw weights, and the EMA weights if there are any; return the columns."""

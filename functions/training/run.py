@@ -13,18 +13,17 @@ from config import ConfigError, DiffusionConfig, Experiment, build_scheduler
 from data.augmentation import augment
 from data.batches import ImageFeeder, indices_of_steps
 from data.conditions import CONDITIONS, check_images, with_conditions, without_conditions
-from data.datasets import ImageSet, hash_ids, split_images
-from data.sources import choose_ids
+from data.datasets import ImageSet, split_images
 from functions.denoiser import Denoiser
 from functions.optimizers import LR_SCHEDULES, OPTIMIZERS
 from functions.saved.checkpoint import (
     Checkpoint,
     SavedModel,
     Tensors,
-    check_finite,
     copy_tensors,
     write_tensors,
 )
+from functions.saved.run_folder import resume_command
 from functions.support import processes
 from functions.support.device import (
     COMPILED_DEVICES,
@@ -33,7 +32,7 @@ from functions.support.device import (
     fast_layout,
     set_deterministic,
 )
-from functions.support.errors import quoted, short
+from functions.support.errors import printable, quoted
 from functions.support.settings import fields_with
 from functions.training.draws import StepDraws, training_draws
 from functions.training.metrics import TrainingWindow
@@ -58,11 +57,15 @@ class TrainingRun:
         denoiser, model: the model that is trained, and its network.
         ema_model: the network with the averaged weights; None without EMA.
         window: the steps since the last row of metrics.csv.
-        step, total_steps: the number of steps done, and of the whole run.
+        step, total_steps: the number of steps done, and of the whole run. With fewer steps, as
+            total_steps = step, the run ends before the next one, finished.
         share: this process's places in the effective batch.
         provenance: plain values for config.json and checkpoints: hashes of the images, ...
         earlier_provenance: that in the checkpoint; {} for a run that is not resumed.
     """
+
+    # Whether train.py finds images and network by their names: not those of your own, from Python.
+    is_named = False
 
     def __init__(
         self,
@@ -91,8 +94,8 @@ class TrainingRun:
         channels, size, _ = experiment.model.image_shape
         if shape != (size, size, channels):
             raise ConfigError(
-                f"the images of {short(image_set.name)} are {shape} (height, width, channels), and "
-                f"the network's {(size, size, channels)}"
+                f"the images of {printable(image_set.name)} are {shape} (height, width, channels), "
+                f"and the network's {(size, size, channels)}"
             )
         self.split = split_images(self.image_set, config.split)
         self.steps_per_epoch = len(self.split.train_indices) // config.effective_batch
@@ -128,6 +131,9 @@ class TrainingRun:
             self.ema_model = copy.deepcopy(self.model).eval().requires_grad_(False)
         optimizer = OPTIMIZERS[config.optimizer]
         self.optimizer = optimizer(self.model, config.learning_rate, precision)
+        # A group of parameters may have a rate of its own, which follows the same schedule.
+        for group in self.optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
         # Gradients of float16 underflow unless the loss is scaled; elsewhere the scaler does
         # nothing.
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
@@ -135,7 +141,6 @@ class TrainingRun:
             self.load(checkpoint)
 
         self.provenance = {
-            "total_steps": self.total_steps,
             "split_rule": self.split.rule,
             "train_ids_hash": self.split.train_ids_hash,
             "val_ids_hash": self.split.val_ids_hash,
@@ -163,6 +168,13 @@ class TrainingRun:
         return vars(self.config) | vars(self.experiment.model) | self.image_set.facts
 
     @property
+    def how_to_resume(self) -> str:
+        """Return what one continues the run with, for messages."""
+        if self.is_named:
+            return resume_command(self.folder)
+        return f"a TrainingRun of {self.folder} (docs/sampling.md)"
+
+    @property
     def is_to_compile(self) -> bool:
         """Return whether the network is compiled for training."""
         config = self.config
@@ -175,9 +187,6 @@ class TrainingRun:
 
     def check_resumption(self) -> None:
         """Raise ConfigError if images, labels or fields are not the run's, or no step is left."""
-        # Beside a new image without a number, ids are names, but those for training are the same.
-        names = [self.image_set.names[i] for i in self.split.train_indices]
-        numbers_hash = hash_ids(choose_ids(names))
         for name, what in (
             ("labels_hash", "trained with other labels or inputs"),
             ("train_ids_hash", "trained on other images"),
@@ -186,7 +195,7 @@ class TrainingRun:
         ):
             now = getattr(self.split, name)
             # The first runs of this format have no hash of labels and of ids for validation.
-            if self.earlier_provenance.get(name, now) not in (now, numbers_hash):
+            if self.earlier_provenance.get(name, now) != now:
                 rules = self.earlier_provenance.get("split_rule", ""), self.split.rule
                 reason = " (held out then: {}; now: {})".format(*rules) if len({*rules}) > 1 else ""
                 if "FFHQ" in rules[0] and self.config.dataset_name != "FFHQ":
@@ -226,7 +235,7 @@ class TrainingRun:
         # Images that these weights were trained on may be held out now, which only the user knows.
         if images := initial.config["diffusion"].get("dataset_name"):
             rule = initial.provenance.get("split_rule", "unknown")
-            description += f"; trained on {short(images)} (held out then: {rule})"
+            description += f"; trained on {printable(images)} (held out then: {rule})"
         copy_tensors(weights, own, initial.path)
         if self.ema_model:
             self.ema_model.load_state_dict(self.model.state_dict())
@@ -288,7 +297,8 @@ class TrainingRun:
 
     def contents(self) -> dict:
         """Return the plain values of a checkpoint or a snapshot."""
-        run = {"experiment": self.name, "step": self.step, **self.provenance}
+        run = {"experiment": self.name, "step": self.step, "total_steps": self.total_steps}
+        run |= self.provenance
         return {"config": self.experiment.to_dict(), "run": run}
 
     def save(self, path: Path) -> None:
@@ -306,8 +316,8 @@ class TrainingRun:
         """Take over a checkpoint's numbers. Raises CheckpointError when they do not fit."""
         for part, tensors in self.parts().items():
             saved = checkpoint.tensors(part)
-            check_finite(saved, checkpoint.path, part, self.model)
-            copy_tensors(saved, tensors, checkpoint.path)
+            what = "moments" if part == "optimizer" else "weights"
+            copy_tensors(saved, tensors, checkpoint.path, what)
         # The state is empty unless the precision was float16.
         scaler = checkpoint.contents.get("scaler")
         if scaler:
@@ -359,6 +369,11 @@ class TrainingRun:
                 f"terminal SNR {snr:.2g} (sqrt(alpha_bar_T) = {math.sqrt(snr / (1 + snr)):.3f}): "
                 "x_T still carries the image, but sampling starts from pure noise; set "
                 f"rescale_betas = True and beta_end = {DiffusionConfig.beta_end}"
+            )
+        if config.warmup_steps >= steps:
+            yield (
+                f"warmup_steps = {config.warmup_steps:,} and the run has {steps:,} steps: its "
+                "learning rate never reaches learning_rate"
             )
         if self.step:
             # More epochs move a step back on its schedule.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from functions.saved.run_folder import last_checkpoint
-from functions.support.errors import WRITE_ERRORS, UserError, quoted
+from functions.support.errors import WRITE_ERRORS, UserError
 
 # A second signal within this many seconds counts as the same request. Schedulers signal every
 # process, and torchrun forwards its own signal too, so one request can arrive twice.
@@ -78,7 +78,7 @@ class Output:
 
 
 @contextmanager
-def explain_failed_writes(run: Path) -> Iterator[None]:
+def explain_failed_writes(run: Path, how_to_resume: str) -> Iterator[None]:
     """Turn an OSError of the disk, but no other, into a UserError with the last checkpoint."""
     try:
         yield
@@ -90,7 +90,7 @@ def explain_failed_writes(run: Path) -> Iterator[None]:
         if checkpoint:
             advice = (
                 f"Last good checkpoint: {checkpoint}. "
-                f"Once you have fixed this, continue with: python train.py --resume {quoted(run)}"
+                f"Once you have fixed this, continue with: {how_to_resume}"
             )
         raise UserError(
             f"{error.filename or run} cannot be written to: {error.strerror or error}. {advice}"

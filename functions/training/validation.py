@@ -63,4 +63,4 @@ def validation_losses(
             total[i] += torch.stack([losses, errors, *by_quarter]).sum(dim=1).cpu()
 
     counts = [count, count, *torch.bincount(4 * all_t // timesteps, minlength=4)]
-    return (processes.sum_(total) / torch.tensor(counts)).tolist()
+    return (processes.all_reduce(total) / torch.tensor(counts)).tolist()

@@ -7,6 +7,7 @@ E[eps | y]. If it were not, no sampler would converge to the distribution of the
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -77,26 +78,23 @@ def sigmas(alpha_bar: Tensor) -> Tensor:
     return ((1 - alpha_bar) / alpha_bar).sqrt()
 
 
-class Exact(Denoiser):
-    """A `Denoiser` whose network computes in the dtype of x_t, so that truths keep their digits."""
-
-    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        return self.network(x_t, t)
+# A denoiser whose truths keep their digits.
+exact = partial(Denoiser, precision=torch.float64)
 
 
-def ideal(data, scheduler) -> Exact:
+def ideal(data, scheduler) -> Denoiser:
     """Return the ideal denoiser of this data, E[eps | x_t], for x_t of any shape (B, ...)."""
 
     def network(x_t, t):
         a = scheduler.alphas_cumprod[t].view(-1, 1)
         # y is in proportion to x_t, so the noise in it is the same.
         y = x_t.flatten(1) / a.sqrt()
-        return data.eps(y, sigmas(a)).view(x_t.shape).to(x_t.dtype)
+        return data.eps(y, sigmas(a)).view(x_t.shape)
 
-    return Exact(network, scheduler)
+    return exact(network, scheduler)
 
 
-def white(std, scheduler) -> Exact:
+def white(std, scheduler) -> Denoiser:
     """Return the ideal denoiser of images whose pixels are independent, from N(0, std^2)."""
     return ideal(Gaussian(double(0.0), double(std)), scheduler)
 

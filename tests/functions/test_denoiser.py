@@ -14,7 +14,7 @@ from functions.losses import denoising_loss, eps_errors
 from functions.noise_scheduler import BETA_SCHEDULES, NoiseScheduler
 from functions.samplers import ddim_sample
 from tests.conftest import normal, refused, small_unet
-from tests.functions.known_denoisers import Exact
+from tests.functions.known_denoisers import exact
 
 SCHEDULERS = {name: NoiseScheduler(1000, beta_schedule=name) for name in BETA_SCHEDULES}
 # The timesteps of a batch of five images include both ends.
@@ -24,7 +24,7 @@ T = torch.tensor([0, 1, 200, 700, 999])
 # In the same x_t, the squared error of eps is that of x_0 times the SNR (Eq. 15).
 X_0 = Objective(
     target=lambda scheduler, x_0, t, noise: x_0,
-    x_0_and_eps=lambda scheduler, x_t, t, x_0: (x_0, scheduler.predict_eps(x_t, t, x_0)),
+    from_output=lambda scheduler, x_t, t, x_0: (x_0, scheduler.predict_eps(x_t, t, x_0)),
     eps_factor=lambda scheduler, t: scheduler.alpha_bar(t) / (1 - scheduler.alpha_bar(t)),
     diffusers="sample",
 )
@@ -68,7 +68,7 @@ def test_losses_are_squared_errors_of_the_target_and_convert_into_those_of_eps(o
     """The next test compares v and the predicted eps with those of diffusers."""
     scheduler = SCHEDULERS[schedule]
     x_0, noise, output = (images(seed) for seed in (1, 2, 3))
-    denoiser = Exact(lambda x_t, t: output, scheduler, objective)
+    denoiser = exact(lambda x_t, t: output, scheduler, objective)
     losses = denoising_loss(denoiser, x_0, T, noise)
     target = {"eps": noise, "v": scheduler.v(x_0, T, noise), "x_0": x_0}[objective]
     assert_close(losses, (output - target).square().mean((1, 2, 3)))
@@ -100,7 +100,7 @@ def test_objectives_are_those_of_diffusers(schedule, theirs, objective):
 
     # Our network and theirs say the same, whatever it is.
     output = images(3)
-    denoiser = Exact(lambda x_t, t: output, ours, objective)
+    denoiser = exact(lambda x_t, t: output, ours, objective)
     for t in (950, 500, 50):
         x_t = ours.q_sample(x_0, t, noise)
         for clip in (True, False):
@@ -119,7 +119,7 @@ X_T = normal(0, 2, 3, 16, 16)
 
 
 @torch.no_grad()
-def test_a_denoiser_gives_float32():
+def test_denoiser_gives_float32_or_float64():
     """The truth is the network itself, called without a `Denoiser`."""
     network = small_unet()
     t = torch.tensor([3, 700])
@@ -131,6 +131,18 @@ def test_a_denoiser_gives_float32():
     assert_close(half, expected, rtol=0.1, atol=0.1)
     # Were the two equal, then autocast would have done nothing.
     assert not torch.equal(half, expected)
+
+    exact = network.double()(X_T.double(), t)
+    assert_close(Denoiser(network, SCHEDULER, precision=torch.float64)(X_T, t), exact)
+
+
+def test_denoiser_converts_inputs_that_are_no_integers():
+    def network(x_t, t, label, brightness):
+        return x_t * brightness * label
+
+    denoiser = Denoiser(network, SCHEDULER)
+    given = denoiser.given(label=torch.tensor(2), brightness=torch.tensor(0.1, dtype=torch.float64))
+    assert torch.equal(given(X_T, T), X_T * 0.1 * 2)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from functions.guidance import Guided
 from functions.noise_scheduler import NoiseScheduler
 from tests.conftest import drawing_of, normal, small_unet
-from tests.functions.known_denoisers import IMAGES, Exact, ideal
+from tests.functions.known_denoisers import IMAGES, exact, ideal
 from tests.functions.test_samplers import all_samplers
 
 
@@ -31,7 +31,7 @@ def test_the_guided_x_0_is_on_the_line_through_both(w, schedule):
         asked.append(t[0].item())
         return torch.zeros_like(x_t)
 
-    guided = Guided(ideal(IMAGES, scheduler), Exact(zero, scheduler, "v"), w)
+    guided = Guided(ideal(IMAGES, scheduler), exact(zero, scheduler, "v"), w)
     x_t = normal(0, 3, 192, dtype=torch.float64)
     inside = []
     for t, a in enumerate(scheduler.alphas_cumprod.tolist()):

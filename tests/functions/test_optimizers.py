@@ -136,6 +136,17 @@ def test_a_skipped_step_changes_nothing():
     assert same([layers.state_dict(), optimizer.state_dict()["state"]], before)
 
 
+def test_muon_moves_each_group_at_its_own_rate():
+    fast, slow, start = network(), network(), network()
+    for layers in (fast, slow):
+        torch.manual_seed(1)
+        draw_gradients(layers)
+    groups = [{"params": fast.parameters()}, {"params": slow.parameters(), "lr": RATE / 10}]
+    Muon(groups, RATE, torch.float32).step()
+    for p, other, old in zip(*(each.parameters() for each in (fast, slow, start)), strict=True):
+        torch.testing.assert_close(p - old, 10 * (other - old), rtol=1e-3, atol=1e-6)
+
+
 def test_adam_moves_a_table_of_any_size():
     """The truth is PyTorch's Adam, of a table alone that would be a matrix by its shape."""
     torch.manual_seed(0)

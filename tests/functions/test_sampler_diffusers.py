@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import ddim_sample, ddpm_sample, dpm_solver_sample
 from functions.timesteps import sampling_times
-from tests.functions.known_denoisers import Exact, part_of_the_way
+from tests.functions.known_denoisers import exact, part_of_the_way
 from tests.functions.test_samplers import SHAPE, pure_noise
 
 
@@ -59,7 +59,7 @@ def our_states(sampler, timesteps, *arguments, noise_dtype=torch.float64, **opti
         return torch.randn(SHAPE, generator=generator, dtype=noise_dtype).double()
 
     x_0 = sampler(
-        Exact(model_of(timesteps), NoiseScheduler(timesteps)),
+        exact(model_of(timesteps), NoiseScheduler(timesteps)),
         pure_noise(),
         *arguments,
         step_noise=step_noise,

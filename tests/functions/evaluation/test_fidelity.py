@@ -1,7 +1,5 @@
 """evaluate.py images: torch-fidelity gets the right images, and measures them anew."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch_fidelity
@@ -42,14 +40,11 @@ torch_fidelity.register_feature_extractor("small", SmallExtractor)
 
 
 @pytest.fixture
-def weights(tmp_path, monkeypatch):
-    """Let evaluate.py use the small network, and return the file of its weights."""
+def home(tmp_path, monkeypatch):
+    """Let evaluate.py use the small network, and return the folder in which PyTorch keeps files."""
     monkeypatch.setattr(fidelity, "EXTRACTOR", "small")
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    path = tmp_path / "hub" / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
-    path.parent.mkdir(parents=True)
-    torch.save({}, path)
-    return path
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
 
 
 def evaluated(capsys, *arguments):
@@ -82,7 +77,7 @@ def by_hand(samples, real, subset):
 
 
 @pytest.mark.slow
-def test_samples_are_compared_as_torch_fidelity_does(weights, grey_run, pictures, tmp_path, capsys):
+def test_samples_are_compared_as_torch_fidelity_does(home, grey_run, pictures, tmp_path, capsys):
     """The truth is torch-fidelity, called by hand on the same arrays."""
     folders = [tmp_path / "a", tmp_path / "b"]
     for seed, folder in enumerate(folders):
@@ -107,7 +102,7 @@ def test_samples_are_compared_as_torch_fidelity_does(weights, grey_run, pictures
         assert numbers == by_hand(first, real, subset)
 
     # Nothing is kept, so that other pixels under the same name are measured anew.
-    assert [*weights.parents[1].iterdir()] == [weights.parent]
+    assert not home.exists()
 
     with refused("--part is for a data set"):
         evaluated(capsys, *folders, "--part val")
@@ -128,17 +123,3 @@ def test_too_few_real_images_are_one_sentence():
     few = fidelity.Images(3, read=None)
     with refused("there are 3 real images; there must be 4 or more"):
         fidelity.measure_fidelity(few, few, CPU)
-
-
-def test_weights_that_are_missing_damaged_or_more_than_tensors(weights):
-    assert fidelity.inception_weights() == weights
-    # Whoever unpickles other objects than tensors may run code.
-    torch.save(Path(), weights)
-    for content in (weights.read_bytes(), b"weights"):
-        weights.write_bytes(content)
-        with refused(r"6726825d\.pth is not the file of https") as error:
-            fidelity.inception_weights()
-        assert str(error.value).isprintable()
-    weights.unlink()
-    with refused(f"put https.* at {weights}"):
-        fidelity.inception_weights()

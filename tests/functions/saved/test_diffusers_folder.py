@@ -329,6 +329,7 @@ def test_a_name_is_taken_from_the_cache_of_diffusers(folder, tmp_path, monkeypat
     assert len([*Path("samples").glob("me--faces-*/**/grid.png")]) == 1
     with refused("me/others is no path, and diffusers cannot download it"):
         call(sample, "me/others")
-    # A name in a folder that is there is a path.
-    with refused("theirs/unet2: there is no such file", CheckpointError):
-        call(sample, "theirs/unet2")
+    # A name in a folder that is there, or in that of runs, is a path.
+    for path in ("theirs/unet2", "runs/nothing"):
+        with refused(f"{path}: there is no such file", CheckpointError):
+            call(sample, path)

@@ -1,7 +1,5 @@
 """Checkpoints that are damaged, or made to do harm: each is refused in a sentence that names it."""
 
-import math
-
 import pytest
 import torch
 
@@ -78,22 +76,6 @@ def test_an_exported_file_among_checkpoints_is_no_training(path):
     assert refusal(path, resume) == "model is missing or damaged"
 
 
-@pytest.mark.parametrize(
-    ("read", "part", "name"),
-    [
-        (sample, "ema", "conv_in.bias"),
-        (begin, "ema", "conv_in.bias"),
-        (resume, "model", "conv_in.bias"),
-        (resume, "optimizer", "exp_avg.conv_in.bias"),
-    ],
-)
-def test_numbers_that_are_not_finite(path, read, part, name):
-    parts, contents = checkpoint_parts()
-    parts[part][name][3] = math.inf
-    write_tensors(path, parts, contents)
-    assert refusal(path, read) == f"{part}.{name} has infinite values or NaN"
-
-
 @pytest.mark.parametrize("read", [resume, sample])
 def test_a_network_that_was_changed(read, path):
     parts, contents = checkpoint_parts()
@@ -106,6 +88,12 @@ def test_a_network_that_was_changed(read, path):
     write_tensors(path, parts, contents)
     expected = "1 weights are missing or unknown, such as 'conv_in.bias'"
     assert refusal(path, read) == expected
+
+    parts, contents = checkpoint_parts()
+    del parts["optimizer"]["exp_avg.conv_in.bias"]
+    write_tensors(path, parts, contents)
+    expected = "1 moments are missing or unknown, such as 'exp_avg.conv_in.bias'"
+    assert refusal(path, resume) == expected
 
 
 def test_files_of_others_and_of_earlier_versions(path, monkeypatch):
@@ -129,8 +117,7 @@ def test_files_of_others_and_of_earlier_versions(path, monkeypatch):
 @pytest.mark.parametrize(
     ("place", "value"),
     [
-        (("config",), []),
-        (("config", "diffusion"), None),
+        (("config",), {}),
         (("config", "diffusion"), {}),
         (("config", "diffusion", "beta_end"), "much"),
         (("config", "diffusion", "timesteps_diff"), 10**30),
@@ -138,14 +125,10 @@ def test_files_of_others_and_of_earlier_versions(path, monkeypatch):
         (("config", "model", "base_dim"), None),
         (("config", "model", "unknown"), 1),
         (("run",), {}),
-        (("run", "total_steps"), 0),
-        (("run", "arithmetic"), 5),
-        (("run", "pixels_hash"), ["../.."]),
-        (("scaler",), 5),
     ],
 )
 @pytest.mark.parametrize("read", [sample, begin])
-def test_values_that_no_run_writes(place, value, read, path):
+def test_contents_of_another_version(place, value, read, path):
     """Their checksums are right."""
     parts, contents = checkpoint_parts()
     inner = contents
@@ -154,11 +137,3 @@ def test_values_that_no_run_writes(place, value, read, path):
     inner[place[-1]] = value
     write_tensors(path, parts, contents)
     refusal(path, read)
-
-
-def test_weights_of_a_format_that_training_does_not_have(path):
-    parts, contents = checkpoint_parts()
-    bias = parts["ema"]["conv_in.bias"]
-    parts["ema"]["conv_in.bias"] = torch.full_like(bias, math.nan).to(torch.float8_e4m3fn)
-    write_tensors(path, parts, contents)
-    assert refusal(path, sample) == "ema.conv_in.bias has infinite values or NaN"

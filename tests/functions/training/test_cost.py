@@ -1,16 +1,11 @@
 """What a training says before its first step: what the run is, and what it costs."""
 
-import time
 from types import SimpleNamespace
 
 import pytest
-import torch
 
-import sample
 import train
-from functions.sampling import generation
-from functions.support import device
-from functions.training import cost, recorder
+from functions.training import cost
 from tests.conftest import call, train_tiny
 
 
@@ -49,21 +44,3 @@ def test_a_schedule_that_leaves_the_image_in_x_T_is_warned_of(trained, capsys):
     assert "starts from pure noise; set rescale_betas = True and beta_end = 0.02\n" in printed
     trained("--dry-run")
     assert "warning" not in capsys.readouterr().out
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("threads, share, warns", [(2, 0.05, 0), (2, 0.2, 1), (1, 0.2, 0)])
-def test_busy_cores_are_named_with_what_to_do(threads, share, warns, trained, monkeypatch, capsys):
-    """The threads wait for cores for this share of the time in which they have one."""
-    monkeypatch.setattr(recorder, "CHECKED_STEP", 3)
-    monkeypatch.setattr(device, "seconds_without_core", lambda: share * time.process_time())
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    run = trained()
-    printed = capsys.readouterr().out
-    advice = "type export OMP_NUM_THREADS=1, and continue with: python train.py --resume {run}"
-    assert printed.count(advice.format(run=run)) == warns
-
-    monkeypatch.setattr(generation, "CHECKED_SECONDS", 0)
-    call(sample, run, "--steps 3 --n 2")
-    advice = "type export OMP_NUM_THREADS=1, and start again"
-    assert capsys.readouterr().out.count(advice) == warns

@@ -212,47 +212,23 @@ def test_metrics_go_to_csv_and_tensorboard_and_resume_cuts_what_is_done_again(tm
     assert losses == [(10, 0.1), (20, 0.05), (30, 0.25)]
 
 
-def test_a_run_that_began_without_a_column_goes_on(tmp_path):
+@pytest.mark.parametrize("foreign", [b"15,1.5\n", b"15" + b"," * (len(COLUMNS) - 1) + b"\0\n"])
+@pytest.mark.parametrize("header", ["", "old,"])
+def test_metrics_of_other_columns_or_lines_are_moved_aside(foreign, header, tmp_path, capsys):
+    """Their curves can be drawn all the same. A spreadsheet marks the start and ends its lines."""
     path = tmp_path / "metrics.csv"
-    path.write_text("step,epoch,loss,eps_error\n5,0.5,0.3,0.2\n")
-    # Its curves can be drawn without a new row, too.
-    plot_losses(path, tmp_path / "losses.png")
-    log = MetricsLog(tmp_path, resume_step=5)
-    log.write(step=10, eps_error=0.1, val_loss_q3=0.25)
-    log.close()
-    rows = read_metrics(path)
-    assert [(row["eps_error"], row["val_loss_q3"]) for row in rows] == [(0.2, None), (0.1, 0.25)]
-
-
-@pytest.mark.parametrize(
-    "foreign",
-    [
-        b"15,1.5\n",
-        b"15" + b"," * (len(COLUMNS) - 1) + b"\0\n",
-        b"\xff;\n",
-        b'"15\n',
-    ],
-    ids=str,
-)
-def test_lines_that_are_no_rows_are_kept_in_a_copy_and_the_rows_go_on(foreign, tmp_path, capsys):
-    """A spreadsheet has saved the file, with a mark at its start and its own ends of lines."""
-    path = tmp_path / "metrics.csv"
-    log = MetricsLog(tmp_path)
-    for step in (10, 20):
-        log.write(step=step, loss=1 / step, skipped_steps=0)
-    log.close()
-    header, first, second = path.read_bytes().replace(b"\n", b"\r\n").splitlines(keepends=True)
-    damaged = b"\xef\xbb\xbf" + header + first + foreign + second
+    header = (header + ",".join(COLUMNS)).encode()
+    row = b"10" + b"," * (header.count(b",") - 1) + b",0.25"
+    damaged = b"\r\n".join([b"\xef\xbb\xbf" + header, row, foreign, row])
     path.write_bytes(damaged)
+    assert [row["val_loss_q3"] for row in read_metrics(path)] == [0.25, 0.25]
+    plot_losses(path, tmp_path / "losses.png")
 
     MetricsLog(tmp_path, resume_step=20).close()
-    assert [(row["step"], row["loss"]) for row in read_metrics(path)] == [(10, 0.1), (20, 0.05)]
-    (kept,) = tmp_path.glob("metrics-*.csv")
-    assert kept.read_bytes() == damaged
-    assert str(kept) in capsys.readouterr().out
-    # The new file has no such lines.
-    MetricsLog(tmp_path, resume_step=20).close()
-    assert [*tmp_path.glob("metrics-*.csv")] == [kept]
+    assert read_metrics(path) == []
+    (aside,) = tmp_path.glob("metrics-*.csv")
+    assert aside.read_bytes() == damaged
+    assert str(aside) in capsys.readouterr().out
 
 
 def test_the_window_averages_over_images_and_its_clock_can_stand_still(monkeypatch):
