@@ -112,7 +112,7 @@ class Denoiser(Predictor):
             )
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Return the network's prediction at (x_t, t (B,)): (B, C, H, W) float32, or float64.
+        """Return the network's prediction at (x_t, t (B,)): (B, C, H, W), of the dtype of x_t.
 
         x_t and inputs of another dtype than the weights are converted for the network.
         """
@@ -124,7 +124,7 @@ class Denoiser(Predictor):
         }
         # Autocast's cache of cast weights is off: no weight is used twice in a forward pass.
         with torch.autocast(x_t.device.type, self.precision, enabled=half, cache_enabled=False):
-            return self.network(x_t.to(dtype), t, **inputs).to(dtype)
+            return self.network(x_t.to(dtype), t, **inputs).to(x_t.dtype)
 
     def given(self, **inputs: Tensor) -> "Denoiser":
         """Return the denoiser with these inputs of its network, (B, ...) or (1, ...) each."""

@@ -72,6 +72,10 @@ def read_folder(path: Path) -> SavedModel:
     # diffusers draws missing weights at random.
     if any(loading.values()):
         raise ConfigError(f"the weights do not fit the network: {loading}")
+    # Such files have no checksum.
+    for name, weight in unet.named_parameters():
+        if not weight.isfinite().all():
+            raise ConfigError(f"unet.{name} has infinite values or NaN")
 
     # In a model hub's cache, the folder's name is a hash.
     parts = path.absolute().parts

@@ -119,7 +119,7 @@ X_T = normal(0, 2, 3, 16, 16)
 
 
 @torch.no_grad()
-def test_denoiser_gives_float32_or_float64():
+def test_denoiser_gives_the_dtype_of_the_state():
     """The truth is the network itself, called without a `Denoiser`."""
     network = small_unet()
     t = torch.tensor([3, 700])
@@ -127,13 +127,16 @@ def test_denoiser_gives_float32_or_float64():
     assert_close(Denoiser(network, SCHEDULER)(X_T, t), expected)
 
     half = Denoiser(network, SCHEDULER, precision=torch.bfloat16)(X_T.double(), t)
-    assert half.dtype == torch.float32
+    assert half.dtype == torch.float64
+    half = half.float()
     assert_close(half, expected, rtol=0.1, atol=0.1)
     # Were the two equal, then autocast would have done nothing.
     assert not torch.equal(half, expected)
 
     exact = network.double()(X_T.double(), t)
-    assert_close(Denoiser(network, SCHEDULER, precision=torch.float64)(X_T, t), exact)
+    double = Denoiser(network, SCHEDULER, precision=torch.float64)
+    assert_close(double(X_T.double(), t), exact)
+    assert_close(double(X_T, t), exact.float())
 
 
 def test_denoiser_converts_inputs_that_are_no_integers():
