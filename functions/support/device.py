@@ -4,12 +4,10 @@ import ctypes
 import os
 import platform
 import re
-import time
 from contextlib import suppress
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from functions.support import processes
 from functions.support.errors import UserError
@@ -19,13 +17,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 COMPILED_DEVICES = ("cuda",)
 # Linux lists the CPU's name and flags in this file.
 CPUINFO = Path("/proc/cpuinfo")
-# Linux has a folder here for each thread of this process.
-TASKS = Path("/proc/self/task")
 # These are two options of mallopt, as numbered in glibc's malloc.h.
 M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
-# The cores are busy if the threads have waited for them for this share of their computing time.
-BUSY = 0.1
 # The first two flags are x86's, and the last one is 64-bit Arm's.
 CPU_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
@@ -112,32 +106,6 @@ def cpu_name() -> str:
     """Return the CPU's model on Linux, or its architecture if the model is unknown."""
     model = re.search(r"model name\s*: (.*)", cpu_info())
     return model[1] if model else platform.machine()
-
-
-def warn_if_busy(then: str) -> None:
-    """Print what to do if the threads of this process have often waited for a core; on Linux.
-
-    A single thread just takes longer. Several have to wait for one whose core is busy, again and
-    again in each step. Their number is the user's, because the bits depend on it.
-    """
-    threads = torch.get_num_threads()
-    waited = seconds_without_core()
-    if threads > 1 and waited > BUSY * time.process_time():
-        tqdm.write(
-            f"warning: other programs keep the cores busy: PyTorch's {threads} threads have waited "
-            f"{waited:.0f} seconds for them. Fewer threads are often several times faster: press "
-            f"Ctrl-C, type export OMP_NUM_THREADS={threads // 2}, and {then}"
-        )
-
-
-def seconds_without_core() -> float:
-    """Return how long this process's threads were ready without a core, summed up; Linux only."""
-    nanoseconds = 0
-    for path in TASKS.glob("*/schedstat"):
-        # A thread may end at any moment.
-        with suppress(OSError):
-            nanoseconds += int(path.read_text().split()[1])
-    return nanoseconds / 1e9
 
 
 def cpu_info() -> str:

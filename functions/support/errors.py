@@ -47,4 +47,3 @@ def printable(value) -> str:
 
 
 # Its earlier name, which data/ and functions/sampling/ still use.
-short = printable

@@ -215,9 +215,9 @@ def test_what_only_a_folder_decides(folder, tmp_path, monkeypatch, capsys):
 
     # The folder's variance is for all timesteps; with fewer steps it is the small one.
     call(sample, "theirs --n 2")
-    assert "steps all, spacing trailing, variance large, clip_x_0 False" in capsys.readouterr().out
+    assert "steps 20, spacing trailing, variance large" in capsys.readouterr().out
     call(sample, "theirs --n 2 --steps 5")
-    assert "variance small, clip_x_0 False" in capsys.readouterr().out
+    assert "variance small, temperature 1.0, clip_x_0 False" in capsys.readouterr().out
     call(edit, "vary 0 theirs --sampler ddim --steps 5")
     with refused("does not say which images it was trained on"):
         call(evaluate, "theirs")
