@@ -12,6 +12,7 @@ from PIL import Image
 
 from functions.training.metrics import read_metrics
 from tests.conftest import ROOT, call
+from tests.test_example import check_quoted
 
 PAGES = [
     ROOT / "README.md",
@@ -62,10 +63,14 @@ def test_what_a_page_links_to_is_there(page):
 def test_readme_is_one_sitting_with_a_caption_under_each_picture():
     text = (ROOT / "README.md").read_text()
     # As `wc -w` counts.
-    assert len(text.split()) <= 1700
+    assert len(text.split()) <= 1500
     for paragraph, caption in pairwise(text.split("\n\n")):
         if paragraph.startswith(("![", "<img")):
             assert re.match(r"\*[^*\s]", caption), paragraph
+
+
+def test_readme_quotes_example():
+    check_quoted((ROOT / "README.md").read_text(), "loss_of", "sample")
 
 
 def test_pictures_are_light():

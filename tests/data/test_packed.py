@@ -121,9 +121,7 @@ def test_a_damaged_pack_is_made_anew(path, ending, capsys):
         assert_array_equal(load(path).images, IMAGES)
         assert damaged.read_bytes() == whole
         said = capsys.readouterr().out
-        assert said.startswith(
-            f"{path / 'set-8px.packed'} is outdated or damaged, and is made anew"
-        )
+        assert said.startswith(f"rebuilding {path / 'set-8px.packed'}: outdated or damaged")
 
 
 def typo(*_, **__):
