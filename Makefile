@@ -14,6 +14,6 @@ test:
 lint:
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
 
-# make figures RUNS="runs/faces-<time> runs/faces-v-<time> runs/ffhq-64-<time> runs/mnist-<time>"
+# make figures RUNS="runs/faces-<time> runs/ffhq-64-<time> runs/mnist-<time>"
 figures:
 	.venv/bin/python -m figures.make_figures $(RUNS)

@@ -1,9 +1,9 @@
-"""Draw the pictures of README and docs/ from four real runs, and from the models in the box.
+"""Draw the pictures of README and docs/ from three real runs, and from the models in the box.
 
-`python -m figures.make_figures RUN_FACES RUN_FACES_V RUN_PEOPLE RUN_DIGITS`
+`python -m figures.make_figures RUN_FACES RUN_PEOPLE RUN_DIGITS`
 
-These are run folders of the experiments `faces`, `faces-v`, `ffhq-64` and `mnist`. No photo is
-needed, and none is drawn. The picture of demo.py is made by
+These are run folders of the experiments `faces`, `ffhq-64` and `mnist`. No photo is needed, and
+none is drawn. The picture of demo.py is made by
 
 `python -m tests.browser`
 """
@@ -35,7 +35,6 @@ from functions.saved.loading import load_and_split
 from functions.saved.run_folder import PRETRAINED, checkpoints_of, step_of
 from functions.support.command_line import Parser, run_script
 from functions.support.pictures import (
-    grid_of,
     save_figure,
     save_gif,
     save_grid,
@@ -79,7 +78,7 @@ WEIGHTS = (1, 1.25, 1.5, 2, 3)
 def main() -> None:
     """Draw all figures into this folder."""
     parser = Parser(description=__doc__)
-    for name in ("FACES", "FACES_V", "PEOPLE", "DIGITS"):
+    for name in ("FACES", "PEOPLE", "DIGITS"):
         parser.add_argument(name, type=Path, metavar=f"RUN_{name}", help="A run folder.")
     runs = {name: run.resolve() for name, run in vars(parser.parse_args()).items()}
 
@@ -87,7 +86,6 @@ def main() -> None:
     draw_people(runs["PEOPLE"])
     draw_enlarged()
     draw_faces(runs["FACES"])
-    draw_cure(runs["FACES"], runs["FACES_V"])
     draw_labels(runs["DIGITS"])
 
     draw_cumulative_noise()
@@ -310,17 +308,6 @@ def draw_enlarged() -> None:
     # Each pixel of a small sample becomes a square.
     rows = [F.interpolate(samples, rows[-1].shape[-1]) for samples in rows]
     save_grid(to_uint8(torch.cat(rows)), FIGURES / "enlarged.png", columns=8)
-
-
-def draw_cure(faces: Path, faces_v: Path) -> None:
-    """Draw samples of both runs side by side, from the same noise by 20 steps of DDIM."""
-    left, right = (
-        np.array(grid_of(draw_pixels(open_saved(run, "--sampler ddim --steps 20"), 36), 6))
-        for run in (faces, faces_v)
-    )
-    # A white margin separates the two.
-    margin = np.full_like(left[:, :36], 255)
-    save_image(np.concatenate([left, margin, right], axis=1), FIGURES / "faces_and_faces_v.png")
 
 
 def draw_labels(run: Path) -> None:

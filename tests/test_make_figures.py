@@ -49,7 +49,7 @@ def test_every_picture_is_drawn_from_a_run_of_eight_steps(trained, pictures, tmp
     for name in ("a", "b"):
         shutil.copytree(pictures, tmp_path / "labelled" / name)
     digits = train_tiny(tmp_path / "labelled", tmp_path / "digits", "--diffusion.labels true")
-    call(make_figures, run, run, run, digits)
+    call(make_figures, run, run, digits)
 
     for path in folder.iterdir():
         # It has more than one colour.
