@@ -4,7 +4,7 @@ Noise is added to an image x_0 in T small steps, until hardly anything of the im
 network learns to guess the noise eps in a noisy image x_t. Then it turns pure noise into an image,
 step by step. The comments name the paper's equations.
 
-    python example.py           trains on the emoji people in data/: 10 minutes on two CPU cores
+    python example.py           trains on the emoji people in data/: 10 to 20 minutes on two cores
     python example.py FOLDER    trains on the images in a folder, of any size
 
 Either writes new images to example.png, and the curve of the loss to example_loss.png. This file
@@ -41,7 +41,7 @@ T = 250
 beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
 beta = F.pad(beta, (1, 0))  # (T + 1,): at t = 0 is the clean image, and beta is 0
 alpha = 1 - beta
-# The share of the image in the variance of x_t: from 1 to nearly 0, where x_t is pure noise. In
+# What is left of the image's variance in x_t: from 1 to nearly 0, where x_t is pure noise. In
 # float32, 1 - alpha_bar would lose digits.
 alpha_bar = alpha.cumprod(0)
 
@@ -51,8 +51,8 @@ def loss_of(model, x_0):
     t = torch.randint(1, T + 1, (len(x_0),))
     eps = torch.randn_like(x_0)
     a = alpha_bar[t].view(-1, 1, 1, 1)
-    x_t = a.sqrt() * x_0 + (1 - a).sqrt() * eps  # Eq. 4
-    return F.mse_loss(model(x_t.float(), t), eps)  # Eq. 14
+    x_t = (a.sqrt() * x_0 + (1 - a).sqrt() * eps).float()  # Eq. 4; alpha_bar is float64
+    return F.mse_loss(model(x_t, t), eps)  # Eq. 14
 
 
 @torch.no_grad()
@@ -63,8 +63,9 @@ def sample(model, x_t):
         eps = model(x_t, torch.full((len(x_t),), t))
         x_0 = (x_t - (1 - a).sqrt() * eps) / a.sqrt()  # Eq. 15
         x_0 = x_0.clamp(-1, 1)
+        # Eq. 7. At t = 1 the variance is 0.
         mean = (a_before.sqrt() * beta[t] * x_0 + alpha[t].sqrt() * (1 - a_before) * x_t) / (1 - a)
-        variance = (1 - a_before) / (1 - a) * beta[t]  # Eq. 7, as the mean
+        variance = (1 - a_before) / (1 - a) * beta[t]
         x_t = mean + variance.sqrt() * torch.randn_like(x_t)
     return x_t
 
@@ -73,7 +74,8 @@ def sample(model, x_t):
 # because the average has the smallest squared error. Were it the image, x_{t-1} would be Gaussian,
 # with this mean and variance. In fact x_{t-1} is a mixture of such Gaussians, one for each image
 # that fits. Its mean is exactly this one, and for a small step its variance is nearly this one
-# (docs/sampling.md has the proof). Then x_0 is estimated again, from a little less noise.
+# (docs/sampling.md has the proof). The fresh noise makes x_{t-1} as noisy as in training. Then x_0
+# is estimated again, from a little less noise.
 
 
 class Block(nn.Module):
@@ -112,6 +114,7 @@ class UNet(nn.Module):
         dims = (DIMS[0], *DIMS, DIMS[-1])
         self.down = nn.ModuleList(Block(dims[i], dims[i + 1]) for i in range(len(DIMS)))
         self.middle = Block(DIMS[-1], DIMS[-1])
+        # On the way up a block gets what comes from below, dims[i + 2], and the skip.
         self.up = nn.ModuleList(Block(dims[i + 2] + dim, dim) for i, dim in enumerate(DIMS))
         self.last = norm_and_convolution(DIMS[0], 3)
 
@@ -152,7 +155,7 @@ def train(model, images):
         optimizer.step()
         learning_rate.step()
         losses.append(loss.item())
-        # EMA: each batch moves the weights by some chance of its own. In a moving average of the
+        # EMA: each batch moves the weights a little at random. In a moving average of the
         # weights this cancels out, so the average makes better samples than the last weights.
         with torch.no_grad():
             for average, weight in zip(ema_model.parameters(), model.parameters(), strict=True):
@@ -192,7 +195,7 @@ def main():
     plt.ylabel("loss")
     plt.savefig("example_loss.png")
 
-    print("sampling 36 images in 250 steps, which takes a minute")
+    print(f"sampling 36 images in {T} steps, which takes a minute")
     samples = sample(ema_model, torch.randn(36, 3, SIZE, SIZE))
     # In rows of 6, three times as large: (6, 6, 3, H, W) -> (6 H, 6 W, 3).
     samples = F.interpolate(samples, scale_factor=3).unflatten(0, (6, 6)) / 2 + 0.5
