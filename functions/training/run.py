@@ -142,10 +142,7 @@ class TrainingRun:
 
         self.provenance = {
             "split_rule": self.split.rule,
-            "train_ids_hash": self.split.train_ids_hash,
-            "val_ids_hash": self.split.val_ids_hash,
-            "pixels_hash": self.split.pixels_hash,
-            "labels_hash": self.split.labels_hash,
+            **self.split.hashes,
             **{name: [*values] for name, values in image_set.facts.items()},
             "parameters": sum(p.numel() for p in self.model.parameters()),
             # This describes the model whose weights the run started from. None: random weights.
@@ -187,23 +184,15 @@ class TrainingRun:
 
     def check_resumption(self) -> None:
         """Raise ConfigError if images, labels or fields are not the run's, or no step is left."""
-        for name, what in (
-            ("labels_hash", "trained with other labels or inputs"),
-            ("train_ids_hash", "trained on other images"),
-            ("val_ids_hash", "validated on other images"),
-            ("pixels_hash", "trained on other pixels"),
-        ):
-            now = getattr(self.split, name)
-            # The first runs of this format have no hash of labels and of ids for validation.
-            if self.earlier_provenance.get(name, now) != now:
-                rules = self.earlier_provenance.get("split_rule", ""), self.split.rule
-                reason = " (held out then: {}; now: {})".format(*rules) if len({*rules}) > 1 else ""
-                if "FFHQ" in rules[0] and self.config.dataset_name != "FFHQ":
-                    reason += "; FFHQ is split so only as --diffusion.dataset-name FFHQ"
-                raise ConfigError(
-                    f"{self.folder} was {what} than {self.config.dataset_name} has{reason}; it "
-                    "cannot continue with these"
-                )
+        for what in self.split.differences(self.earlier_provenance):
+            rules = self.earlier_provenance.get("split_rule", ""), self.split.rule
+            reason = " (held out then: {}; now: {})".format(*rules) if len({*rules}) > 1 else ""
+            if "FFHQ" in rules[0] and self.config.dataset_name != "FFHQ":
+                reason += "; FFHQ is split so only as --diffusion.dataset-name FFHQ"
+            raise ConfigError(
+                f"{self.folder} was {what} than {self.config.dataset_name} has{reason}; it "
+                "cannot continue with these"
+            )
         self.earlier.check_resumption(self.experiment)
         if self.step >= self.total_steps:
             raise ConfigError(
