@@ -22,7 +22,7 @@ from functions.evaluation.bits_per_dim import evenly_spaced
 from functions.guidance import Guided
 from functions.sampling import editing
 from functions.sampling.generation import given
-from functions.saved.loading import load_model
+from functions.saved.loading import load_denoiser, load_model
 from functions.saved.run_folder import checkpoints_of
 from functions.training.draws import training_draws
 from functions.training.opening import new_run
@@ -324,21 +324,29 @@ def test_two_processes_give_the_run_of_one_with_labels(coloured, tmp_path):
 def test_weights_with_and_without_labels_begin_other_runs(
     labelled_run, coloured, tiny_run, tmp_path
 ):
-    """Of the same labels they keep the table, of others it is new, and without labels it goes."""
+    """Of the same labels they keep the table; else all begins as the model is without a label."""
     table = load_model(checkpoints_of(labelled_run)[-1]).weights[LABEL_TABLE]
+    x_t, t = normal(0, 3, 3, 16, 16), torch.tensor([1, 50, 99])
 
-    def weights(data, init, *flags):
-        return begun(data, "--init", init, *flags).parts()["ema"]
+    def network(data, init, *flags):
+        return begun(data, "--init", init, *flags).ema_model
+
+    def weights(*flags):
+        return network(*flags).state_dict()
 
     assert torch.equal(weights(coloured, labelled_run, LABELS)[LABEL_TABLE], table)
     large = "--model.image-size 32 --model.dim-multiply 1,1,2 --model.transformer-layers 2"
     grown = weights(coloured, labelled_run, LABELS, large, "--diffusion.log-snr-shift -1.386")
     assert torch.equal(grown[LABEL_TABLE], table)
     assert LABEL_TABLE not in weights(coloured, labelled_run)
+    before = load_denoiser(labelled_run).network(x_t, t)
+    assert_close(network(coloured, labelled_run)(x_t, t), before)
     other = shutil.copytree(coloured, tmp_path / "other")
     (other / "a" / "blue").rename(other / "a" / "azure")
-    for data, init in ((other, labelled_run), (coloured, tiny_run)):
-        assert torch.equal(weights(data, init, LABELS)[LABEL_TABLE], torch.zeros(4, 32))
+    begins = network(other, labelled_run, LABELS)
+    for labels in (None, torch.tensor([0, 1, 2])):
+        assert_close(begins(x_t, t, labels), before)
+    assert torch.equal(weights(coloured, tiny_run, LABELS)[LABEL_TABLE], torch.zeros(4, 32))
 
 
 def test_a_file_keeps_labels_and_a_folder_of_diffusers_has_none(labelled_run, tmp_path):

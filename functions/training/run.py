@@ -207,14 +207,12 @@ class TrainingRun:
 
         Raises CheckpointError when they do not fit.
         """
-        weights = dict(initial.weights)
+        weights = initial.weights
         own = self.model.state_dict()
         # The weights of a condition stay if it means the same, as with labels of the same names.
         for row in CONDITIONS.values():
-            prefix = f"{row.name}_embedding."
             if row.known(initial.facts) != row.known(self.facts):
-                weights = {k: v for k, v in weights.items() if not k.startswith(prefix)}
-                weights |= {k: v for k, v in own.items() if k.startswith(prefix)}
+                weights = row.renewed(weights, own)
         description = f"{initial.path}: {initial}"
         own_size = initial.model.image_size
         if own_size < self.experiment.model.image_size:
