@@ -22,8 +22,10 @@ from functions.evaluation.bits_per_dim import evenly_spaced
 from functions.guidance import Guided
 from functions.sampling import editing
 from functions.sampling.generation import given
+from functions.saved.checkpoint import Checkpoint, write_tensors
 from functions.saved.loading import load_denoiser, load_model
 from functions.saved.run_folder import checkpoints_of
+from functions.support.errors import CheckpointError
 from functions.training.draws import training_draws
 from functions.training.opening import new_run
 from functions.training.run import TrainingRun
@@ -129,6 +131,16 @@ def test_a_new_run_needs_a_training_image_of_each_label(coloured, tmp_path):
     (data / "green" / "00000.png").rename(data / "green" / "00033.png")
     with refused("no training image has the label 'green'.* folders train/ and val/"):
         begun(data, LABELS)
+
+
+def test_dropout_of_labels_without_labels_is_a_warning(coloured):
+    warning = "warning: condition_dropout has no effect without a condition"
+    for flags, warned in (
+        ("--diffusion.condition-dropout 0.5", True),
+        (LABELS, False),
+        ("", False),
+    ):
+        assert (warning in begun(coloured, flags).describe()) == warned
 
 
 def test_a_row_has_the_class_of_its_column(tmp_path):
@@ -354,11 +366,16 @@ def test_a_file_keeps_labels_and_a_folder_of_diffusers_has_none(labelled_run, tm
     call(sample, labelled_run, "--export", file)
     assert load_model(file).provenance["label_names"] == ["2", "10", "blue"]
     call(sample, file, FEW, "--label blue --n 1 --out", tmp_path / "out")
-    with refused(
-        "diffusers has no such model .its network has other weights.; export it to a file"
-    ):
+    with refused("diffusers has no such model .it was trained with labels.; export it to a file"):
         call(sample, labelled_run, "--export", tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
+    # Of a name without a row, no label could be drawn.
+    checkpoint = Checkpoint(file)
+    checkpoint.contents["run"]["label_names"].append("pink")
+    parts = {part: checkpoint.tensors(part) for part in checkpoint.digests}
+    write_tensors(file, parts, checkpoint.contents)
+    with refused("label_count is 3, but what it knows makes it 4", CheckpointError):
+        call(sample, file, FEW, "--label pink")
 
 
 def test_grids_of_a_training_show_the_labels_in_turn(labelled_run, tmp_path):

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from config import ConfigError, DiffusionConfig, Experiment, build_scheduler
 from data.augmentation import augment
 from data.batches import ImageFeeder, indices_of_steps
-from data.conditions import CONDITIONS, check_images, with_conditions, without_conditions
+from data.conditions import (
+    CONDITIONS,
+    check_images,
+    turned_on,
+    with_conditions,
+    without_conditions,
+)
 from data.datasets import ImageSet, split_images
 from functions.denoiser import Denoiser
 from functions.optimizers import LR_SCHEDULES, OPTIMIZERS
@@ -362,6 +368,9 @@ class TrainingRun:
                 f"warmup_steps = {config.warmup_steps:,} and the run has {steps:,} steps: its "
                 "learning rate never reaches learning_rate"
             )
+        changed = config.condition_dropout != DiffusionConfig.condition_dropout
+        if changed and not turned_on(vars(config)) and not self.image_set.inputs:
+            yield "condition_dropout has no effect without a condition, such as labels = True"
         if self.step:
             # More epochs move a step back on its schedule.
             earlier_steps = self.earlier_provenance["total_steps"]
