@@ -145,10 +145,12 @@ def evaluate_bits(args: Namespace) -> None:
     image_set, split = load_and_split(saved, args.data)
     print(split.description)
     # If the model was trained on some of the held-out images, its result is too good.
-    if saved.provenance.get("train_ids_hash") != split.train_ids_hash:
+    differences = split.differences(saved.provenance)
+    if differences or "train_ids_hash" not in saved.provenance:
         warn(
-            "WARNING: THESE MAY NOT BE THE IMAGES IT WAS TRAINED ON: "
-            "some of the validation images may be among its training images"
+            "WARNING: THESE MAY NOT BE THE DATA IT WAS TRAINED ON: it was "
+            f"{', '.join(differences) or 'trained elsewhere'}; some of the validation images may "
+            "be among its training images"
         )
     folder = args.out or results_folder(saved, "evaluation")
     # The measurement may take hours. So an error of the folder comes first.
@@ -176,8 +178,9 @@ def evaluate_bits(args: Namespace) -> None:
         "step": saved.provenance["step"],
         "weights": saved.kind,
         "weights_hash": saved.digest[:16],
-        "ids_hash": split.val_ids_hash,
-        "pixels_hash": split.pixels_hash,
+        "ids_hash": split.hashes["val_ids_hash"],
+        "pixels_hash": split.hashes["pixels_hash"],
+        "labels_hash": split.hashes["labels_hash"],
         "images": len(indices),
         **vars(options),
     }

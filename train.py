@@ -35,6 +35,7 @@ from functions.training.cost import describe_cost
 from functions.training.opening import open_run
 from functions.training.recorder import Recorder
 from functions.training.run import TrainingRun, learning_rate
+from functions.training.skipping import found_inf
 
 # This is EX_TEMPFAIL of sysexits.h, which means "try again later": the run was stopped by a signal
 # and saved, and can be resumed.
@@ -73,6 +74,8 @@ def train(run: TrainingRun) -> bool:
     # Listing the parameters takes as long as launching some kernels, so it is done once.
     parameters = list(run.model.parameters())
     ema_parameters = list(run.ema_model.parameters()) if run.ema_model else []
+    # Each forward pass changes buffers, such as a batch norm's means. Our own network has none.
+    has_buffers = any(True for _ in run.model.buffers())
     # An average that starts from trained weights (--init) must not forget them, so its decay does
     # not rise slowly. A grown level is untrained: the EMA forgets its first weights.
     ramp = run.provenance["grown"] or not run.provenance["initial"]
@@ -86,6 +89,7 @@ def train(run: TrainingRun) -> bool:
             # All random numbers of a step follow from the seed and the step.
             step = run.step
             draws = run.draw(step)
+            buffers = [each.clone() for each in run.model.buffers()] if has_buffers else []
             # 2: images x_0 of this process, in [-1, 1], and what else the network gets, if anything
             images, inputs = next(batches)
             x_0, inputs = run.augment(to_model_range(images), inputs, draws, step)
@@ -109,19 +113,21 @@ def train(run: TrainingRun) -> bool:
                     scaler.scale(mean).backward()
                 losses.append(loss.detach())
 
-            # 5: the optimiser's step. If the gradient is not finite, weights and moments stay.
+            # 5: the optimiser's step. If the gradient or a buffer is not finite, weights, moments
+            # and buffers stay.
             rate = learning_rate(config, step, run.total_steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate * (group["initial_lr"] / config.learning_rate)
             scaler.unscale_(optimizer)
             grad_norm = clip_grad_norm_(parameters, max_norm)
-            optimizer.found_inf = (~grad_norm.isfinite()).float()
+            optimizer.found_inf = found_inf(grad_norm, run.model, buffers)
             optimizer.step()
             scaler.update()
             optimizer.zero_grad()
             if run.ema_model:
                 update_ema(ema_parameters, parameters, step, config.ema_decay, ramp)
-                copy_buffers(run.ema_model, run.model)
+                if has_buffers:
+                    copy_buffers(run.ema_model, run.model)
 
             # Here everything that is due is written: rows of metrics, validations, snapshots,
             # samples, checkpoints. A signal stops the run.

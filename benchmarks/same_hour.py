@@ -425,7 +425,8 @@ def main() -> None:
     held_out = evenly_spaced(split.val_indices, SAMPLES)
     # Only distances of equal numbers can be compared.
     count = len(held_out)
-    settings = {"minutes": args.minutes, "seed": args.seed, "images": split.train_ids_hash}
+    ids_hash = split.hashes["train_ids_hash"]
+    settings = {"minutes": args.minutes, "seed": args.seed, "images": ids_hash}
     path = args.out / "distances.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     if results.setdefault("settings", settings) != settings:

@@ -38,8 +38,7 @@ class Given:
 class Condition:
     """A row of CONDITIONS. What a class does not define is as for a number that is always given."""
 
-    # The name of the network's argument and of the field of `Given`. Weights of the condition alone
-    # have names that begin with NAME_embedding.
+    # The name of the network's argument and of the field of `Given`.
     name: str
     # The field of DiffusionConfig with which a training turns the condition on.
     switch: str
@@ -63,6 +62,15 @@ class Condition:
     def network(self, facts: Facts) -> dict[str, Any]:
         """Return the fields of a ModelConfig that follow from the condition."""
         return {}
+
+    def renewed(self, weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict:
+        """Return the weights of a model that knows other values, for a network with `own` weights.
+
+        Those of the condition alone, NAME_embedding..., are replaced by the network's own.
+        """
+        prefix = f"{self.name}_embedding."
+        kept = {name: value for name, value in weights.items() if not name.startswith(prefix)}
+        return kept | {name: value for name, value in own.items() if name.startswith(prefix)}
 
     def fault(self, values: np.ndarray, trained: np.ndarray, facts: Facts) -> str:
         """Return why a new run cannot learn values (N, ...) from the images `trained`, or ""."""
@@ -145,6 +153,19 @@ class Label(Condition):
 
     def network(self, facts: Facts) -> dict[str, int]:
         return {"label_count": len(self.known(facts))}
+
+    def renewed(self, weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict:
+        """Return the weights, with which the network does for all what the old one did without."""
+        result = super().renewed(weights, own)
+        table, bias = "label_embedding.weight", "time_embedding.linear_2.bias"
+        if table in weights:
+            no_label = weights[table][-1]
+            if table in own:
+                result[table] = no_label.expand_as(own[table])
+            else:
+                # The embedding of a label is added to that of t.
+                result[bias] = weights[bias] + no_label
+        return result
 
     def fault(self, values: np.ndarray, trained: np.ndarray, facts: Facts) -> str:
         names = self.known(facts)

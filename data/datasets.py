@@ -1,6 +1,6 @@
 """Load data sets by name, and split them into training and validation images."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,7 +8,14 @@ import numpy as np
 
 from data.conditions import CONDITIONS
 from data.packed import ImageSet, open_packed
-from data.sources import ARCHIVES, TORCHVISION, Source, find_source, read_torchvision_set
+from data.sources import (
+    ARCHIVES,
+    TORCHVISION,
+    Source,
+    choose_ids,
+    find_source,
+    read_torchvision_set,
+)
 from functions.support.errors import UserError, printable
 from functions.support.files import sha256
 
@@ -19,23 +26,38 @@ EMBEDDED_NAMES = ("emoji_faces", "emoji_people")
 # Of a set without a rule of its own, this fraction is held out.
 HELD_OUT = 0.1
 
+# What the hashes of a split, which a run saves, tell of the run.
+TOLD_BY = {
+    "labels_hash": "trained with other labels or inputs",
+    "train_ids_hash": "trained on other images or in another order",
+    "val_ids_hash": "validated on other images or in another order",
+    "pixels_hash": "trained on other pixels",
+}
+
 
 @dataclass(frozen=True)
 class Split:
-    """A split of an ImageSet: int64 indices, and in words the rule that decides it.
-
-    The hash of pixels is that of the whole ImageSet.
-    """
+    """A split of an ImageSet: int64 indices, and in words the rule that decides it."""
 
     train_indices: np.ndarray
     val_indices: np.ndarray
     rule: str
     description: str
-    train_ids_hash: str
-    val_ids_hash: str
-    pixels_hash: str
-    # A hash of the labels, and of all other inputs; "" without any.
-    labels_hash: str
+    # By the keys of TOLD_BY. The hash of pixels is that of the whole set, and that of labels, and
+    # of all other inputs, is "" without any.
+    hashes: dict[str, str]
+    # Those of ids as they were until 2026-12-02: by what also the unreadable files are called.
+    earlier_hashes: dict[str, str]
+
+    def differences(self, saved: Mapping[str, str]) -> list[str]:
+        """Return in words what a run with these `saved` hashes had in another way."""
+        # The first runs have no hash of labels and of ids for validation.
+        return [
+            told
+            for name, told in TOLD_BY.items()
+            if name in saved
+            and saved[name] not in (self.hashes[name], self.earlier_hashes.get(name))
+        ]
 
 
 def load_images(
@@ -134,15 +156,20 @@ def split_images(image_set: ImageSet, split: str) -> Split:
         raise UserError(
             f"{counts} {why}: too few; folders train/ and val/ can say which image is which"
         )
+    sides = {"train_ids_hash": train_indices, "val_ids_hash": val_indices}
+    # A file that cannot be read has an id, too, and makes all ids names if it has no number.
+    hashes, earlier_hashes = (
+        {key: hash_ids([each[i] for i in indices]) for key, indices in sides.items()}
+        for each in (choose_ids(names), ids)
+    )
+    hashes |= {"pixels_hash": image_set.pixels_hash, "labels_hash": hash_inputs(image_set)}
     return Split(
         train_indices,
         val_indices,
         reason,
         f"{counts} {why}, such as {', '.join(printable(names[i]) for i in val_indices[:3])}{note}",
-        hash_ids([ids[i] for i in train_indices]),
-        hash_ids([ids[i] for i in val_indices]),
-        image_set.pixels_hash,
-        hash_inputs(image_set),
+        hashes,
+        earlier_hashes,
     )
 
 

@@ -6,6 +6,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import walk_tb
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -22,8 +23,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 MAX_PIXELS = 8192 * 8192
 
 
-# What Pillow raises for damaged images; errors of types and attributes come from its writer of EXIF
-# data, when an image is turned.
+# What Pillow raises for damaged images. Errors of types and attributes come from within its writer
+# of EXIF data, when an image is turned.
 PILLOW_ERRORS = (
     OSError,
     ValueError,
@@ -42,15 +43,26 @@ class BadImage(UserError):
     """An image, or an archive, cannot be used. The message gives the reason and names no file."""
 
 
+def is_own(error: Exception) -> bool:
+    """Return whether a line in data/ itself raised an error, such as one that misspells a call.
+
+    What a library says of a file comes from a line of the library.
+    """
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    return Path(frame.f_code.co_filename).parent == Path(__file__).parent
+
+
 @contextmanager
 def parsing(verb: str, errors: tuple) -> Iterator[None]:
     """Raise BadImage for a parser's errors. Only the parser is called in this context.
 
-    Errors of the disk are raised as they are.
+    Errors of the disk, and those of the call itself, are raised as they are.
     """
     try:
         yield
     except errors as error:
+        if is_own(error):
+            raise
         # An error of the disk has a number. That of a damaged file has none, or the one for a place
         # that no file has.
         if getattr(error, "errno", None) not in (None, errno.EINVAL):

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.decode import BadImage, parsing
+from data.decode import BadImage, is_own, parsing
 from functions.support.errors import UserError, printable
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
@@ -44,13 +44,14 @@ ZIP_ERRORS = (
     OSError,
     EOFError,
     RuntimeError,
-    ValueError,
+    # Any other ValueError is about arguments.
+    UnicodeError,
     OverflowError,
     struct.error,
     lzma.LZMAError,
     zlib.error,
 )
-NPZ_ERRORS = (*ZIP_ERRORS, tokenize.TokenError)
+NPZ_ERRORS = (*ZIP_ERRORS, ValueError, tokenize.TokenError)
 TORCHVISION_ERRORS = (
     OSError,
     EOFError,
@@ -420,6 +421,8 @@ def read_torchvision_set(name: str, folder: Path, download: bool = False) -> Sou
     try:
         train, test = (dataset(folder, train, download=download) for train in (True, False))
     except TORCHVISION_ERRORS as error:
+        if is_own(error):
+            raise
         raise UserError(
             f"{name} cannot be read from {folder} ({printable(error)}). Delete a damaged copy, and "
             f"put there {TORCHVISION[name]}; python data/prepare.py {name} --download does so, "

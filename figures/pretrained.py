@@ -56,7 +56,8 @@ def main() -> None:
         raise UserError(f"{run} has no snapshot of its last step")
     source = load_weights(snapshot)
     image_set, split = load_and_split(source)
-    if facts["pixels_hash"] != split.pixels_hash:
+    pixels_hash = split.hashes["pixels_hash"]
+    if facts["pixels_hash"] != pixels_hash:
         raise UserError(f"{run} was trained on other images than {image_set.name} has now")
 
     boxed = PRETRAINED.with_name(f"{facts['experiment']}.safetensors")
@@ -70,7 +71,7 @@ def main() -> None:
         guide = load_weights(path)
         origin = path.parent.name, guide.provenance["step"], guide.provenance["pixels_hash"]
         # A checkpoint has the optimiser's state, too.
-        if origin != ("snapshots", step, split.pixels_hash):
+        if origin != ("snapshots", step, pixels_hash):
             raise UserError(f"{path} is no snapshot of step {step} and of the images of {run}")
         boxed_guide = boxed.with_stem(f"{boxed.stem}-guide")
         files["guide"] = path, boxed_guide

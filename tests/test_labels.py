@@ -22,8 +22,10 @@ from functions.evaluation.bits_per_dim import evenly_spaced
 from functions.guidance import Guided
 from functions.sampling import editing
 from functions.sampling.generation import given
-from functions.saved.loading import load_model
+from functions.saved.checkpoint import Checkpoint, write_tensors
+from functions.saved.loading import load_denoiser, load_model
 from functions.saved.run_folder import checkpoints_of
+from functions.support.errors import CheckpointError
 from functions.training.draws import training_draws
 from functions.training.opening import new_run
 from functions.training.run import TrainingRun
@@ -85,9 +87,9 @@ def test_the_nearest_folder_is_the_label_and_numbers_are_sorted_as_such(coloured
     counts = np.bincount(labelled.inputs["label"])
     assert labelled.summary == f"{plain.summary}; 3 labels of {min(counts)} to {max(counts)} images"
     # What a run compares is as before, but for the labels themselves.
-    splits = [split_images(each, "reference") for each in (plain, labelled)]
-    assert splits[0].train_ids_hash == splits[1].train_ids_hash
-    assert (splits[0].labels_hash, len(splits[1].labels_hash)) == ("", 16)
+    before, now = (split_images(each, "reference").hashes for each in (plain, labelled))
+    assert now | {"labels_hash": ""} == before
+    assert len(now["labels_hash"]) == 16
     assert plain.inputs == {}
 
 
@@ -129,6 +131,16 @@ def test_a_new_run_needs_a_training_image_of_each_label(coloured, tmp_path):
     (data / "green" / "00000.png").rename(data / "green" / "00033.png")
     with refused("no training image has the label 'green'.* folders train/ and val/"):
         begun(data, LABELS)
+
+
+def test_dropout_of_labels_without_labels_is_a_warning(coloured):
+    warning = "warning: condition_dropout has no effect without a condition"
+    for flags, warned in (
+        ("--diffusion.condition-dropout 0.5", True),
+        (LABELS, False),
+        ("", False),
+    ):
+        assert (warning in begun(coloured, flags).describe()) == warned
 
 
 def test_a_row_has_the_class_of_its_column(tmp_path):
@@ -283,14 +295,21 @@ def test_held_out_images_are_measured_with_their_own_labels(labelled_run, monkey
     assert seen == [[image_set.inputs["label"][i]] for i in indices for _ in range(calls)]
 
 
-def test_a_run_goes_on_only_with_its_labels(coloured, tmp_path):
+def test_a_run_goes_on_only_with_its_labels(coloured, tmp_path, capsys):
+    """And bits/dim of other labels are those of other data."""
     data = shutil.copytree(coloured, tmp_path / "data")
     run = train_tiny(data, tmp_path / "runs", LABELS)
     resume = ["--resume", run, "--device cpu --diffusion.epochs 3"]
     moved = next((data / "a" / "2").iterdir())
     # The images and their names are the same, and so are their ids.
     target = data / "a" / "blue" / moved.name
+    bits = [run, "--images 2 --t-stride 100 --device cpu --out", tmp_path / "bits"]
+    call(evaluate, *bits)
+    assert "WARNING" not in capsys.readouterr().err
     moved.rename(target)
+    call(evaluate, *bits)
+    assert "TRAINED ON: it was trained with other labels or inputs;" in capsys.readouterr().err
+    assert len([*(tmp_path / "bits").iterdir()]) == 2
     with refused("was trained with other labels or inputs than", ConfigError):
         call(train, *resume)
     target.rename(moved)
@@ -317,21 +336,29 @@ def test_two_processes_give_the_run_of_one_with_labels(coloured, tmp_path):
 def test_weights_with_and_without_labels_begin_other_runs(
     labelled_run, coloured, tiny_run, tmp_path
 ):
-    """Of the same labels they keep the table, of others it is new, and without labels it goes."""
+    """Of the same labels they keep the table; else all begins as the model is without a label."""
     table = load_model(checkpoints_of(labelled_run)[-1]).weights[LABEL_TABLE]
+    x_t, t = normal(0, 3, 3, 16, 16), torch.tensor([1, 50, 99])
 
-    def weights(data, init, *flags):
-        return begun(data, "--init", init, *flags).parts()["ema"]
+    def network(data, init, *flags):
+        return begun(data, "--init", init, *flags).ema_model
+
+    def weights(*flags):
+        return network(*flags).state_dict()
 
     assert torch.equal(weights(coloured, labelled_run, LABELS)[LABEL_TABLE], table)
     large = "--model.image-size 32 --model.dim-multiply 1,1,2 --model.transformer-layers 2"
     grown = weights(coloured, labelled_run, LABELS, large, "--diffusion.log-snr-shift -1.386")
     assert torch.equal(grown[LABEL_TABLE], table)
     assert LABEL_TABLE not in weights(coloured, labelled_run)
+    before = load_denoiser(labelled_run).network(x_t, t)
+    assert_close(network(coloured, labelled_run)(x_t, t), before)
     other = shutil.copytree(coloured, tmp_path / "other")
     (other / "a" / "blue").rename(other / "a" / "azure")
-    for data, init in ((other, labelled_run), (coloured, tiny_run)):
-        assert torch.equal(weights(data, init, LABELS)[LABEL_TABLE], torch.zeros(4, 32))
+    begins = network(other, labelled_run, LABELS)
+    for labels in (None, torch.tensor([0, 1, 2])):
+        assert_close(begins(x_t, t, labels), before)
+    assert torch.equal(weights(coloured, tiny_run, LABELS)[LABEL_TABLE], torch.zeros(4, 32))
 
 
 def test_a_file_keeps_labels_and_a_folder_of_diffusers_has_none(labelled_run, tmp_path):
@@ -339,11 +366,16 @@ def test_a_file_keeps_labels_and_a_folder_of_diffusers_has_none(labelled_run, tm
     call(sample, labelled_run, "--export", file)
     assert load_model(file).provenance["label_names"] == ["2", "10", "blue"]
     call(sample, file, FEW, "--label blue --n 1 --out", tmp_path / "out")
-    with refused(
-        "diffusers has no such model .its network has other weights.; export it to a file"
-    ):
+    with refused("diffusers has no such model .it was trained with labels.; export it to a file"):
         call(sample, labelled_run, "--export", tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
+    # Of a name without a row, no label could be drawn.
+    checkpoint = Checkpoint(file)
+    checkpoint.contents["run"]["label_names"].append("pink")
+    parts = {part: checkpoint.tensors(part) for part in checkpoint.digests}
+    write_tensors(file, parts, checkpoint.contents)
+    with refused("label_count is 3, but what it knows makes it 4", CheckpointError):
+        call(sample, file, FEW, "--label pink")
 
 
 def test_grids_of_a_training_show_the_labels_in_turn(labelled_run, tmp_path):

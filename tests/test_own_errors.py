@@ -1,16 +1,22 @@
 """Whoever changes this code sees the error of his own change, and not a sentence about a file."""
 
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import sample
-from functions.saved import checkpoint, diffusers_folder
+from data import decode, sources
+from functions.saved import checkpoint, diffusers_folder, run_folder
+from functions.saved.checkpoint import write_tensors
 from functions.support.command_line import run_script
 from functions.support.errors import CheckpointError, UserError
+from functions.training import metrics
 from functions.training.stopping import explain_failed_writes
 from models.unet import UNet
 from tests.conftest import call, refused
+from tests.data.packing import IMAGES, encoded, write_zip
 
 
 def misspell(*args, **options):
@@ -37,6 +43,57 @@ def test_a_typo_where_a_folder_of_diffusers_is_read_or_written(
         monkeypatch.setattr(diffusers_folder, name, misspell)
         with pytest.raises(AttributeError, match="no_such_name"):
             call(sample, *flags)
+
+
+def planted(module, right, wrong):
+    """Return what a module has with another text in one place, as after a slip of an editor."""
+    source = Path(module.__file__).read_text()
+    assert source.count(right) == 1
+    namespace = {"__name__": module.__name__, "__file__": module.__file__}
+    exec(compile(source.replace(right, wrong), module.__file__, "exec"), namespace)
+    return SimpleNamespace(**namespace)
+
+
+def decode_a_png(ours, folder):
+    return ours.open_image(encoded(IMAGES[0]))
+
+
+def read_a_zip(ours, folder):
+    return ours.find_source(write_zip(folder / "a.zip")).members[0].read()
+
+
+def read_digits(ours, folder):
+    return ours.read_torchvision_set("MNIST", folder)
+
+
+def read_rows(ours, folder):
+    (folder / "metrics.csv").write_text("step,loss\n1,0.5\n")
+    return ours.read_metrics(folder / "metrics.csv")
+
+
+def write_a_checkpoint(ours, folder):
+    with explain_failed_writes(folder, ""):
+        write_tensors(ours.path_of(folder, "checkpoints", 1), {}, {})
+
+
+@pytest.mark.parametrize(
+    ("module", "right", "wrong", "call", "error"),
+    [
+        (decode, "image.load()", "image.lod()", decode_a_png, AttributeError),
+        (decode, "image.load()", "image.info['size']", decode_a_png, KeyError),
+        (decode, "transpose(image)", "transpose(image, turn=1)", decode_a_png, TypeError),
+        (sources, "ZipFile(path)", "ZipFile(path, 'x?')", read_a_zip, ValueError),
+        (sources, "download=download)", "fetch=download)", read_digits, TypeError),
+        (metrics, "int(cells[0])", "int('one')", read_rows, ValueError),
+        (run_folder, "run / kind / f", "run / kind / kind / f", write_a_checkpoint, OSError),
+    ],
+)
+def test_own_error_planted_beside_a_library_is_no_sentence(
+    module, right, wrong, call, error, tmp_path
+):
+    with pytest.raises(error) as raised:
+        call(planted(module, right, wrong), tmp_path)
+    assert not isinstance(raised.value, UserError)
 
 
 def refuse_a_file():

@@ -15,10 +15,11 @@ from config import EXPERIMENTS, ConfigError, Experiment, OwnNetwork
 from data.packed import ImageSet
 from functions.optimizers import OPTIMIZERS, Adam
 from functions.saved.loading import load_denoiser
-from functions.saved.run_folder import intact_checkpoint
+from functions.saved.run_folder import intact_checkpoint, path_of
 from functions.support.errors import CheckpointError
+from functions.training.metrics import read_metrics
 from functions.training.run import TrainingRun, learning_rate
-from tests.conftest import CPU, call, during, newest, pixels_of, refused, terminate
+from tests.conftest import CPU, call, during, load_checkpoint, newest, pixels_of, refused, terminate
 from tests.small_training import same
 
 RNG = np.random.default_rng(0)
@@ -105,6 +106,39 @@ def test_own_run_with_labels_buffers_and_groups_resumes_and_is_loaded(
         call(train, "--resume", straight.folder)
     with refused("weights are missing or unknown", CheckpointError):
         load_denoiser(straight.folder, network=nn.Conv2d(3, 3, 1))
+
+
+def spoil_all(model, x_0):
+    return x_0 * math.nan
+
+
+def spoil_a_buffer(model, x_0):
+    model.norm.running_var.fill_(math.inf)
+    return x_0
+
+
+@pytest.mark.parametrize("spoil", [spoil_all, spoil_a_buffer])
+def test_skipped_step_leaves_buffers_and_their_copies(spoil, tmp_path, monkeypatch):
+    """The loss of the third step is spoilt, or its gradient is finite but a buffer is not."""
+    run = own_run(tmp_path, checkpoint_every=1, keep_checkpoints=9, log_every=1, validate_every=1)
+    original = train.denoising_loss
+
+    def spoilt(denoiser, x_0, *others):
+        x_0 = spoil(run.model, x_0) if run.step == 2 else x_0
+        return original(denoiser, x_0, *others)
+
+    monkeypatch.setattr(train, "denoising_loss", spoilt)
+    assert train.train(run)
+    before, after, following = (
+        load_checkpoint(path_of(run.folder, "checkpoints", step)) for step in (2, 3, 4)
+    )
+    assert same(before["model"], after["model"])
+    for name, _ in Normed().named_buffers():
+        assert same(before["ema"][name], after["ema"][name])
+    assert not same(after["model"]["norm.running_var"], following["model"]["norm.running_var"])
+    rows = read_metrics(run.folder / "metrics.csv")
+    assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 1, 1, 1]
+    assert all(math.isfinite(row["val_loss_ema"]) for row in rows)
 
 
 @pytest.mark.parametrize("channels", [2, 4])

@@ -57,6 +57,8 @@ def write_tensors(path: Path, parts: dict[str, Tensors], contents: dict) -> None
     text = json.dumps({**contents, "digests": digests})
     metadata = {"format": FORMAT, "contents": text, "sha256": sha256(text)}
     with replacing(path) as temporary:
+        # Here the system says so if the folder is not there.
+        temporary.touch()
         try:
             save_file(copies, temporary, metadata)
         except SafetensorError as error:

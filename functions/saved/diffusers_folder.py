@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from config import ConfigError, DiffusersNetwork, DiffusionConfig, ModelConfig, build_network
+from data.conditions import CONDITIONS
 from functions.denoiser import OBJECTIVES
 from functions.saved.checkpoint import SavedModel, copy_tensors, digest_of, model_digest
 from functions.support.errors import CheckpointError, printable
@@ -150,6 +151,9 @@ def write_folder(saved: SavedModel, folder: Path) -> None:
     try:
         if OBJECTIVES[objective].diffusers is None:
             raise ConfigError(f"its objective is {objective}")
+        for row in CONDITIONS.values():
+            if row.known(saved.facts):
+                raise ConfigError(f"it was trained with {row.switch}")
         if isinstance(saved.model, ModelConfig):
             with refusing_errors():
                 theirs = DiffusersUNet(diffusers.UNet2DModel(**network_fields(saved.model)))

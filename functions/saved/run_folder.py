@@ -44,9 +44,7 @@ def new_folder(parent: Path, name: str = "") -> Path:
 
     Raises UserError for a parent that leads over a link to what is not there.
     """
-    for place in (parent, *parent.parents):
-        if place.is_symlink() and not place.exists():
-            raise UserError(f"{place} is a link to {place.readlink()}, which is not there")
+    check_links(parent)
     parent.mkdir(parents=True, exist_ok=True)
     while True:
         folder = parent / (f"{name}-{timestamp()}" if name else timestamp())
@@ -55,6 +53,13 @@ def new_folder(parent: Path, name: str = "") -> Path:
             return folder
         # Another one was made within the same second.
         time.sleep(0.2)
+
+
+def check_links(path: Path) -> None:
+    """Raise UserError for a path over a link to what is not there, such as a disk that is away."""
+    for place in (path, *path.parents):
+        if place.is_symlink() and not place.exists():
+            raise UserError(f"{place} is a link to {place.readlink()}, which is not there")
 
 
 def timestamp() -> str:
@@ -94,12 +99,14 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def paths_in(folder: Path) -> list[Path]:
-    """Return the paths in a folder; none if there is no such folder.
+    """Return the paths in a folder; none if nothing is there.
 
-    Raises OSError for a folder that cannot be read, in which `Path.glob` would find nothing.
+    Raises OSError for a folder that cannot be read, in which `Path.glob` would find nothing, and
+    for a file; and UserError as `check_links` does.
     """
-    with suppress(FileNotFoundError, NotADirectoryError):
+    with suppress(FileNotFoundError):
         return list(folder.iterdir())
+    check_links(folder)
     return []
 
 
@@ -127,7 +134,7 @@ def runs_of(runs: Path, prefix: str = "") -> list[Path]:
     folders = [
         path
         for path in paths_in(runs)
-        if RUN_NAME.fullmatch(path.name) and path.name.startswith(prefix) and path.is_dir()
+        if RUN_NAME.fullmatch(path.name) and path.name.startswith(prefix)
     ]
     return sorted(folders, key=lambda path: (RUN_NAME.fullmatch(path.name)[2], path))
 
@@ -183,8 +190,9 @@ def find_checkpoints(path: Path) -> list[Path]:
     """
     if is_recipe(path):
         raise CheckpointError(f"{path} is a recipe, and no model; name one of its models")
-    checkpoints = checkpoints_of(path)
-    if checkpoints:
+    if path.is_file():
+        return [path]
+    if checkpoints := checkpoints_of(path):
         return checkpoints[::-1]
     # A diffusers folder contains a network, itself or in a subfolder.
     networks = [*path.glob("unet*"), *path.glob("diffusion_pytorch_model*")]
@@ -244,7 +252,7 @@ def run_to_resume(resume: str | None, runs: Path, experiment: str) -> Path | Non
         return None
     if resume not in ("newest", "auto"):
         # A user may give a checkpoint file, which is not a run folder.
-        if not checkpoints_of(Path(resume)):
+        if Path(resume).is_file() or not checkpoints_of(Path(resume)):
             raise UserError(
                 f"{resume} is not a run folder with a checkpoint; "
                 "`NAME --resume` resumes the newest unfinished run of NAME"

@@ -44,6 +44,3 @@ def printable(value) -> str:
     text = str(value)
     start = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:200])
     return start if len(text) <= 200 else f"{start}..."
-
-
-# Its earlier name, which data/ and functions/sampling/ still use.

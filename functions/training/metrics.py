@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
 
@@ -110,15 +110,24 @@ def as_cells(values: dict[str, float | None]) -> dict[str, str | int | None]:
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
     """Return the rows of a metrics.csv as numbers, None where a cell is empty; no other lines."""
     header, *lines = lines_of(path)
+    columns = header.split(",")
     rows = []
     for line in lines:
-        # There are too few or too many cells, or one of them is no number.
-        with suppress(ValueError):
-            cells = line.split(",")
-            pairs = zip(header.split(","), cells, strict=True)
-            row = {column: float(cell) if cell else None for column, cell in pairs}
-            rows.append({**row, "step": int(cells[0])})
+        cells = line.split(",")
+        is_row = len(cells) == len(columns) and cells[0].isdecimal()
+        if is_row and all(is_number(cell) for cell in cells if cell):
+            values = (float(cell) if cell else None for cell in cells)
+            rows.append({**dict(zip(columns, values, strict=True)), "step": int(cells[0])})
     return rows
+
+
+def is_number(text: str) -> bool:
+    """Return whether Python reads a text as a number."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def lines_of(path: Path) -> list[str]:

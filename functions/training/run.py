@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from config import ConfigError, DiffusionConfig, Experiment, build_scheduler
 from data.augmentation import augment
 from data.batches import ImageFeeder, indices_of_steps
-from data.conditions import CONDITIONS, check_images, with_conditions, without_conditions
+from data.conditions import (
+    CONDITIONS,
+    check_images,
+    turned_on,
+    with_conditions,
+    without_conditions,
+)
 from data.datasets import ImageSet, split_images
 from functions.denoiser import Denoiser
 from functions.optimizers import LR_SCHEDULES, OPTIMIZERS
@@ -142,10 +148,7 @@ class TrainingRun:
 
         self.provenance = {
             "split_rule": self.split.rule,
-            "train_ids_hash": self.split.train_ids_hash,
-            "val_ids_hash": self.split.val_ids_hash,
-            "pixels_hash": self.split.pixels_hash,
-            "labels_hash": self.split.labels_hash,
+            **self.split.hashes,
             **{name: [*values] for name, values in image_set.facts.items()},
             "parameters": sum(p.numel() for p in self.model.parameters()),
             # This describes the model whose weights the run started from. None: random weights.
@@ -187,23 +190,15 @@ class TrainingRun:
 
     def check_resumption(self) -> None:
         """Raise ConfigError if images, labels or fields are not the run's, or no step is left."""
-        for name, what in (
-            ("labels_hash", "trained with other labels or inputs"),
-            ("train_ids_hash", "trained on other images"),
-            ("val_ids_hash", "validated on other images"),
-            ("pixels_hash", "trained on other pixels"),
-        ):
-            now = getattr(self.split, name)
-            # The first runs of this format have no hash of labels and of ids for validation.
-            if self.earlier_provenance.get(name, now) != now:
-                rules = self.earlier_provenance.get("split_rule", ""), self.split.rule
-                reason = " (held out then: {}; now: {})".format(*rules) if len({*rules}) > 1 else ""
-                if "FFHQ" in rules[0] and self.config.dataset_name != "FFHQ":
-                    reason += "; FFHQ is split so only as --diffusion.dataset-name FFHQ"
-                raise ConfigError(
-                    f"{self.folder} was {what} than {self.config.dataset_name} has{reason}; it "
-                    "cannot continue with these"
-                )
+        for what in self.split.differences(self.earlier_provenance):
+            rules = self.earlier_provenance.get("split_rule", ""), self.split.rule
+            reason = " (held out then: {}; now: {})".format(*rules) if len({*rules}) > 1 else ""
+            if "FFHQ" in rules[0] and self.config.dataset_name != "FFHQ":
+                reason += "; FFHQ is split so only as --diffusion.dataset-name FFHQ"
+            raise ConfigError(
+                f"{self.folder} was {what} than {self.config.dataset_name} has{reason}; it "
+                "cannot continue with these"
+            )
         self.earlier.check_resumption(self.experiment)
         if self.step >= self.total_steps:
             raise ConfigError(
@@ -218,14 +213,12 @@ class TrainingRun:
 
         Raises CheckpointError when they do not fit.
         """
-        weights = dict(initial.weights)
+        weights = initial.weights
         own = self.model.state_dict()
         # The weights of a condition stay if it means the same, as with labels of the same names.
         for row in CONDITIONS.values():
-            prefix = f"{row.name}_embedding."
             if row.known(initial.facts) != row.known(self.facts):
-                weights = {k: v for k, v in weights.items() if not k.startswith(prefix)}
-                weights |= {k: v for k, v in own.items() if k.startswith(prefix)}
+                weights = row.renewed(weights, own)
         description = f"{initial.path}: {initial}"
         own_size = initial.model.image_size
         if own_size < self.experiment.model.image_size:
@@ -375,6 +368,9 @@ class TrainingRun:
                 f"warmup_steps = {config.warmup_steps:,} and the run has {steps:,} steps: its "
                 "learning rate never reaches learning_rate"
             )
+        changed = config.condition_dropout != DiffusionConfig.condition_dropout
+        if changed and not turned_on(vars(config)) and not self.image_set.inputs:
+            yield "condition_dropout has no effect without a condition, such as labels = True"
         if self.step:
             # More epochs move a step back on its schedule.
             earlier_steps = self.earlier_provenance["total_steps"]

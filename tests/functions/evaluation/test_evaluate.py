@@ -46,4 +46,4 @@ def test_bits_per_dim_of_a_run(tiny_run, pictures, tmp_path, monkeypatch, capsys
     both = files_of(out)
     assert len(both) == 2
     assert first.items() < both.items()
-    assert "MAY NOT BE THE IMAGES IT WAS TRAINED ON" in capsys.readouterr().err
+    assert "MAY NOT BE THE DATA IT WAS TRAINED ON" in capsys.readouterr().err

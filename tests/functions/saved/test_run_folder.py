@@ -79,6 +79,29 @@ def test_a_folder_that_cannot_be_read_never_leads_to_a_new_run(tmp_path, closed)
         run_folder.run_to_resume("auto", tmp_path / "runs", "faces")
 
 
+@posix
+@pytest.mark.parametrize("kind", ["link", "file"])
+@pytest.mark.parametrize(
+    "place", [".", "faces-20260101-000000", "faces-20260101-000000/checkpoints"]
+)
+def test_resume_auto_never_begins_anew_over_a_link_to_nothing_or_a_file(tmp_path, place, kind):
+    runs = tmp_path / "runs" / "more"
+    make_run(runs, "faces-20260101-000000", [50])
+    # Of a link, also what is below it is away.
+    path = runs / place if place != "." else runs.parent
+    path.rename(tmp_path / "away")
+    sentence = "Not a directory"
+    if kind == "file":
+        path.touch()
+    else:
+        path.symlink_to("disk")
+        sentence = f"^{path} is a link to disk, which is not there"
+    with pytest.raises((UserError, NotADirectoryError), match=sentence):
+        run_folder.run_to_resume("auto", runs, "faces")
+    with pytest.raises((UserError, NotADirectoryError), match=sentence):
+        run_folder.new_folder(path / "sub")
+
+
 @linux
 @pytest.mark.parametrize("error", [PermissionError, MemoryError, FileNotFoundError, UserError])
 def test_an_intact_checkpoint_that_cannot_be_read_now_is_not_passed_over(
