@@ -432,6 +432,11 @@ class DiffusionConfig:
         """The number of images in one step, over all processes."""
         return self.batch_size * self.gradient_accumulation
 
+    def rate_of(self, step: int, total_steps: int) -> float:
+        """Return a step's learning rate: a linear warm-up, times the schedule."""
+        rate = self.learning_rate * min(1.0, (step + 1) / (self.warmup_steps + 1))
+        return rate * LR_SCHEDULES[self.lr_schedule](step, total_steps)
+
 
 def build_scheduler(diffusion: dict) -> NoiseScheduler:
     """Build the schedule of the fields of a `DiffusionConfig`. Those without a value have defaults.

@@ -24,9 +24,9 @@ from functions.sampling import editing
 from functions.sampling.generation import given
 from functions.saved.loading import load_model
 from functions.saved.run_folder import checkpoints_of
+from functions.training.data import TrainingData
 from functions.training.draws import training_draws
 from functions.training.opening import new_run
-from functions.training.run import TrainingRun
 from models.unet import UNet
 from tests.conftest import (
     CPU,
@@ -195,9 +195,9 @@ def test_labels_are_dropped_by_place_and_purpose():
     """Other processes and batch sizes drop the same ones, and other draws stay as they were."""
     draws = training_draws(0, 5, 400, (3, 1, 1), 10, CPU)
     config = replace(EXPERIMENTS["mnist"].diffusion, condition_dropout=0.25)
-    run = Mock(config=config, facts={"label_names": [*"0123456789"]})
+    data = Mock(config=config, facts={"label_names": [*"0123456789"]})
     labels = torch.arange(400) % 10
-    _, inputs = TrainingRun.augment(run, draws.noise, {"label": labels}, draws, 0)
+    _, inputs = TrainingData.augment(data, draws.noise, {"label": labels}, draws, 0)
     dropped = inputs["label"] == 10
     assert torch.equal(inputs["label"][~dropped], labels[~dropped])
     assert torch.equal(dropped, draws.condition_drop < 0.25)

@@ -22,6 +22,7 @@ from functions.noise_scheduler import NoiseScheduler
 from functions.optimizers import LR_SCHEDULES
 from functions.saved.loading import load_denoiser
 from functions.support.random_numbers import image_noise, seed_of
+from functions.training.data import TrainingData
 from functions.training.draws import training_draws
 from functions.training.metrics import (
     COLUMNS,
@@ -30,7 +31,6 @@ from functions.training.metrics import (
     plot_losses,
     read_metrics,
 )
-from functions.training.run import TrainingRun, learning_rate
 from functions.training.validation import validation_losses
 from tests.conftest import CPU, HELD_OUT, LittleMemory, newest, normal
 
@@ -175,7 +175,7 @@ def test_a_run_validates_on_the_images_that_are_held_out(tiny_run, pictures):
 def test_a_learning_rate_schedule_is_a_row(monkeypatch):
     monkeypatch.setitem(LR_SCHEDULES, "linear", lambda step, steps: 1 - step / steps)
     linear = replace(EXPERIMENTS["faces"].diffusion, lr_schedule="linear")
-    assert learning_rate(linear, 750, 1000) == pytest.approx(linear.learning_rate / 4)
+    assert linear.rate_of(750, 1000) == pytest.approx(linear.learning_rate / 4)
 
 
 @pytest.mark.slow
@@ -273,18 +273,17 @@ def test_learning_rate_warms_up_and_decays_and_rotation_stops_for_the_last_tenth
     faces = EXPERIMENTS["faces"].diffusion
     # The first warms up over 5000 steps, and then its rate stays.
     rates = {0: 3e-5 / 5001, 2500: 3e-5 * 2501 / 5001, 5000: 3e-5, 10**6 - 1: 3e-5}
-    assert {n: learning_rate(full, n, 10**6) for n in rates} == pytest.approx(rates)
+    assert {n: full.rate_of(n, 10**6) for n in rates} == pytest.approx(rates)
 
     # The second warms up, too, and has half a cosine.
     for step in (200, 500, 999):
         half_cosine = (1 + math.cos(math.pi * step / 1000)) / 2
         expected = pytest.approx(faces.learning_rate * half_cosine)
-        assert learning_rate(faces, step, 1000) == expected
+        assert faces.rate_of(step, 1000) == expected
 
-    # A run calls these with its config.
-    run = SimpleNamespace(config=full, total_steps=1000, facts={})
+    data = SimpleNamespace(config=full, facts={})
     draws = training_draws(0, 0, 4, (3, 8, 8), 1000, CPU)
-    for step, angle in ((0, 3), (899, 3), (900, 0), (999, 0)):
+    for done, angle in ((0, 3), (0.899, 3), (0.9, 0), (0.999, 0)):
         expected = augment(draws.noise, draws.flip, angle * draws.rotation)
-        x_0, _ = TrainingRun.augment(run, draws.noise, {}, draws, step)
+        x_0, _ = TrainingData.augment(data, draws.noise, {}, draws, done)
         assert torch.equal(x_0, expected)
