@@ -30,7 +30,6 @@ from functions.training.opening import new_run
 from models.unet import UNet
 from tests.conftest import (
     CPU,
-    ONE_LEVEL,
     SMALL_MODEL,
     TINY,
     call,
@@ -38,14 +37,12 @@ from tests.conftest import (
     drawing_of,
     newest,
     normal,
-    only_in,
     pixels_of,
     refused,
     samples_of,
     train_tiny,
 )
 from tests.data.packing import IMAGES, encoded, write_folder
-from tests.functions.support.test_processes import two
 
 LABEL_TABLE = "label_embedding.weight"
 LABELS = "--diffusion.labels true --diffusion.condition-dropout 0.5"
@@ -299,19 +296,6 @@ def test_a_run_goes_on_only_with_its_labels(coloured, tmp_path):
         call(train, *resume)
     (data / "a" / "azure").rename(data / "a" / "blue")
     call(train, *resume)
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_run_of_one_with_labels(coloured, tmp_path):
-    """With two passes in a step, up to rounding. tests/test_own_parts.py resumes such a run."""
-    flags = f"{LABELS} --diffusion.batch-size 4 --diffusion.gradient-accumulation 2 {ONE_LEVEL}"
-    whole = newest(train_tiny(coloured, tmp_path / "whole", flags))
-    words = ["--runs", tmp_path / "shared", "--diffusion.dataset-name", coloured, TINY, flags]
-    programs = two(tmp_path, "faces", *words, act=train.main)
-    assert [program.wait() for program in programs] == [0, 0], programs[1].printed
-    for name, tensor in newest(only_in(tmp_path / "shared"))["ema"].items():
-        assert_close(tensor, whole["ema"][name], rtol=1e-3, atol=1e-4)
-    assert whole["ema"][LABEL_TABLE].abs().max() > 0
 
 
 def test_weights_with_and_without_labels_begin_other_runs(
