@@ -21,7 +21,6 @@ from functions.support.errors import printable
 from functions.support.optional import import_diffusers, refusing_errors
 from functions.support.settings import (
     ConfigError,
-    changeable,
     check_fields,
     checked,
     choice,
@@ -304,14 +303,14 @@ class DiffusionConfig:
 
     # The data set: "emoji_faces" or "emoji_people" (embedded), "FFHQ", "CIFAR10", "MNIST", or the
     # path of a folder, zip, parquet or npz.
-    dataset_name: str = changeable()
+    dataset_name: str
     # The learning rate after the warm-up.
-    learning_rate: float = changeable(at_least=1e-9, at_most=1, departs=True)
+    learning_rate: float = setting(at_least=1e-9, at_most=1)
     # The most images in one forward pass. Half of it with twice the gradient_accumulation needs
     # about half of the memory, and gives the same result, but for dropout (docs/speed.md).
     batch_size: int
     # Flip training images at random, and rotate them if max_rotation > 0.
-    use_augmentation: bool = changeable(departs=True)
+    use_augmentation: bool
     # T, the number of diffusion timesteps.
     timesteps_diff: int = setting(at_least=2, at_most=LARGEST_TIMESTEPS, fixed_by_weights=True)
 
@@ -319,20 +318,20 @@ class DiffusionConfig:
 
     # The split of FFHQ by id: "reference" (63,000 images for training, 7,000 for validation) or
     # "official" (60,000 and 10,000).
-    split: str = choice("reference", "official")
+    split: str = choice("reference", "official", fixed=True)
     # Augmentation rotates training images by up to this many degrees, in either direction.
-    max_rotation: float = changeable(0.0, at_most=10, departs=True)
+    max_rotation: float = setting(0.0, at_most=10)
     # The fraction of the steps, at the end of a run, in which no image is rotated, so that the
     # network unlearns the tilt.
     rotation_free_end: float = setting(0.1, at_most=1)
     # Up to this many unreadable images are skipped and listed. More are an error.
-    max_bad_images: int = changeable(0, at_least=0)
+    max_bad_images: int = setting(0, at_least=0)
     # Give the network each image's label: its folder, or the class of MNIST, CIFAR10 or a parquet
     # file. `sample.py --label` then chooses what is drawn.
-    labels: bool = False
+    labels: bool = setting(False, fixed=True)
     # The probability that training drops an image's conditions, such as its label, so that the
     # network draws without them, too, as --cfg needs (Ho and Salimans 2022).
-    condition_dropout: float = changeable(0.1, at_most=1, departs=True, formerly="label_dropout")
+    condition_dropout: float = setting(0.1, at_most=1, formerly="label_dropout")
 
     # Noise schedule
 
@@ -361,29 +360,29 @@ class DiffusionConfig:
 
     # "muon" moves each weight matrix by the orthogonal factor of its momentum, and all other
     # parameters as Adam does.
-    optimizer: str = setting("adam", choices=OPTIMIZERS)
+    optimizer: str = setting("adam", choices=OPTIMIZERS, fixed=True)
     # Length of the run, in passes over the training images. With --resume RUN and more of them, a
     # finished run trains longer.
-    epochs: int = changeable(45, at_most=10**6)
+    epochs: int = setting(45, at_most=10**6)
     # Batches per step. The effective batch is batch_size times gradient_accumulation.
     gradient_accumulation: int = 4
     # Largest gradient norm; larger gradients are scaled down to it. 0: no clipping.
-    clip_grad_norm: float = changeable(0.0, departs=True)
+    clip_grad_norm: float = 0.0
     # Steps over which the learning rate rises linearly from 0.
-    warmup_steps: int = changeable(0, at_least=0, departs=True)
+    warmup_steps: int = setting(0, at_least=0)
     # The learning rate after the warm-up. "cosine" falls to 0 along a half cosine over the whole
     # run.
-    lr_schedule: str = changeable("constant", choices=LR_SCHEDULES, departs=True)
+    lr_schedule: str = setting("constant", choices=LR_SCHEDULES)
     # Decay of the weights' moving average (EMA), per step. 0: no EMA; samples use the raw weights.
-    ema_decay: float = changeable(0.9999, at_most=0.999999, departs=True)
+    ema_decay: float = setting(0.9999, at_most=0.999999)
     # Precision of the network. "auto" is the fastest that the hardware supports. On CUDA, "float32"
     # is as PyTorch sets it, which is TF32 in convolutions.
-    precision: str = choice("auto", "float32", "bfloat16", "float16", changeable=True)
+    precision: str = choice("auto", "float32", "bfloat16", "float16")
     # On CUDA, compile the network in the first step, which takes minutes and makes the others of
     # large networks shorter (docs/speed.md). Not with deterministic = True.
-    compile: bool = changeable(False)
+    compile: bool = False
     # Seed of all random numbers. PyTorch takes 64 bits.
-    seed: int = setting(0, at_least=0, at_most=2**64 - 1)
+    seed: int = setting(0, at_least=0, at_most=2**64 - 1, fixed=True)
     # On CUDA, use only deterministic kernels, which are slower. On CPUs all kernels are
     # deterministic.
     deterministic: bool = False
@@ -391,28 +390,28 @@ class DiffusionConfig:
     # Recording, which does not change the weights
 
     # Steps between rows of metrics.csv.
-    log_every: int = changeable(50)
+    log_every: int = 50
     # Steps between validations of the raw and the EMA weights. Each also draws losses.png.
-    validate_every: int = changeable(800)
+    validate_every: int = 800
     # Steps between grids of samples. 0: none.
-    sample_every: int = changeable(4000, at_least=0)
+    sample_every: int = setting(4000, at_least=0)
     # Steps between checkpoints.
-    checkpoint_every: int = changeable(800)
+    checkpoint_every: int = 800
     # The longest time between checkpoints, in minutes. 0: no limit.
-    checkpoint_minutes: float = changeable(30.0)
+    checkpoint_minutes: float = 30.0
     # The number of newest checkpoints that are kept.
-    keep_checkpoints: int = changeable(3)
+    keep_checkpoints: int = 3
     # Steps between snapshots: the weights to sample from, in float16, which are never deleted.
     # sample.py --guide uses them. 0: none.
-    snapshot_every: int = changeable(0, at_least=0)
+    snapshot_every: int = setting(0, at_least=0)
     # Held-out triples (image, t, noise) in a validation. All validations use the same triples.
-    validation_samples: int = changeable(1000, at_most=10**6)
+    validation_samples: int = setting(1000, at_most=10**6)
     # Images in a grid of samples.
-    grid_images: int = changeable(16, at_most=1000)
+    grid_images: int = setting(16, at_most=1000)
     # The sampler of the grids, with its default settings.
-    grid_sampler: str = changeable("dpm++", choices=SAMPLERS)
+    grid_sampler: str = setting("dpm++", choices=SAMPLERS)
     # Network calls per sample of a grid, or T if that is less.
-    grid_steps: int = changeable(20)
+    grid_steps: int = 20
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -431,6 +430,11 @@ class DiffusionConfig:
     def effective_batch(self) -> int:
         """The number of images in one step, over all processes."""
         return self.batch_size * self.gradient_accumulation
+
+    def rate_of(self, step: int, total_steps: int) -> float:
+        """Return a step's learning rate: a linear warm-up, times the schedule."""
+        rate = self.learning_rate * min(1.0, (step + 1) / (self.warmup_steps + 1))
+        return rate * LR_SCHEDULES[self.lr_schedule](step, total_steps)
 
 
 def build_scheduler(diffusion: dict) -> NoiseScheduler:
@@ -641,20 +645,29 @@ class Experiment:
         return Experiment(replace(self.diffusion, **changes), replace(self.model, **model))
 
     def check_resumption(self, changed: "Experiment") -> None:
-        """Raise ConfigError, with the names of the fields, for what a resumed run cannot change."""
-        may_change = fields_with(DiffusionConfig, "changeable")
-        # Another GPU may have less memory. With the same effective batch, a step differs only in
-        # its dropout.
-        if changed.diffusion.effective_batch == self.diffusion.effective_batch:
-            may_change |= {"batch_size", "gradient_accumulation"}
-        # There is an average of the weights from the first step on, or never.
-        if 0 in (self.diffusion.ema_decay, changed.diffusion.ema_decay):
-            may_change -= {"ema_decay"}
+        """Raise ConfigError, with the names of the fields, for what a resumed run cannot change.
 
-        fixed = self.differences(changed).keys() - {f"diffusion.{name}" for name in may_change}
-        if fixed:
+        Those are the network, and the fields of DiffusionConfig that are `fixed`.
+        """
+        before, after = self.diffusion, changed.diffusion
+        marks = "fixed", "fixed_by_weights"
+        fixed = {f"diffusion.{name}" for mark in marks for name in fields_with(type(after), mark)}
+        # There is an average of the weights from the first step on, or never.
+        if 0 in (before.ema_decay, after.ema_decay):
+            fixed.add("diffusion.ema_decay")
+        differing = self.differences(changed)
+        if wrong := [name for name in differing if name in fixed or name.startswith("model.")]:
             raise ConfigError(
-                f"a resumed run cannot change {', '.join(sorted(fixed))}; start a new run for that"
+                f"a resumed run cannot change {', '.join(sorted(wrong))}; start a new run for that"
+            )
+        if after.effective_batch != before.effective_batch:
+            count, rest = divmod(before.effective_batch, after.batch_size)
+            remedy = "a batch_size that divides it"
+            if not rest:
+                remedy = f"batch_size = {after.batch_size} and gradient_accumulation = {count}"
+            raise ConfigError(
+                f"a resumed run keeps its effective batch, {before.effective_batch}, as with "
+                f"{remedy}; start a new run for another one"
             )
 
     def differences(self, other: "Experiment") -> dict[str, tuple]:

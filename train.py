@@ -2,9 +2,9 @@
 
 The loop of `train` is Algorithm 1 of Ho et al. 2020, with gradient accumulation, mixed precision
 and EMA. Experiments are in config.py. Each run writes a new folder in runs/, whose files
-functions/saved/run_folder.py lists. What a run is, and what a checkpoint saves of it, is in
-functions/training/run.py. What happens between two steps (metrics, validation, samples,
-checkpoints, signals) is in functions/training/recorder.py.
+functions/saved/run_folder.py lists. In functions/training/, run.py is what the steps change and
+checkpoints save, data.py what the steps get, and recorder.py what happens between two of them
+(metrics, validation, samples, checkpoints, signals).
 On several GPUs: `torchrun --nproc-per-node 8 train.py ffhq-full`.
 """
 
@@ -34,7 +34,7 @@ from functions.support.random_numbers import seed_of
 from functions.training.cost import describe_cost
 from functions.training.opening import open_run
 from functions.training.recorder import Recorder
-from functions.training.run import TrainingRun, learning_rate
+from functions.training.run import TrainingRun
 from functions.training.skipping import found_inf
 
 # This is EX_TEMPFAIL of sysexits.h, which means "try again later": the run was stopped by a signal
@@ -64,7 +64,7 @@ def train(run: TrainingRun) -> bool:
 
     # The effective batch is batch_size x gradient_accumulation, whatever the number of processes.
     # Each process has its share of it, in passes of at most batch_size images.
-    passes = batches_of(run.share, config.batch_size)
+    passes = batches_of(run.data.share, config.batch_size)
     network = processes.wrap(run.model)
     train_network = network
     if run.is_to_compile:
@@ -76,23 +76,21 @@ def train(run: TrainingRun) -> bool:
     ema_parameters = list(run.ema_model.parameters()) if run.ema_model else []
     # Each forward pass changes buffers, such as a batch norm's means. Our own network has none.
     has_buffers = any(True for _ in run.model.buffers())
-    # An average that starts from trained weights (--init) must not forget them, so its decay does
-    # not rise slowly. A grown level is untrained: the EMA forgets its first weights.
-    ramp = run.provenance["grown"] or not run.provenance["initial"]
     max_norm = config.clip_grad_norm or math.inf
 
-    batches = run.batches()
+    batches = run.data.batches(range(run.step, run.total_steps))
     recorder = Recorder(run)
     with recorder.opened():
         # Algorithm 1. The numbers are those of its lines.
         while run.step < run.total_steps:  # 1: repeat
             # All random numbers of a step follow from the seed and the step.
             step = run.step
-            draws = run.draw(step)
+            draws = run.data.draw(step)
             buffers = [each.clone() for each in run.model.buffers()] if has_buffers else []
             # 2: images x_0 of this process, in [-1, 1], and what else the network gets, if anything
             images, inputs = next(batches)
-            x_0, inputs = run.augment(to_model_range(images), inputs, draws, step)
+            done = step / run.total_steps
+            x_0, inputs = run.data.augment(to_model_range(images), inputs, draws, done)
             t = draws.t  # 3: timesteps, uniform in 0 .. T-1, the paper's 1 .. T
             eps = draws.noise  # 4: standard normal noise
 
@@ -115,7 +113,7 @@ def train(run: TrainingRun) -> bool:
 
             # 5: the optimiser's step. If the gradient or a buffer is not finite, weights, moments
             # and buffers stay.
-            rate = learning_rate(config, step, run.total_steps)
+            rate = config.rate_of(step, run.total_steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate * (group["initial_lr"] / config.learning_rate)
             scaler.unscale_(optimizer)
@@ -125,7 +123,7 @@ def train(run: TrainingRun) -> bool:
             scaler.update()
             optimizer.zero_grad()
             if run.ema_model:
-                update_ema(ema_parameters, parameters, step, config.ema_decay, ramp)
+                update_ema(ema_parameters, parameters, step, config.ema_decay, run.ema_ramp)
                 if has_buffers:
                     copy_buffers(run.ema_model, run.model)
 

@@ -103,6 +103,17 @@ def pictures(tmp_path_factory):
     return draw_pictures(tmp_path_factory.mktemp("pictures"))
 
 
+@pytest.fixture(scope="session")
+def labelled_pictures(tmp_path_factory):
+    """Return a folder of the same pictures in two folders, a and b, which are their labels."""
+    folder = draw_pictures(tmp_path_factory.mktemp("labelled"))
+    for i, picture in enumerate(sorted(folder.iterdir())):
+        target = folder / "ab"[i % 2] / picture.name
+        target.parent.mkdir(exist_ok=True)
+        picture.rename(target)
+    return folder
+
+
 def draw_pictures(folder: Path) -> Path:
     """Fill a folder with 50 simple pictures, 20 x 20: a disc of one colour on another."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ from functions.sampling.editing import interpolate_images
 from functions.sampling.generation import generate, open_drawing
 from functions.sampling.settings import DrawingConfig, add_sampling_flags, settings_of
 from functions.support.command_line import Parser
-from tests.conftest import call, changed, pixels_of, refused, train_tiny, words
+from tests.conftest import call, changed, pixels_of, train_tiny, words
 
 pytest.importorskip("playwright", reason="requirements-dev.txt is not installed")
 # Gradio takes seconds to import, which tests that are not slow need not wait for.
@@ -94,27 +94,6 @@ def cut(grid):
     ]
 
 
-def test_draw(page, run, tmp_path):
-    """The downloaded grid is that of sample.py, to the bit."""
-    fill(page, Seed=3, How_many=4, Steps=20)
-    page.get_by_label("ddim").locator("visible=true").check()
-    submit(page)
-    grid = picture(page)
-    call(sample, run, "--seed 3 --sampler ddim --steps 20 --device cpu --n 4 --out", tmp_path)
-    assert_array_equal(grid, pixels_of(tmp_path / "grid.png"))
-
-
-def test_fields_begin_with_the_values_of_flags(chromium, run, tmp_path):
-    flags = "--seed 2 --sampler ddim --steps 5 --spacing trailing --guide 2 --guidance 3"
-    with served(tmp_path / "log", run, *words(flags)) as address, chromium.new_page() as page:
-        page.goto(address)
-        fill(page, How_many=2)
-        submit(page)
-        grid = picture(page)
-    call(sample, run, flags, "--n 2 --device cpu --out", tmp_path / "out")
-    assert_array_equal(grid, pixels_of(tmp_path / "out" / "grid.png"))
-
-
 def opened(run, *flags):
     """Return the `Drawing` that sample.py has for these flags."""
     parser = Parser()
@@ -123,68 +102,74 @@ def opened(run, *flags):
     return open_drawing(args, settings_of(args))
 
 
-def test_mix(page, run, pictures):
-    """Two images of a seed are mixed as edit.py mixes, and an upload comes back at depth 0."""
-    tab(page, "Mix")
-    fill(page, Seed=3, Steps=5, Depth=0.5, Share=0.3, Index_of_the_second_image=12)
-    submit(page)
-    drawing = opened(run, "--seed 3 --sampler dpm++ --steps 5")
-    ends = generate(changed(drawing, batch_size=1), [0, 12])
-    t = drawing.time_at(0.5)
-    mixture = interpolate_images(drawing, ends, t, torch.tensor([0.3]))
-    expected = to_uint8(torch.stack([ends[0], mixture[0], ends[1]]))
-    assert_array_equal(cut(picture(page)), expected)
+def test_draw_is_the_grid_of_the_script_with_the_flags_of_the_page(chromium, run, tmp_path):
+    """To the bit, as it is downloaded; the fields begin with the values of flags."""
+    flags = "--seed 2 --sampler dpm++ --spacing trailing --guide 2 --guidance 3"
+    with served(tmp_path / "log", run, *words(flags)) as address, chromium.new_page() as page:
+        page.goto(address)
+        fill(page, Seed=3, How_many=2, Steps=5)
+        submit(page)
+        grid = picture(page)
+    call(sample, run, flags, "--seed 3 --steps 5 --n 2 --device cpu --out", tmp_path / "out")
+    assert_array_equal(grid, pixels_of(tmp_path / "out" / "grid.png"))
 
-    # Without an earlier picture in the page, that of the upload is waited for.
-    page.reload()
+
+def test_mix_in_the_page_shows_an_upload(page, pictures):
+    """At depth 0 it comes back."""
     tab(page, "Mix")
-    fill(page, Depth=0, Share=1)
-    upload(page, pictures / "00003.png")
-    photo = fit_image(open_image_file(pictures / "00003.png"), (3, SIZE, SIZE))
+    fill(page, Depth=0, Share=1, Steps=5)
+    panel = page.get_by_role("tabpanel").locator("visible=true")
+    panel.locator("input[type=file]").last.set_input_files(pictures / "00003.png")
+    # The picture is shown when the upload is complete.
+    panel.locator("img").last.wait_for()
     submit(page)
+    photo = fit_image(open_image_file(pictures / "00003.png"), (3, SIZE, SIZE))
     _, mixture, second = cut(picture(page))
     assert_array_equal(second, photo)
     assert_array_equal(mixture, photo)
 
 
-def upload(page, path):
-    """Upload an image file by the last button for files in the open tab."""
-    panel = page.get_by_role("tabpanel").locator("visible=true")
-    panel.locator("input[type=file]").last.set_input_files(path)
-    # The picture is shown when the upload is complete.
-    panel.locator("img").last.wait_for()
+def test_mix_is_that_of_edits(run):
+    from demo import mix  # This imports Gradio.
+
+    drawing = opened(run, "--seed 3 --sampler dpm++ --steps 5")
+    ends = generate(changed(drawing, batch_size=1), [0, 12])
+    mixture = interpolate_images(drawing, ends, drawing.time_at(0.5), torch.tensor([0.3]))
+    expected = to_uint8(torch.stack([ends[0], mixture[0], ends[1]]))
+    assert_array_equal(cut(np.asarray(mix(drawing, 0.5, 0.3, 0, None, 12, None))), expected)
 
 
-def test_paint(page, run, tmp_path):
-    """What is painted over is made anew, as edit.py makes it, and all else stays."""
+def test_paint_in_the_page_shows_in_grey_what_is_painted_over(page, run):
+    """It begins with image 0 of the flags' seed, enlarged and then reduced again."""
     tab(page, "Paint")
     fill(page, Seed=3, Steps=4)
     # Nothing is painted over yet.
     submit(page)
     sentence(page, UNPAINTED)
-
     image, kept, *answers = cut(inpaint(page))
-    # The page begins with image 0 of the flags' seed, enlarged and then reduced again.
     drawing = opened(run, "--sampler dpm++ --steps 20")
     first = picture_of(to_uint8(generate(drawing, [0]))[0]).resize((512, 512))
     assert_array_equal(image, fit_image(first, drawing.models.shape))
-    # The page shows in grey what is painted over.
     painted = (kept == 128).all(axis=2)
     assert 0.02 < painted.mean() < 0.4
-
-    Image.fromarray(image).save(tmp_path / "image.png")
-    Image.fromarray(np.uint8(255) * painted).save(tmp_path / "mask.png")
-    files = [tmp_path / "image.png", run, "--mask", tmp_path / "mask.png", "--out", tmp_path]
-    call(edit, "inpaint", *files, "--steps 4 --seed 3 --n 4 --device cpu")
-    by_script = cut(pixels_of(tmp_path / "inpainting-image.png"))[2:]
-    for answer, expected in zip(answers, by_script, strict=True):
-        assert_array_equal(answer, expected)
+    for answer in answers:
         assert_array_equal(answer[~painted], image[~painted])
 
-    from demo import paint  # This imports Gradio.
 
-    with refused("with --temperature 1"):
-        paint(opened(run, "--temperature 0.5"), 1, {})
+def test_paint_is_that_of_edits(run, pictures, tmp_path):
+    from demo import paint
+
+    mask = np.zeros((SIZE, SIZE), np.uint8)
+    mask[20:50] = 255
+    photo = Image.open(pictures / "00003.png").resize((SIZE, SIZE))
+    photo.save(tmp_path / "image.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    flags = "--steps 4 --seed 3 --sampler ddpm"
+    files = [tmp_path / "image.png", run, "--mask", tmp_path / "mask.png", "--out", tmp_path]
+    call(edit, "inpaint", *files, flags, "--n 2 --device cpu")
+    layer = np.dstack([mask] * 4)
+    edited = paint(opened(run, flags), 2, {"background": photo, "layers": [layer]})
+    assert_array_equal(cut(np.asarray(edited)), cut(pixels_of(tmp_path / "inpainting-image.png")))
 
 
 def test_it_listens_to_this_machine_alone(served_run):
@@ -235,12 +220,10 @@ def test_flags_of_one_sampler_leave_the_others_as_they_are(run, shown):
     assert submit(None, 0, "ddim", 3).config == plain
 
 
-def test_a_model_with_labels_has_fields_for_them(pictures, tmp_path, shown):
+def test_a_model_with_labels_has_fields_for_them(labelled_pictures, tmp_path, shown):
     """An empty label draws without one, and then the weight has no effect."""
-    for name in ("a", "b"):
-        shutil.copytree(pictures, tmp_path / "data" / name)
     labels = "--diffusion.labels true --diffusion.epochs 1"
-    run = train_tiny(tmp_path / "data", tmp_path / "runs", labels)
+    run = train_tiny(labelled_pictures, tmp_path, labels)
     submit = drawing_tab(opened(run, "--sampler dpm++ --steps 4 --label b --cfg 2"))
     assert shown == [[0, "dpm++", 4, "b", 2.0]]
     drawing = submit(None, 0, "dpm++", 4, "a", 3)

@@ -1,8 +1,5 @@
 """example.py computes what the rest of the repository computes, and its command draws pictures."""
 
-import inspect
-import re
-
 import pytest
 import torch
 from PIL import Image
@@ -23,24 +20,6 @@ DENOISER = Denoiser(lambda x_t, t: guess(x_t, t + 1), SCHEDULER)
 def guess(x_t, t):
     """Guess some noise in x_t at timesteps t (B,), as a network would."""
     return x_t * (0.9 + 0.1 * t.cos()).view(-1, 1, 1, 1)
-
-
-def check_quoted(markdown, *names):
-    """Check that the Python of a page, which is fenced, is example.py's, with these functions."""
-    code = "\n".join(re.findall(r"^```python\n(.*?)^```", markdown, re.DOTALL | re.MULTILINE))
-    for paragraph in code.split("\n\n"):
-        assert paragraph.strip("\n") in inspect.getsource(example)
-    for name in names:
-        assert inspect.getsource(getattr(example, name)).strip() in code
-
-
-def test_example_is_quoted_only_if_every_line_is_the_same():
-    code = inspect.getsource(example.loss_of) + "\n\n" + inspect.getsource(example.sample)
-    page = "Text\n\n```python\n{}```\n\n    python train.py\n"
-    check_quoted(page.format(code), "loss_of", "sample")
-    for changed in (code.replace("eps)", "noise)"), inspect.getsource(example.sample)):
-        with pytest.raises(AssertionError):
-            check_quoted(page.format(changed), "loss_of", "sample")
 
 
 def test_example_has_the_betas_of_the_scheduler():

@@ -2,7 +2,6 @@
 
 import contextlib
 import runpy
-import shutil
 import sys
 from unittest import mock
 
@@ -22,7 +21,9 @@ def run_here(call, check, cwd, env):
 
 
 @pytest.mark.slow
-def test_every_picture_is_drawn_from_a_run_of_eight_steps(trained, pictures, tmp_path, monkeypatch):
+def test_every_picture_is_drawn_from_a_run_of_eight_steps(
+    trained, labelled_pictures, tmp_path, monkeypatch
+):
     # The people have 811 training images. The snapshot of step 2 is the guide.
     flags = (
         "--diffusion.dataset-name emoji_people --diffusion.batch-size 100 --diffusion.epochs 1 "
@@ -46,9 +47,7 @@ def test_every_picture_is_drawn_from_a_run_of_eight_steps(trained, pictures, tmp
     for name, (command, pattern) in make_figures.COMMANDS.items():
         few = command.replace("--steps 50", "--steps 2").replace("--guide 3000", "--guide 2")
         monkeypatch.setitem(make_figures.COMMANDS, name, (few, pattern))
-    for name in ("a", "b"):
-        shutil.copytree(pictures, tmp_path / "labelled" / name)
-    digits = train_tiny(tmp_path / "labelled", tmp_path / "digits", "--diffusion.labels true")
+    digits = train_tiny(labelled_pictures, tmp_path / "digits", "--diffusion.labels true")
     call(make_figures, run, run, digits)
 
     for path in folder.iterdir():

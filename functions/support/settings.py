@@ -36,10 +36,10 @@ def setting(default: Any = MISSING, **marks: Any) -> Any:
     at_least, at_most: limits of a number, or of each number in a list. Without them, an integer is
         at least 1 and another number at least 0.
     choices: the values that fit.
-    changeable: a resumed run may change the value.
-    departs: with another value, a resumed run is no longer what it would have been.
+    fixed: a resumed run cannot change the value.
     no_flag: the program sets the value, and not the command line.
-    fixed_by_weights: weights work only with the value with which they were trained.
+    fixed_by_weights: weights work only with the value with which they were trained, so it is
+        fixed, too.
     no_pixels: the value does not change what is drawn, but for rounding.
     formerly: the name that the field has in files of earlier versions.
     repeated: the flag is given once for each item of a list.
@@ -52,11 +52,6 @@ def setting(default: Any = MISSING, **marks: Any) -> Any:
 def choice(*choices: Any, **marks: Any) -> Any:
     """Return a field that has one of these values. The first one is the default."""
     return setting(choices[0], choices=choices, **marks)
-
-
-def changeable(default: Any = MISSING, **marks: Any) -> Any:
-    """Return a field that a resumed run may change."""
-    return setting(default, changeable=True, **marks)
 
 
 def fields_with(config_class: type, mark: str) -> set[str]:

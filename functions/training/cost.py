@@ -16,7 +16,7 @@ def describe_cost(run: TrainingRun) -> str:
     The optimiser's steps here are real ones, so nothing can be trained afterwards.
     """
     # The first pass and the first step warm up.
-    image_count = min(run.config.batch_size, len(run.share))
+    image_count = min(run.config.batch_size, len(run.data.share))
     seconds = min(
         run_pass(run.denoiser, (image_count, *run.experiment.model.image_shape)) for _ in range(2)
     )
@@ -25,10 +25,10 @@ def describe_cost(run: TrainingRun) -> str:
         start = time.perf_counter()
         run.optimizer.step()
         wait(run.denoiser)
-    seconds_of_step = len(run.share) * seconds / image_count + time.perf_counter() - start
+    seconds_of_step = len(run.data.share) * seconds / image_count + time.perf_counter() - start
 
     to_go = timedelta(seconds=round(seconds_of_step * (run.total_steps - run.step)))
-    epochs_of_a_day = 86_400 / (seconds_of_step * run.steps_per_epoch)
+    epochs_of_a_day = 86_400 / (seconds_of_step * run.data.steps_per_epoch)
     return (
         f"  compute    forward and backward of {image_count} on {run.device}: {seconds:.3g} s\n"
         f"             so the steps to go take about {to_go} (h:mm:ss), not compiled\n"

@@ -109,7 +109,7 @@ class Recorder:
         # From here on `run.step` counts this step, too.
         run.step += 1
         self.bar.set_description(
-            f"epoch {min(run.step // run.steps_per_epoch + 1, config.epochs)}/{config.epochs}",
+            f"epoch {min(run.step // run.data.steps_per_epoch + 1, config.epochs)}/{config.epochs}",
             refresh=False,
         )
         self.bar.update()
@@ -153,7 +153,7 @@ class Recorder:
         # For a row without validation, this is the only wait for the device.
         row = {
             "step": run.step,
-            "epoch": run.step / run.steps_per_epoch,
+            "epoch": run.step / run.data.steps_per_epoch,
             "learning_rate": learning_rate,
             **run.window.read(grad_norm),
         }
@@ -183,7 +183,7 @@ class Recorder:
         if run.ema_model:
             denoisers["_ema"] = run.sample_denoiser
         losses = validation_losses(
-            [*denoisers.values()], run.feeder.gather, run.split.val_indices, self.config
+            [*denoisers.values()], run.data.gather, run.data.split.val_indices, self.config
         )
         columns = {}
         for suffix, values in zip(denoisers, losses, strict=True):
@@ -197,14 +197,14 @@ class Recorder:
         run = self.run
         config = self.config
         # What the network gets beside the noise is that of held-out images, but all labels in turn.
-        images, inputs = run.feeder.gather(run.split.val_indices[: config.grid_images])
+        images, inputs = run.data.gather(run.data.split.val_indices[: config.grid_images])
         inputs = with_conditions(inputs, to_model_range(images), vars(config))
         steps = min(config.grid_steps, config.timesteps_diff)
         models = Models(
             run.sample_denoiser,
             run.experiment.model.image_shape,
             run.device,
-            inputs=in_grids(inputs, run.facts),
+            inputs=in_grids(inputs, run.data.facts),
         )
         settings = DrawingConfig(
             model=run.name,

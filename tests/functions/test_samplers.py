@@ -1,5 +1,6 @@
 """The reverse process: what all samplers promise, and the timesteps that they visit."""
 
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -9,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from config import EXPERIMENTS
 from functions.denoiser import Denoiser
 from functions.likelihood import model_variance
 from functions.noise_scheduler import BETA_SCHEDULES, NoiseScheduler
+from functions.optimizers import LR_SCHEDULES
 from functions.samplers import SAMPLERS, VARIANCES, ddpm_sample
 from functions.timesteps import SPACINGS, sampling_times
 from tests.conftest import refused
@@ -19,6 +22,7 @@ from tests.functions.known_denoisers import exact
 
 SHAPE = (2, 3, 4, 4)
 SCHEDULER = NoiseScheduler(100)
+FACES = EXPERIMENTS["faces"].diffusion
 all_samplers = pytest.mark.parametrize("row", SAMPLERS.values(), ids=SAMPLERS)
 # Options that only some samplers have, with the values that tests give them.
 VALUES = {"eta": (0.0, 0.5, 1.0), "variance": VARIANCES}
@@ -103,6 +107,7 @@ def test_noise_is_asked_for_once_a_step_and_not_at_the_end(row, options):
         (VARIANCES, lambda: ddpm_sample(DENOISER, pure_noise(), [5, 3], "new")),
         (VARIANCES, lambda: model_variance(SCHEDULER, torch.tensor([50]), "new")),
         (BETA_SCHEDULES, lambda: NoiseScheduler(2, beta_schedule="new")),
+        (LR_SCHEDULES, lambda: replace(FACES, lr_schedule="new").rate_of(1, 2)),
     ],
 )
 def test_a_new_name_is_refused_until_its_table_has_it(table, use, monkeypatch):

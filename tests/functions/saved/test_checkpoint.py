@@ -36,7 +36,7 @@ def test_a_training_comes_back_bit_for_bit(optimizer, path):
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     file = verify_checkpoint(path)
     assert file.contents["config"] == saved.experiment.to_dict()
-    facts = {"experiment": "faces", "step": 1, "total_steps": saved.total_steps}
+    facts = {"experiment": "faces", "step": 1, "total_steps": saved.total_steps, "ema_ramp": True}
     assert file.contents["run"] == facts | saved.provenance
 
     other = training_run(1, optimizer)

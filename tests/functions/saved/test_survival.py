@@ -5,12 +5,12 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
-from io import BytesIO, TextIOWrapper
+from io import BytesIO, StringIO, TextIOWrapper
 from itertools import count
 from pathlib import Path
-from unittest.mock import Mock
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ import torch
 import sample
 import train
 from functions.saved import run_folder
+from functions.saved.checkpoint import Checkpoint, write_tensors
 from functions.support.errors import CheckpointError
 from functions.support.random_numbers import seed_of
 from functions.training.run import TrainingRun
@@ -32,6 +33,7 @@ from tests.conftest import (
     only_in,
     posix,
     refused,
+    terminate,
     train_tiny,
     words,
 )
@@ -39,12 +41,20 @@ from tests.forked import Program, train_script
 from tests.kill import assert_same_run, kill_and_resume
 from tests.small_training import same
 
+# All that a step may depend on is on: passes, dropout, rotation, moments, averages, labels.
+EVERYTHING = """
+    --diffusion.batch-size 4
+    --diffusion.gradient-accumulation 2
+    --model.dropout 0.1
+    --diffusion.max-rotation 3
+    --diffusion.labels true
+    --diffusion.snapshot-every 4
+"""
 
-@pytest.mark.slow
-def test_a_step_cut_short_in_its_accumulation_is_done_again(pictures, tmp_path, monkeypatch):
-    """Dropout and augmentation are on, so a step that is done again needs the same random draws."""
-    flags = "--diffusion.batch-size 4 --diffusion.gradient-accumulation 2 --model.dropout 0.1"
-    flags += " --diffusion.max-rotation 3 --diffusion.optimizer muon --diffusion.snapshot-every 4"
+
+@pytest.fixture(scope="module")
+def straight(labelled_pictures, tmp_path_factory):
+    """Return a run of 10 steps with EVERYTHING, which nothing has interrupted."""
     seeds = []
     original = train.denoising_loss
 
@@ -52,31 +62,17 @@ def test_a_step_cut_short_in_its_accumulation_is_done_again(pictures, tmp_path, 
         seeds.append(torch.initial_seed())
         return original(*args)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "denoising_loss", noting_seeds)
-        straight = train_tiny(pictures, tmp_path / "straight", flags)
+    with mock.patch.object(train, "denoising_loss", noting_seeds):
+        run = train_tiny(labelled_pictures, tmp_path_factory.mktemp("straight"), EVERYTHING)
     # The seed of a pass's dropout follows from the place of its first image in the whole run.
     assert seeds == [seed_of(0, "dropout", place) for place in range(0, 80, 4)]
+    return run
 
-    # The 14th pass is the second of step 7; the last checkpoint is that of step 5.
+
+def in_its_accumulation(flags, runs):
+    """The 14th pass is the second of step 7; the last checkpoint is that of step 5."""
     with pytest.raises(KeyboardInterrupt), during(14, interrupt, "denoising_loss"):
-        train_tiny(pictures, tmp_path / "cut", flags)
-    call(train, "faces --resume --runs", tmp_path / "cut")
-
-    cut = only_in(tmp_path / "cut")
-    assert_same_run(straight, cut)
-    snapshots = [path.name for path in (straight / "snapshots").iterdir()]
-    # They are of steps 4, 8 and 10.
-    assert len(snapshots) == 3
-    for name in snapshots:
-        first, second = (load_checkpoint(run / "snapshots" / name) for run in (straight, cut))
-        assert same(first, second)
-
-
-@pytest.mark.slow
-@posix
-def test_killed_at_random_moments(tmp_path):
-    print(kill_and_resume(tmp_path, times=5))
+        call(train, *flags)
 
 
 def train_until_a_write_kills():
@@ -92,49 +88,128 @@ def train_until_a_write_kills():
     train.main()
 
 
-@pytest.mark.slow
-@posix
-def test_killed_in_the_middle_of_a_write(tiny_run, pictures, tmp_path):
-    flags = ["faces --runs", tmp_path / "runs", "--diffusion.dataset-name", pictures, TINY]
-    program = Program(tmp_path / "printed", *flags, act=train_until_a_write_kills)
+def by_a_kill_in_a_write(flags, runs):
+    program = Program(runs.with_name("printed"), *flags, act=train_until_a_write_kills)
     assert program.wait() == -signal.SIGKILL
-
-    run = only_in(tmp_path / "runs")
-    (leftover,) = run.glob("checkpoints/.*.tmp")
-    call(train, "--resume", run)
-
+    (leftover,) = runs.glob("*/checkpoints/.*.tmp")
+    call(train, "faces --resume --runs", runs)
     assert not leftover.exists()
-    assert_same_run(tiny_run, run)
 
 
-@pytest.mark.slow
-@posix
-def test_signals_finish_the_step_save_and_exit_with_75(tiny_run, pictures, tmp_path, capsys):
-    """Each signal comes in the middle of a step; one of them is due to be recorded."""
-    runs = tmp_path / "my runs"
-    arguments = ["faces --runs", runs, "--diffusion.dataset-name", pictures, TINY]
+def by_signals(flags, runs):
+    """Each comes in the middle of a step; one of them is due to be recorded."""
     done = 0
     before = signal.getsignal(signal.SIGTERM)
     for name, step in {"SIGUSR1": 3, "SIGINT": 5, "SIGTERM": 7}.items():
         raise_signal = partial(signal.raise_signal, getattr(signal, name))
         # The bar is on the same terminal.
-        bar = redirect_stderr(sys.stdout)
-        with bar, pytest.raises(SystemExit) as stop, during(step - done, raise_signal):
-            call(train, *arguments)
-        assert stop.value.code == 75
+        printed = StringIO()
+        with (
+            redirect_stdout(printed),
+            redirect_stderr(printed),
+            pytest.raises(SystemExit, match="75"),
+            during(step - done, raise_signal),
+        ):
+            call(train, *flags)
         assert signal.getsignal(signal.SIGTERM) == before
-
         run = only_in(runs)
         assert newest(run)["run"]["step"] == step
-        printed = capsys.readouterr().out
         advice = f"saved; continue with: python train.py --resume '{run}'"
-        assert f"\nstopped by {name}, {advice}" in printed
-
-        arguments = ["--resume", run]
+        assert f"\nstopped by {name}, {advice}" in printed.getvalue()
+        flags = ["--resume", run]
         done = step
 
-    call(train, *arguments)
-    assert_same_run(tiny_run, run)
+
+def by_a_signal_in_a_grid(flags, runs):
+    """It is heeded after the grid. In the last one it changes nothing: the run ends anyway."""
+    original = train.Recorder.sample
+
+    def terminate_and_sample(recorder):
+        terminate()
+        original(recorder)
+
+    with mock.patch.object(train.Recorder, "sample", terminate_and_sample):
+        with pytest.raises(SystemExit, match="75"):
+            call(train, *flags)
+        assert newest(only_in(runs))["run"]["step"] == 5
+        call(train, "faces --resume --runs", runs)
+
+
+def stop(flags, runs):
+    """Stop a run after step 7 of 10; return its newest checkpoint."""
+    with pytest.raises(SystemExit, match="75"), during(7, terminate):
+        call(train, *flags)
+    return run_folder.checkpoints_of(only_in(runs))[-1]
+
+
+def by_a_flipped_bit(flags, runs):
+    """It is passed over loudly in training and sampling, but not where it is named itself."""
+    path = stop(flags, runs)
+    spoilt = bytearray(path.read_bytes())
+    # The EMA weights are in the first quarter.
+    spoilt[len(spoilt) // 8] ^= 8
+    path.write_bytes(spoilt)
+    printed = StringIO()
+    with redirect_stdout(printed), redirect_stderr(printed):
+        call(sample, only_in(runs), "--n 1 --steps 1")
+        assert f"WARNING: UNUSABLE CHECKPOINT: {path}" in printed.getvalue()
+        assert "after 5 of 10 steps" in printed.getvalue()
+        with refused(path.name, CheckpointError):
+            call(sample, path, "--n 1 --steps 1")
+        printed.truncate(0)
+        call(train, "faces --resume auto --runs", runs)
+    assert f"WARNING: UNUSABLE CHECKPOINT: {path}" in printed.getvalue()
+
+
+def by_an_update(flags, runs):
+    """Commit a67ff70 wrote other fields, such as that there are two kinds of our network."""
+    file = Checkpoint(stop(flags, runs))
+    contents = file.contents
+    contents["config"]["model"]["dialect"] = "ho"
+    diffusion = contents["config"]["diffusion"]
+    diffusion["label_dropout"] = diffusion.pop("condition_dropout")
+    assert contents["run"].pop("ema_ramp")
+    contents["run"]["grown"] = False
+    write_tensors(file.path, {part: file.tensors(part) for part in file.digests}, contents)
+
+
+@pytest.mark.slow
+@posix
+@pytest.mark.parametrize(
+    "interrupted",
+    [
+        in_its_accumulation,
+        by_a_kill_in_a_write,
+        by_signals,
+        by_a_signal_in_a_grid,
+        by_a_flipped_bit,
+        by_an_update,
+    ],
+)
+def test_resumed_equals_uninterrupted(interrupted, straight, labelled_pictures, tmp_path):
+    """Bit for bit, with EVERYTHING. tests/test_own_parts.py has a network of one's own.
+
+    tests/functions/training/test_resuming.py has a changed rate.
+    """
+    runs = tmp_path / "my runs"
+    data = ["--diffusion.dataset-name", labelled_pictures]
+    interrupted(["faces --runs", runs, *data, TINY, EVERYTHING], runs)
+    resumed = only_in(runs)
+    if newest(resumed)["run"]["step"] < 10:
+        call(train, "faces --resume --runs", runs)
+    assert_same_run(straight, resumed)
+    # They are of steps 4, 8 and 10.
+    names = {path.name for path in (straight / "snapshots").iterdir()}
+    assert names == {f"step-{step:08}.safetensors" for step in (4, 8, 10)}
+    for name in names:
+        first, second = (load_checkpoint(run / "snapshots" / name) for run in (straight, resumed))
+        assert same(first, second)
+
+
+@pytest.mark.slow
+@posix
+def test_killed_at_random_moments(tmp_path):
+    print(kill_and_resume(tmp_path, times=5))
 
 
 @posix
@@ -229,30 +304,6 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path):
     assert program.printed == "one\n"
 
 
-@pytest.mark.slow
-@posix
-def test_damaged_files_are_passed_over_loudly(unfinished, tiny_run, capsys):
-    path = run_folder.checkpoints_of(unfinished)[-1]
-    spoilt = bytearray(path.read_bytes())
-    # The EMA weights are in the first quarter.
-    spoilt[len(spoilt) // 8] ^= 8
-    path.write_bytes(spoilt)
-    # Samples of the run come from the checkpoint before it.
-    call(sample, unfinished, "--n 1 --steps 1")
-    printed = capsys.readouterr()
-    assert f"WARNING: UNUSABLE CHECKPOINT: {path}" in printed.err
-    assert "after 5 of 10 steps" in printed.out
-    # A checkpoint that is named itself is not exchanged for another.
-    with refused(path.name, CheckpointError):
-        call(sample, path, "--n 1 --steps 1")
-
-    # The run goes on from the checkpoint before it.
-    call(train, "faces --resume auto --runs", unfinished.parent)
-    assert f"WARNING: UNUSABLE CHECKPOINT: {path}" in capsys.readouterr().err
-    assert list(unfinished.parent.iterdir()) == [unfinished]
-    assert_same_run(tiny_run, unfinished)
-
-
 def test_no_sound_checkpoint_is_an_error_and_no_fresh_start(unfinished):
     for path in run_folder.checkpoints_of(unfinished):
         path.write_bytes(b"")
@@ -268,7 +319,7 @@ def test_a_checkpoint_by_time_is_never_ahead_of_the_metrics(trained, monkeypatch
 
     A power cut after it must not leave a gap in metrics.csv.
     """
-    clock = Mock(monotonic=count(0, 60).__next__)
+    clock = mock.Mock(monotonic=count(0, 60).__next__)
     monkeypatch.setattr("functions.training.recorder.time", clock)
     calls = []
     for owner, name in ((os, "fsync"), (TrainingRun, "save")):

@@ -77,9 +77,10 @@ def assert_alike(run, other):
     assert sample_grids(run).keys() == sample_grids(other).keys()
 
 
-def test_two_processes_give_the_losses_of_one(pictures, tmp_path, capsys):
-    """In the end one goes on alone."""
-    flags = [FLAGS, "--diffusion.optimizer muon --diffusion.dataset-name", pictures]
+def test_two_processes_give_the_losses_of_one(labelled_pictures, tmp_path, capsys):
+    """With labels. In the end one goes on alone."""
+    flags = [FLAGS, "--diffusion.optimizer muon --diffusion.labels true"]
+    flags += ["--diffusion.dataset-name", labelled_pictures]
     call(train, *flags, "--runs", tmp_path / "1")
     torchrun = ["--standalone --nproc-per-node 2", ROOT / "train.py"]
     torchrun += [*flags, "--runs", tmp_path / "2"]

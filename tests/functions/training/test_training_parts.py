@@ -19,9 +19,9 @@ from functions.denoiser import Denoiser
 from functions.ema import update_ema
 from functions.losses import denoising_loss
 from functions.noise_scheduler import NoiseScheduler
-from functions.optimizers import LR_SCHEDULES
 from functions.saved.loading import load_denoiser
 from functions.support.random_numbers import image_noise, seed_of
+from functions.training.data import TrainingData
 from functions.training.draws import training_draws
 from functions.training.metrics import (
     COLUMNS,
@@ -30,7 +30,6 @@ from functions.training.metrics import (
     plot_losses,
     read_metrics,
 )
-from functions.training.run import TrainingRun, learning_rate
 from functions.training.validation import validation_losses
 from tests.conftest import CPU, HELD_OUT, LittleMemory, newest, normal
 
@@ -172,12 +171,6 @@ def test_a_run_validates_on_the_images_that_are_held_out(tiny_run, pictures):
     assert [row[f"val_loss_q{q}"] for q in range(4)] == pytest.approx(quarters, rel=1e-5)
 
 
-def test_a_learning_rate_schedule_is_a_row(monkeypatch):
-    monkeypatch.setitem(LR_SCHEDULES, "linear", lambda step, steps: 1 - step / steps)
-    linear = replace(EXPERIMENTS["faces"].diffusion, lr_schedule="linear")
-    assert learning_rate(linear, 750, 1000) == pytest.approx(linear.learning_rate / 4)
-
-
 @pytest.mark.slow
 def test_metrics_go_to_csv_and_tensorboard_and_resume_cuts_what_is_done_again(tmp_path):
     """A row that a kill has cut short is left out, too."""
@@ -268,23 +261,26 @@ def test_the_window_averages_over_images_and_its_clock_can_stand_still(monkeypat
     assert window.skipped.tolist() == [3, 0]
 
 
-def test_learning_rate_warms_up_and_decays_and_rotation_stops_for_the_last_tenth():
+def test_learning_rate_decays_rotation_stops_for_the_last_tenth_and_labels_are_dropped():
     full = EXPERIMENTS["ffhq-full"].diffusion
     faces = EXPERIMENTS["faces"].diffusion
     # The first warms up over 5000 steps, and then its rate stays.
     rates = {0: 3e-5 / 5001, 2500: 3e-5 * 2501 / 5001, 5000: 3e-5, 10**6 - 1: 3e-5}
-    assert {n: learning_rate(full, n, 10**6) for n in rates} == pytest.approx(rates)
+    assert {n: full.rate_of(n, 10**6) for n in rates} == pytest.approx(rates)
 
     # The second warms up, too, and has half a cosine.
     for step in (200, 500, 999):
         half_cosine = (1 + math.cos(math.pi * step / 1000)) / 2
         expected = pytest.approx(faces.learning_rate * half_cosine)
-        assert learning_rate(faces, step, 1000) == expected
+        assert faces.rate_of(step, 1000) == expected
 
-    # A run calls these with its config.
-    run = SimpleNamespace(config=full, total_steps=1000, facts={})
-    draws = training_draws(0, 0, 4, (3, 8, 8), 1000, CPU)
-    for step, angle in ((0, 3), (899, 3), (900, 0), (999, 0)):
+    # Label 2 stands for none.
+    facts = {"label_names": ["a", "b"]}
+    data = SimpleNamespace(config=replace(full, condition_dropout=0.25), facts=facts)
+    draws = training_draws(0, 0, 40, (3, 8, 8), 1000, CPU)
+    labels = torch.arange(40) % 2
+    for done, angle in ((0, 3), (0.899, 3), (0.9, 0), (0.999, 0)):
         expected = augment(draws.noise, draws.flip, angle * draws.rotation)
-        x_0, _ = TrainingRun.augment(run, draws.noise, {}, draws, step)
+        x_0, inputs = TrainingData.augment(data, draws.noise, {"label": labels}, draws, done)
         assert torch.equal(x_0, expected)
+        assert torch.equal(inputs["label"], labels.masked_fill(draws.condition_drop < 0.25, 2))
