@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
 
 from torch import nn
 
@@ -583,11 +582,11 @@ class DiffusersNetwork(ImageShape):
 NetworkConfig = ModelConfig | OwnNetwork | DiffusersNetwork
 
 
-def model_from(values: Any) -> NetworkConfig:
+def model_from(values: dict) -> NetworkConfig:
     """Return what a file says of a network. Raises ConfigError as `from_fields` does."""
-    values = dict(values) if isinstance(values, dict) else {}
     # Until commit a67ff70 there were two kinds of our network.
-    dialect = values.pop("dialect", "ho")
+    values = {"dialect": "ho", **values}
+    dialect = values.pop("dialect")
     if dialect != "ho":
         raise ConfigError(
             f"dialect = {printable(dialect)} is gone: with commit a67ff70, sample.py --export DIR "
@@ -689,7 +688,7 @@ class Experiment:
     def from_dict(config: dict) -> "Experiment":
         """Invert `to_dict`. Raises ConfigError for fields that are missing, unknown or wrong."""
         return Experiment(
-            from_fields(DiffusionConfig, config.get("diffusion")), model_from(config.get("model"))
+            from_fields(DiffusionConfig, config["diffusion"]), model_from(config["model"])
         )
 
 

@@ -16,7 +16,7 @@ from functions.samplers import SAMPLERS, VARIANCES
 from functions.saved.loading import is_hub_name
 from functions.saved.run_folder import RUNS, is_recipe, newest_run
 from functions.support import processes
-from functions.support.command_line import add_config_flags, given_fields
+from functions.support.command_line import add_config_flags, add_flags, given_fields
 from functions.support.device import DTYPES
 from functions.support.errors import UserError, printable
 from functions.support.files import check_file
@@ -213,21 +213,27 @@ def settings_of(
     return config.override(given_fields(args, DrawingConfig), use)
 
 
-def add_place_flags(parser: ArgumentParser) -> None:
-    """Add the flags that name the folder of all runs and the device."""
-    parser.add_argument(
-        "--runs",
-        type=Path,
-        default=RUNS,
-        help="The folder with all run folders. Default: %(default)s.",
-    )
-    parser.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda, cuda:N or mps. Default: %(default)s."
-    )
+@dataclass(frozen=True)
+class PlaceFlags:
+    """The flags that name the folder of all runs and the device."""
+
+    # The folder with all run folders.
+    runs: Path = RUNS
+    # auto, cpu, cuda, cuda:N or mps.
+    device: str = "auto"
 
 
-def add_model_flags(parser: ArgumentParser) -> None:
-    """Add the flags that name the model and the device."""
+@dataclass(frozen=True)
+class SeedFlags(PlaceFlags):
+    """These, and the flag of the seed."""
+
+    # The seed of the noise. The noise of image i depends only on the seed and i; another batch size
+    # changes its pixels only by rounding.
+    seed: int = setting(0, at_least=-inf)
+
+
+def add_model_flags(parser: ArgumentParser, flags_class: type = PlaceFlags) -> None:
+    """Add the flags that name the model and the device, and others that a class has."""
     parser.add_argument(
         "checkpoint",
         nargs="?",
@@ -237,27 +243,10 @@ def add_model_flags(parser: ArgumentParser) -> None:
         "Or a recipe (docs/sampling.md), of which evaluate.py and --export use the model alone. "
         "Default: the newest run, or pretrained/people.toml if there is none.",
     )
-    add_place_flags(parser)
+    add_flags(parser, flags_class)
 
 
-def add_out_flag(parser: ArgumentParser) -> None:
-    """Add the flag that names the folder of what a script writes."""
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="The folder for the written files. An interrupted command that is started again with "
-        "it goes on. Default: a new folder in samples/ of the run, or here for a recipe.",
-    )
-
-
-def add_sampling_flags(parser: ArgumentParser) -> None:
-    """Add the flags of sampling, which include the model flags."""
-    add_model_flags(parser)
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="The seed of the noise. The noise of image i depends only on the seed and i; another "
-        "batch size changes its pixels only by rounding. Default: %(default)s.",
-    )
+def add_sampling_flags(parser: ArgumentParser, flags_class: type = SeedFlags) -> None:
+    """Add the flags of sampling, which include the model flags, and others that a class has."""
+    add_model_flags(parser, flags_class)
     add_config_flags(parser, DrawingConfig, "how images are sampled from noise")
