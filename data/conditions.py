@@ -79,21 +79,6 @@ class Condition:
         """Return what the grids of a training show, given the values of held-out images."""
         return values
 
-    def chosen(self, given: Given, facts: Facts, indices: Sequence[int]) -> Tensor | None:
-        """Return the tensor (B, ...) or (1, ...) for images with these B indices, if any.
-
-        Raises UserError for what the model does not know, or cannot do without.
-        """
-        value = getattr(given, self.name)
-        known = self.known(facts)
-        if value in (None, ()):
-            if known and self.missing:
-                raise UserError(self.missing)
-            return None
-        if not known:
-            raise UserError(f"--{self.name}: the model was trained without {self.switch}")
-        return self.tensor(value, facts, indices)
-
 
 class Label(Condition):
     """The folder or the class of an image, as an index of the fact `label_names`."""
@@ -178,8 +163,11 @@ def turned_on(diffusion: Facts) -> dict[str, Condition]:
 
 def with_conditions(inputs: dict[str, Tensor], x_0: Tensor, diffusion: Facts) -> dict:
     """Return the inputs of images x_0 (B, C, H, W) with the conditions that follow from x_0."""
-    values = {name: row.of_x_0(x_0) for name, row in turned_on(diffusion).items()}
-    return inputs | {name: value for name, value in values.items() if value is not None}
+    for name, row in turned_on(diffusion).items():
+        value = row.of_x_0(x_0)
+        if value is not None:
+            inputs = inputs | {name: value}
+    return inputs
 
 
 def without_conditions(inputs: dict[str, Tensor], dropped: Tensor, facts: Facts) -> dict:
@@ -213,12 +201,22 @@ def check_images(image_set: ImageSet, trained: np.ndarray) -> None:
 
 
 def chosen_inputs(given: Given, facts: Facts, indices: Sequence[int], cfg: float | None) -> dict:
-    """Return what is given for images with these indices, as `Condition.chosen` does, by name.
+    """Return what is given for images with these B indices: (B, ...) or (1, ...) each, by name.
 
-    Raises UserError also for `cfg` without any of them.
+    Raises UserError for what the model does not know, or cannot do without, and for `cfg` without
+    any of them.
     """
-    values = {name: row.chosen(given, facts, indices) for name, row in CONDITIONS.items()}
-    inputs = {name: value for name, value in values.items() if value is not None}
+    inputs = {}
+    for name, row in CONDITIONS.items():
+        value = getattr(given, name)
+        known = row.known(facts)
+        if value in (None, ()):
+            if known and row.missing:
+                raise UserError(row.missing)
+        elif known:
+            inputs[name] = row.tensor(value, facts, indices)
+        else:
+            raise UserError(f"--{name}: the model was trained without {row.switch}")
     if cfg is not None and not inputs:
         known = [f"--{row.name} {', '.join(row.known(facts))}" for row in turned_on(facts).values()]
         needed = printable(" or ".join(known)) or "the model was trained without"

@@ -39,7 +39,7 @@ from functions.sampling.generation import (
     take_steps,
 )
 from functions.sampling.samples_folder import manifest_of, new_samples_folder, open_folder
-from functions.sampling.settings import Use
+from functions.sampling.settings import OF_SAMPLER, Use
 from functions.support.errors import UserError
 from functions.support.pictures import save_grid, save_strip
 
@@ -52,36 +52,11 @@ INPAINTING_STEPS = 50
 # An inversion has this many steps, or all if there are fewer.
 EXACT_STEPS = 200
 # What the verbs use of the settings
-NOISE_OF_INPAINTING = (
-    "inpaint needs --sampler ddpm, or ddim --eta 1, with --temperature 1: others add too little "
-    "noise, or depend on earlier steps, which inpainting undoes"
-)
-INPAINTING = Use(
-    {
-        "sampler": ("ddpm", "ddim"),
-        "steps": (None, ...),
-        "spacing": (None, ...),
-        "eta": (None, 1.0),
-        "variance": (None, ...),
-        "temperature": (1.0,),
-    },
-    INPAINTING_STEPS,
-    NOISE_OF_INPAINTING,
-)
+INPAINTING = Use(OF_SAMPLER, {"sampler": "ddpm"}, OF_SAMPLER | {"sampler"}, steps=INPAINTING_STEPS)
 INVERSION = Use(
-    {
-        "sampler": ("ddim",),
-        "steps": (None, ...),
-        "spacing": (None, ...),
-        "eta": (None, 0.0),
-        "variance": (None,),
-        "temperature": (1.0,),
-        "guide": (None,),
-        "guidance": (None,),
-        "cfg": (None,),
-        "enlarge": ((),),
-        "precision": ("float32",),
-    },
+    OF_SAMPLER | {"guide", "guidance", "cfg", "enlarge"},
+    {"sampler": "ddim", "eta": 0.0, "precision": "float32"},
+    frozenset(("steps", "spacing")),
     EXACT_STEPS,
     "an inversion is that of ddim with eta 0 in float32, without other models; use --steps and "
     "--spacing alone",
@@ -187,7 +162,10 @@ def require_full_noise(drawing: Drawing) -> None:
     config = drawing.config
     full = config.sampler == "ddpm" or (config.sampler, config.eta) == ("ddim", 1.0)
     if not full or config.temperature != 1:
-        raise UserError(NOISE_OF_INPAINTING)
+        raise UserError(
+            "inpaint needs --sampler ddpm, or ddim --eta 1, with --temperature 1: others add too "
+            "little noise, or depend on earlier steps, which inpainting undoes"
+        )
 
 
 def read_with_mask(

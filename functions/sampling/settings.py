@@ -26,30 +26,22 @@ from functions.timesteps import SPACINGS
 # The default weight w of a guide. Samples are garish from 3 on.
 GUIDANCE = 1.5
 # Another --sampler than the recipe's begins with its own defaults of these fields.
-OF_SAMPLER = {"steps", "spacing", "eta", "variance", "temperature"}
+OF_SAMPLER = frozenset(("steps", "spacing", "eta", "variance", "temperature"))
 
 
 @dataclass(frozen=True)
 class Use:
     """What a verb of edit.py can use of the settings of a drawing; by default all."""
 
-    # By field: the value that it takes whatever a recipe says, then others that a flag may give,
-    # where ... is any.
-    values: dict[str, tuple] = field(default_factory=dict)
+    # The fields that have the values `taken`, or their defaults, whatever a recipe says
+    reset: frozenset[str] = frozenset()
+    taken: dict = field(default_factory=dict)
+    # A flag may give other values of these fields.
+    free: frozenset[str] = frozenset()
     # So many steps, or all if there are fewer, if no number is given.
     steps: int | None = None
     # The end of the sentence about another value.
     reason: str = ""
-
-    @property
-    def taken(self) -> dict:
-        return {name: values[0] for name, values in self.values.items()}
-
-    def check(self, given: dict) -> None:
-        """Raise UserError for a given value that is not accepted."""
-        for name in given.keys() & self.values.keys():
-            if given[name] not in self.values[name] and ... not in self.values[name]:
-                raise UserError(f"--{name}: {self.reason}")
 
 
 def describe_samplers() -> str:
@@ -144,8 +136,7 @@ class DrawingConfig(Given):
 
         Raises UserError for a given value that the `use` does not accept.
         """
-        use.check(given)
-        void = set()
+        void = set(use.reset)
         if given.get("sampler", self.sampler) != self.sampler:
             void |= OF_SAMPLER
         if given.get("eta") == 0:
@@ -155,8 +146,11 @@ class DrawingConfig(Given):
             void |= {"guide", "guidance"}
         if "guide" in given:
             void |= {"cfg"}
-        defaults = {each.name: each.default for each in fields(self) if each.name in void}
-        return replace(self, **defaults | use.taken | given)
+        values = {name: getattr(DrawingConfig, name) for name in void} | use.taken
+        for name in given.keys() & (use.reset | use.taken.keys()) - use.free:
+            if given[name] != values[name]:
+                raise UserError(f"--{name}: {use.reason}")
+        return replace(self, **values | given)
 
 
 def read_recipe(path: Path) -> DrawingConfig:
