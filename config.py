@@ -440,18 +440,10 @@ def build_scheduler(diffusion: dict) -> NoiseScheduler:
     values = {
         each.name: checked(DiffusionConfig, each, diffusion.get(each.name, each.default))
         for each in fields(DiffusionConfig)
-        if "fixed_by_weights" in each.metadata
+        if "fixed_by_weights" in each.metadata and each.name != "objective"
     }
     try:
-        return NoiseScheduler(
-            values["timesteps_diff"],
-            values["beta_start"],
-            values["beta_end"],
-            values["rescale_betas"],
-            values["beta_schedule"],
-            values["log_snr_shift"],
-            values["betas"],
-        )
+        return NoiseScheduler(values.pop("timesteps_diff"), **values)
     except ValueError as error:
         raise ConfigError(f"{DiffusionConfig.__name__}: {error}") from error
 
@@ -556,27 +548,15 @@ class DiffusersNetwork(ImageShape):
     # The arguments of its `UNet2DModel`.
     unet_2d_model: dict
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-        theirs = self.unet_2d_model
-        for name, fits, requirement in (
-            ("sample_size", type(self.image_size) is int, "the side of square images"),
-            ("in_channels", self.channels in (3, 1), "3 or 1, and not those of latents"),
-            ("out_channels", theirs.get("out_channels") == self.channels, "as many as in_channels"),
-            ("class_embed_type", theirs.get("class_embed_type") is None, "None"),
-            ("num_class_embeds", theirs.get("num_class_embeds") is None, "None"),
-        ):
-            require(type(self), name, theirs.get(name), fits, requirement)
-
     @property
     def image_size(self) -> int:
         """Height and width of the images."""
-        return self.unet_2d_model.get("sample_size")
+        return self.unet_2d_model["sample_size"]
 
     @property
     def channels(self) -> int:
         """Colour channels."""
-        return self.unet_2d_model.get("in_channels")
+        return self.unet_2d_model["in_channels"]
 
 
 NetworkConfig = ModelConfig | OwnNetwork | DiffusersNetwork

@@ -23,13 +23,7 @@ from PIL import Image
 from data.decode import fit_image, fit_mask
 from data.pixels import picture_of, to_uint8
 from functions.samplers import SAMPLERS
-from functions.sampling.editing import (
-    inpaint_image,
-    mixtures_at,
-    read_image,
-    require_full_noise,
-    use_of,
-)
+from functions.sampling.editing import inpaint_image, mixtures_at, read_image, use_of
 from functions.sampling.generation import Drawing, generate, given, open_drawing
 from functions.sampling.settings import add_sampling_flags, settings_of
 from functions.support.command_line import EXIT_BAD_INPUT, Parser, run_script
@@ -179,7 +173,6 @@ def mix(
 
 def paint(drawing: Drawing, n: int, edit: dict) -> Image.Image:
     """Return a grid of the image, its known pixels, and n inpaintings."""
-    require_full_noise(drawing)
     shape = drawing.models.enlarged_shape()
     # The editor's layer is RGBA, and opaque where the user has painted.
     mask = np.zeros(1)

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data.batches import ImageFeeder
 from data.conditions import with_conditions
 from data.pixels import to_model_range
 from functions.evaluation.bits_per_dim import BoundOptions, evenly_spaced, measure_bits_per_dim
@@ -143,11 +144,12 @@ def evaluate_bits(args: Namespace) -> None:
     # The measurement may take hours. So an error of the folder comes first.
     folder.mkdir(parents=True, exist_ok=True)
 
+    feeder = ImageFeeder(image_set.images, device, image_set.inputs)
+
     def load(index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        inputs = image_set.inputs.items()
-        given = {name: torch.from_numpy(values[[index]]).to(device) for name, values in inputs}
-        x_0 = to_model_range(image_set.images[[index]]).to(device)
-        return x_0, with_conditions(given, x_0, saved.facts)
+        images, inputs = feeder.gather(np.array([index]))
+        x_0 = to_model_range(images)
+        return x_0, with_conditions(inputs, x_0, saved.facts)
 
     options = BoundOptions(
         args.t_stride,

@@ -23,7 +23,7 @@ from functions.sampling.editing import interpolate_images
 from functions.sampling.generation import generate, open_drawing
 from functions.sampling.settings import DrawingConfig, add_sampling_flags, settings_of
 from functions.support.command_line import Parser
-from tests.conftest import call, changed, pixels_of, refused, train_tiny, words
+from tests.conftest import call, changed, pixels_of, train_tiny, words
 
 pytest.importorskip("playwright", reason="requirements-dev.txt is not installed")
 # Gradio takes seconds to import, which tests that are not slow need not wait for.
@@ -180,11 +180,6 @@ def test_paint(page, run, tmp_path):
     for answer, expected in zip(answers, by_script, strict=True):
         assert_array_equal(answer, expected)
         assert_array_equal(answer[~painted], image[~painted])
-
-    from demo import paint  # This imports Gradio.
-
-    with refused("with --temperature 1"):
-        paint(opened(run, "--temperature 0.5"), 1, {})
 
 
 def test_it_listens_to_this_machine_alone(served_run):

@@ -92,7 +92,8 @@ def open_folder(folder: Path, settings: dict, shown: list[int] | None = None) ->
     intact manifest.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    manifest = {**settings, SHOWN: shown}
+    # JSON has no tuples.
+    manifest = json.loads(json.dumps({**settings, SHOWN: shown}))
     earlier = {}
     if any((folder / name).exists() for name in (MANIFEST, *PICTURES)) or image_indices(folder):
         earlier = read_json(folder / MANIFEST)

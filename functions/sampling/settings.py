@@ -7,7 +7,7 @@ recipe's field.
 
 import tomllib
 from argparse import ArgumentParser, Namespace
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
 
@@ -125,7 +125,7 @@ class DrawingConfig(Given):
 
     def unconditional(self) -> "DrawingConfig":
         """Return the settings without any condition."""
-        return replace(self, cfg=None, **{each.name: each.default for each in fields(Given)})
+        return replace(self, cfg=None, **vars(Given()))
 
     def alone(self) -> "DrawingConfig":
         """Return the settings of the model alone, without guide, enlargers and all else."""
@@ -180,8 +180,6 @@ def read_recipe(path: Path) -> DrawingConfig:
 def located(recipe: Path, key: str, name: str) -> str:
     """Return the path of a part that a recipe names, or a name on a model hub."""
     path = recipe.parent / name
-    if is_recipe(path):
-        raise UserError(f"{recipe}: {key} is {printable(name)!r}, a recipe; name one of its models")
     if path.exists():
         return str(path)
     if is_hub_name(Path(name)) and not path.parent.exists():

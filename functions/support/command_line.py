@@ -170,4 +170,4 @@ def given_fields(args: Namespace, *config_classes: type) -> dict:
     """Return the values of the fields of these dataclasses whose flags were given, by name."""
     names = {field.name for each in config_classes for field in fields(each)}
     given = {flag.rpartition(".")[2]: value for flag, value in vars(args).items()}
-    return {name: value for name, value in given.items() if name in names}
+    return {name: given[name] for name in names & given.keys()}

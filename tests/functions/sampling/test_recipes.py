@@ -171,9 +171,9 @@ def test_export_and_evaluation_use_the_model_alone(recipe, tiny_run, capsys):
         ("steps = 4", "seed = 3", r"missing, or unknown to this version .*: seed"),
         ("steps = 4", '"label=x" = 3', r"missing, or unknown to this version .*: label=x"),
         ("steps = 4", 'label = ""', "and not empty"),
-        ("model.safetensors", "people.toml", "model is 'people.toml', a recipe; name one of"),
-        ("guides/early.safetensors", "people.toml", "guide is 'people.toml', a recipe"),
-        ('"large"', '"people.toml"', "enlarge is 'people.toml', a recipe"),
+        ("model.safetensors", "people.toml", "people.toml is a recipe, and no model; name one"),
+        ("guides/early.safetensors", "people.toml", "people.toml is a recipe, and no model"),
+        ('"large"', '"people.toml"', "people.toml is a recipe, and no model"),
     ],
 )
 def test_a_broken_recipe_is_one_sentence(recipe, old, new, sentence):
