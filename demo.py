@@ -84,10 +84,11 @@ def tab(
 
     def call(progress=PROGRESS, *values):
         seed, name, steps, *rest = values
-        of_label, rest = rest[: len(of_labels)], rest[len(of_labels) :]
-        label, cfg = of_label or ("", None)
-        fields = {"sampler": name, "steps": steps}
-        fields |= {"label": (label,), "cfg": cfg} if label else {"label": (), "cfg": None}
+        fields = {"sampler": name, "steps": steps, "label": (), "cfg": None}
+        if of_labels:
+            label, cfg, *rest = rest
+            if label:
+                fields |= {"label": (label,), "cfg": cfg}
         # An empty field gives None.
         chosen = replace(drawing, config=drawing.config.override(fields), seed=seed or 0)
         return work(given(chosen, [0]), *rest)
