@@ -494,23 +494,18 @@ class ModelConfig(ImageShape):
         check("base_dim", self.base_dim % 2 == 0, "even and at least 4")
 
         # Each level halves the size, from image_size down to lowest_resolution_size.
-        lowest = self.lowest_resolution_size
-        levels = math.log2(self.image_size / lowest) + 1
+        lowest, levels = self.lowest_resolution_size, len(self.dim_multiply)
+        size = lowest * 2 ** (levels - 1)
         check(
             "image_size",
-            levels >= 1 and levels.is_integer(),
-            f"lowest_resolution_size = {lowest} times a power of 2",
-        )
-        check(
-            "dim_multiply",
-            len(self.dim_multiply) == levels,
-            f"a list of {levels:g}, one for each resolution from image_size = {self.image_size} "
-            f"down to lowest_resolution_size = {lowest}",
+            self.image_size == size,
+            f"{size}: lowest_resolution_size = {lowest}, which each of the {levels} levels of "
+            "dim_multiply but the first doubles",
         )
         check(
             "transformer_layers",
             max(self.transformer_layers, default=0) < levels,
-            f"levels between 0 and {levels - 1:g}, as dim_multiply has {levels:g}",
+            f"levels between 0 and {levels - 1}, as dim_multiply has {levels}",
         )
 
         divisor = math.gcd(*self.dims)

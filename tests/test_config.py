@@ -147,14 +147,8 @@ COSINE = {"timesteps_diff": 10, "beta_schedule": "cosine"}
         ("beta_start", 0, "0 < beta_start <= beta_end < 0.2: use more timesteps"),
         # Cosine betas refuse what they have no use for.
         ("beta_end", 0.03, '"linear" when beta_start, beta_end or', COSINE),
-        (
-            "dim_multiply",
-            [1, 2, 2, 4],
-            "a list of 5, one for each resolution from image_size = 128 down to "
-            "lowest_resolution_size = 8",
-        ),
         ("dim_multiply", [1, 2, 2.5, 4, 8], "a list, and each item an integer"),
-        ("image_size", 100, "lowest_resolution_size = 8 times a power of 2"),
+        ("image_size", 64, "128: lowest_resolution_size = 8, which each of the 5 levels of dim"),
         ("transformer_layers", [5], "levels between 0 and 4"),
         ("base_dim", 63, "even"),
         ("norm_groups", 24, "a divisor of 64"),
@@ -190,7 +184,7 @@ def test_another_image_size_keeps_the_levels_unless_a_size_of_the_last_is_given(
     assert faces.override(image_size=64).model.lowest_resolution_size == 8
     three = faces.override(image_size=64, dim_multiply=[1, 2, 4])
     assert three.model.lowest_resolution_size == 16
-    with refused("dim_multiply is .* a list of 5", ConfigError):
+    with refused("image_size is 64; it must be 32: lowest_resolution_size = 4", ConfigError):
         faces.override(image_size=64, lowest_resolution_size=4)
 
 
