@@ -57,12 +57,11 @@ class Condition:
         """Return the value that stands for none; with None, the condition is never dropped."""
 
     def known(self, facts: Facts) -> Sequence[str]:
-        """Return what a model knows of it, by which values mean the same; empty for nothing."""
-        return ["a number"] if facts.get(self.switch) else []
+        """Return what a model knows of it, by which values mean the same; empty for nothing.
 
-    def network(self, facts: Facts) -> dict[str, Any]:
-        """Return the fields of a ModelConfig that follow from the condition."""
-        return {}
+        The length is the field NAME_count of the ModelConfig.
+        """
+        return ["a number"] if facts.get(self.switch) else []
 
     def fault(self, values: np.ndarray, trained: np.ndarray, facts: Facts) -> str:
         """Return why a new run cannot learn values (N, ...) from the images `trained`, or ""."""
@@ -128,9 +127,6 @@ class Label(Condition):
     def known(self, facts: Facts) -> Sequence[str]:
         return [*facts.get("label_names", ())]
 
-    def network(self, facts: Facts) -> dict[str, int]:
-        return {"label_count": len(self.known(facts))}
-
     def fault(self, values: np.ndarray, trained: np.ndarray, facts: Facts) -> str:
         names = self.known(facts)
         if not {*values.tolist()} <= {*range(len(names))}:
@@ -187,9 +183,9 @@ def in_grids(inputs: dict[str, Tensor], facts: Facts) -> dict[str, Tensor]:
     return inputs | {name: CONDITIONS[name].in_grids(inputs[name], facts) for name in names}
 
 
-def network_fields(facts: Facts) -> dict[str, Any]:
+def network_fields(facts: Facts) -> dict[str, int]:
     """Return the fields of a ModelConfig that follow from the conditions."""
-    return {key: value for row in CONDITIONS.values() for key, value in row.network(facts).items()}
+    return {f"{name}_count": len(row.known(facts)) for name, row in CONDITIONS.items()}
 
 
 def check_images(image_set: ImageSet, trained: np.ndarray) -> None:
