@@ -56,7 +56,7 @@ class EditFlags(SeedFlags):
 class DepthFlags(EditFlags):
     """The flags of vary."""
 
-    # How far the images are noised, as fractions of all timesteps.
+    # How far the images are noised, as fractions of all timesteps, such as 0.5,1.
     depths: tuple[float, ...] = setting((0.25, 0.5, 0.75, 1.0), at_most=1)
 
 

@@ -142,6 +142,7 @@ class SampleFlags(SeedFlags):
     """The flags of this script."""
 
     # How many images to sample. With torchrun write -n, because torchrun reads --n as its own flag.
+    # In sampleFFHQ.py 20 is the default.
     n: int = setting(36, also=["-n"])
     # Sample the images of the seed with these indices, which count from 0. Default: the first N.
     indices: tuple[int, ...] = setting((), at_least=0)
