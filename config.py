@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
 
 from torch import nn
 
@@ -445,18 +444,10 @@ def build_scheduler(diffusion: dict) -> NoiseScheduler:
     values = {
         each.name: checked(DiffusionConfig, each, diffusion.get(each.name, each.default))
         for each in fields(DiffusionConfig)
-        if "fixed_by_weights" in each.metadata
+        if "fixed_by_weights" in each.metadata and each.name != "objective"
     }
     try:
-        return NoiseScheduler(
-            values["timesteps_diff"],
-            values["beta_start"],
-            values["beta_end"],
-            values["rescale_betas"],
-            values["beta_schedule"],
-            values["log_snr_shift"],
-            values["betas"],
-        )
+        return NoiseScheduler(values.pop("timesteps_diff"), **values)
     except ValueError as error:
         raise ConfigError(f"{DiffusionConfig.__name__}: {error}") from error
 
@@ -507,23 +498,18 @@ class ModelConfig(ImageShape):
         check("base_dim", self.base_dim % 2 == 0, "even and at least 4")
 
         # Each level halves the size, from image_size down to lowest_resolution_size.
-        lowest = self.lowest_resolution_size
-        levels = math.log2(self.image_size / lowest) + 1
+        lowest, levels = self.lowest_resolution_size, len(self.dim_multiply)
+        size = lowest * 2 ** (levels - 1)
         check(
             "image_size",
-            levels >= 1 and levels.is_integer(),
-            f"lowest_resolution_size = {lowest} times a power of 2",
-        )
-        check(
-            "dim_multiply",
-            len(self.dim_multiply) == levels,
-            f"a list of {levels:g}, one for each resolution from image_size = {self.image_size} "
-            f"down to lowest_resolution_size = {lowest}",
+            self.image_size == size,
+            f"{size}: lowest_resolution_size = {lowest}, which each of the {levels} levels of "
+            "dim_multiply but the first doubles",
         )
         check(
             "transformer_layers",
             max(self.transformer_layers, default=0) < levels,
-            f"levels between 0 and {levels - 1:g}, as dim_multiply has {levels:g}",
+            f"levels between 0 and {levels - 1}, as dim_multiply has {levels}",
         )
 
         divisor = math.gcd(*self.dims)
@@ -561,37 +547,25 @@ class DiffusersNetwork(ImageShape):
     # The arguments of its `UNet2DModel`.
     unet_2d_model: dict
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-        theirs = self.unet_2d_model
-        for name, fits, requirement in (
-            ("sample_size", type(self.image_size) is int, "the side of square images"),
-            ("in_channels", self.channels in (3, 1), "3 or 1, and not those of latents"),
-            ("out_channels", theirs.get("out_channels") == self.channels, "as many as in_channels"),
-            ("class_embed_type", theirs.get("class_embed_type") is None, "None"),
-            ("num_class_embeds", theirs.get("num_class_embeds") is None, "None"),
-        ):
-            require(type(self), name, theirs.get(name), fits, requirement)
-
     @property
     def image_size(self) -> int:
         """Height and width of the images."""
-        return self.unet_2d_model.get("sample_size")
+        return self.unet_2d_model["sample_size"]
 
     @property
     def channels(self) -> int:
         """Colour channels."""
-        return self.unet_2d_model.get("in_channels")
+        return self.unet_2d_model["in_channels"]
 
 
 NetworkConfig = ModelConfig | OwnNetwork | DiffusersNetwork
 
 
-def model_from(values: Any) -> NetworkConfig:
+def model_from(values: dict) -> NetworkConfig:
     """Return what a file says of a network. Raises ConfigError as `from_fields` does."""
-    values = dict(values) if isinstance(values, dict) else {}
     # Until commit a67ff70 there were two kinds of our network.
-    dialect = values.pop("dialect", "ho")
+    values = {"dialect": "ho", **values}
+    dialect = values.pop("dialect")
     if dialect != "ho":
         raise ConfigError(
             f"dialect = {printable(dialect)} is gone: with commit a67ff70, sample.py --export DIR "
@@ -702,7 +676,7 @@ class Experiment:
     def from_dict(config: dict) -> "Experiment":
         """Invert `to_dict`. Raises ConfigError for fields that are missing, unknown or wrong."""
         return Experiment(
-            from_fields(DiffusionConfig, config.get("diffusion")), model_from(config.get("model"))
+            from_fields(DiffusionConfig, config["diffusion"]), model_from(config["model"])
         )
 
 

@@ -23,13 +23,7 @@ from PIL import Image
 from data.decode import fit_image, fit_mask
 from data.pixels import picture_of, to_uint8
 from functions.samplers import SAMPLERS
-from functions.sampling.editing import (
-    inpaint_image,
-    mixtures_at,
-    read_image,
-    require_full_noise,
-    use_of,
-)
+from functions.sampling.editing import inpaint_image, mixtures_at, read_image, use_of
 from functions.sampling.generation import Drawing, generate, given, open_drawing
 from functions.sampling.settings import add_sampling_flags, settings_of
 from functions.support.command_line import EXIT_BAD_INPUT, Parser, run_script
@@ -90,10 +84,11 @@ def tab(
 
     def call(progress=PROGRESS, *values):
         seed, name, steps, *rest = values
-        of_label, rest = rest[: len(of_labels)], rest[len(of_labels) :]
-        label, cfg = of_label or ("", None)
-        fields = {"sampler": name, "steps": steps}
-        fields |= {"label": (label,), "cfg": cfg} if label else {"label": (), "cfg": None}
+        fields = {"sampler": name, "steps": steps, "label": (), "cfg": None}
+        if of_labels:
+            label, cfg, *rest = rest
+            if label:
+                fields |= {"label": (label,), "cfg": cfg}
         # An empty field gives None.
         chosen = replace(drawing, config=drawing.config.override(fields), seed=seed or 0)
         return work(given(chosen, [0]), *rest)
@@ -179,7 +174,6 @@ def mix(
 
 def paint(drawing: Drawing, n: int, edit: dict) -> Image.Image:
     """Return a grid of the image, its known pixels, and n inpaintings."""
-    require_full_noise(drawing)
     shape = drawing.models.enlarged_shape()
     # The editor's layer is RGBA, and opaque where the user has painted.
     mask = np.zeros(1)

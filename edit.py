@@ -18,13 +18,16 @@ if __name__ == "__main__":
     limit_spinning()
 
 import argparse
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from functions.sampling.editing import EXACT_STEPS, INPAINTING_STEPS, VERBS, edited_path, use_of
 from functions.sampling.generation import given, open_drawing
-from functions.sampling.settings import add_out_flag, add_sampling_flags, settings_of
-from functions.support.command_line import Parser, fraction, positive, run_script
+from functions.sampling.settings import SeedFlags, add_sampling_flags, settings_of
+from functions.support.command_line import Parser, run_script
 from functions.support.errors import UserError
+from functions.support.settings import setting
 
 
 def main() -> None:
@@ -40,81 +43,74 @@ def main() -> None:
     VERBS[args.verb](args, given(drawing, [0]), partial(edited_path, args, drawing))
 
 
+@dataclass(frozen=True)
+class EditFlags(SeedFlags):
+    """The flags of all verbs."""
+
+    # The folder for the written files. Default: a new folder in samples/ of the run, or here for a
+    # recipe.
+    out: Path | None = None
+
+
+@dataclass(frozen=True)
+class DepthFlags(EditFlags):
+    """The flags of vary."""
+
+    # How far the images are noised, as fractions of all timesteps, such as 0.5,1.
+    depths: tuple[float, ...] = setting((0.25, 0.5, 0.75, 1.0), at_most=1)
+
+
+@dataclass(frozen=True)
+class MixFlags(DepthFlags):
+    """The flags of interpolate."""
+
+    # Instead of that, mix the noise that `edit.py invert` finds, and sample from the mixtures, by
+    # default in 200 steps.
+    exact: bool = False
+
+
+@dataclass(frozen=True)
+class InpaintFlags(EditFlags):
+    """The flags of inpaint."""
+
+    # An image of equal size, white in the part to inpaint. Default: the transparent part of A is
+    # inpainted.
+    mask: str | None = None
+    # How many times each step is done.
+    resample: int = 10
+    # How many inpaintings to sample.
+    n: int = setting(36, also=["-n"])
+
+
 def parse_flags() -> argparse.Namespace:
     """Read the command line."""
     parser = Parser(description=__doc__)
     parser.set_defaults(exact=False)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    interpolating = add_verb(verbs, "interpolate", 2, "A B: mix two images.")
-    add_verb(
-        verbs,
-        "invert",
-        1,
-        "A: find the noise from which DDIM samples an image, and sample the image from it again, "
-        f"in {EXACT_STEPS} steps each way unless --steps says otherwise. Of 40 steps another face "
-        "can come back; 100 steps missed it by up to 26 of 255 levels (RMS), 250 by up to 4.",
-    )
-    varying = add_verb(verbs, "vary", 1, "A: sample images similar to one.")
-    inpainting = add_verb(
-        verbs,
-        "inpaint",
-        1,
-        f"A: regenerate a part of an image, in {INPAINTING_STEPS} steps unless --steps says "
-        "otherwise. All else stays as it is, at the size of enlarged samples, too.",
-    )
-
-    mixing = interpolating.add_mutually_exclusive_group()
-    for group in (mixing, varying):
-        group.add_argument(
-            "--depths",
-            type=fractions,
-            default="0.25,0.5,0.75,1",
-            metavar="X,X,...",
-            help="How far the images are noised, as fractions of all timesteps. "
-            "Default: %(default)s.",
-        )
-
-    mixing.add_argument(
-        "--exact",
-        action="store_true",
-        help="Mix the noise that `edit.py invert` finds, and sample from the mixtures, by default "
-        f"in {EXACT_STEPS} steps. Default: no.",
-    )
-
-    inpainting.add_argument(
-        "--mask",
-        help="An image of equal size, white in the part to inpaint. Default: the transparent part "
-        "of A is inpainted.",
-    )
-    inpainting.add_argument(
-        "--resample",
-        type=positive,
-        default=10,
-        help="How many times each step is done. Default: %(default)s.",
-    )
-    inpainting.add_argument(
-        "--n",
-        "-n",
-        type=positive,
-        default=36,
-        help="How many inpaintings to sample. Default: %(default)s.",
-    )
-
+    for name, image_count, flags_class, help in (
+        ("interpolate", 2, MixFlags, "A B: mix two images."),
+        (
+            "invert",
+            1,
+            EditFlags,
+            "A: find the noise from which DDIM samples an image, and sample the image from it "
+            f"again, in {EXACT_STEPS} steps each way unless --steps says otherwise. Of 40 steps "
+            "another face can come back; 100 steps missed it by up to 26 of 255 levels (RMS), 250 "
+            "by up to 4.",
+        ),
+        ("vary", 1, DepthFlags, "A: sample images similar to one."),
+        (
+            "inpaint",
+            1,
+            InpaintFlags,
+            f"A: regenerate a part of an image, in {INPAINTING_STEPS} steps unless --steps says "
+            "otherwise. All else stays as it is, at the size of enlarged samples, too.",
+        ),
+    ):
+        verb = verbs.add_parser(name, help=help, description=help)
+        verb.add_argument("images", nargs=image_count, metavar="IMAGE")
+        add_sampling_flags(verb, flags_class)
     return parser.parse_args()
-
-
-def add_verb(verbs, name: str, image_count: int, help: str) -> argparse.ArgumentParser:
-    """Add a verb with its images and the flags that all verbs share. Return its parser."""
-    parser = verbs.add_parser(name, help=help, description=help)
-    parser.add_argument("images", nargs=image_count, metavar="IMAGE")
-    add_sampling_flags(parser)
-    add_out_flag(parser)
-    return parser
-
-
-def fractions(text: str) -> list[float]:
-    """Parse a flag's value: comma-separated numbers from 0 to 1."""
-    return [fraction(number) for number in text.split(",")]
 
 
 if __name__ == "__main__":

@@ -19,12 +19,13 @@ if __name__ == "__main__":
 import json
 import sys
 from argparse import Namespace
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from data.batches import ImageFeeder
 from data.conditions import with_conditions
 from data.pixels import to_model_range
 from functions.evaluation.bits_per_dim import BoundOptions, evenly_spaced, measure_bits_per_dim
@@ -41,13 +42,14 @@ from functions.samplers import VARIANCES
 from functions.sampling.generation import Drawing
 from functions.sampling.models import open_models
 from functions.sampling.samples_folder import MANIFEST
-from functions.sampling.settings import add_model_flags, settings_of
+from functions.sampling.settings import PlaceFlags, add_model_flags, settings_of
 from functions.saved.loading import load_and_split
 from functions.saved.run_folder import results_folder
-from functions.support.command_line import Parser, positive, run_script
+from functions.support.command_line import Parser, add_flags, run_script
 from functions.support.device import choose_device
 from functions.support.errors import UserError, warn
 from functions.support.files import read_json, sha256, write_text
+from functions.support.settings import choice, setting
 
 # With fewer images, FID is far above that of many images.
 FEW_IMAGES = 10_000
@@ -59,6 +61,35 @@ def main() -> None:
     VERBS[args.verb](args)
 
 
+@dataclass(frozen=True)
+class BitsFlags(PlaceFlags):
+    """The flags of bits."""
+
+    # The name or path of the data set, for example if the training data have moved. Default: the
+    # data set that the model was trained on.
+    data: str | None = None
+    # How many held-out images to use, evenly spaced. Default: all.
+    images: int | None = None
+    # The most timesteps that one network call represents.
+    t_stride: int = 20
+    # The variance of p(x_{t-1} | x_t).
+    bpd_variance: str = setting("small", choices=VARIANCES)
+    # The most timesteps in a network call. Default: 64, or 16 on a CPU.
+    batch_size: int | None = None
+    # The folder for the results. Default: the run's.
+    out: Path | None = None
+
+
+@dataclass(frozen=True)
+class ImagesFlags:
+    """The flags of images."""
+
+    # The images of the data set: those for training, the held-out ones, or all.
+    part: str = choice("train", "val", "all")
+    # auto, cpu, cuda or cuda:N.
+    device: str = "auto"
+
+
 def parse_flags() -> Namespace:
     """Read the command line; without a verb, that of bits."""
     parser = Parser(description=__doc__)
@@ -66,40 +97,7 @@ def parse_flags() -> Namespace:
     bits, distance, images = (
         verbs.add_parser(name, description=evaluate.__doc__) for name, evaluate in VERBS.items()
     )
-
-    add_model_flags(bits)
-    bits.add_argument(
-        "--data",
-        metavar="NAME|PATH",
-        help="The name or path of the data set, for example if the training data have moved. "
-        "Default: the data set that the model was trained on.",
-    )
-    bits.add_argument(
-        "--images",
-        type=positive,
-        metavar="N",
-        help="How many held-out images to use, evenly spaced. Default: all.",
-    )
-    bits.add_argument(
-        "--t-stride",
-        type=positive,
-        default=20,
-        metavar="N",
-        help="The most timesteps that one network call represents. Default: %(default)s.",
-    )
-    bits.add_argument(
-        "--bpd-variance",
-        choices=VARIANCES,
-        default="small",
-        help="The variance of p(x_{t-1} | x_t). Default: %(default)s.",
-    )
-    bits.add_argument(
-        "--batch-size",
-        type=positive,
-        help="The most timesteps in a network call. Default: 64, or 16 on a CPU.",
-    )
-    bits.add_argument("--out", type=Path, help="The folder for the results. Default: the run's.")
-
+    add_model_flags(bits, BitsFlags)
     for verb in (distance, images):
         verb.add_argument(
             "folder",
@@ -112,15 +110,7 @@ def parse_flags() -> Namespace:
             metavar="DATA",
             help="A data set, by name or path. For images it may be another such folder.",
         )
-    images.add_argument(
-        "--part",
-        choices=("train", "val", "all"),
-        help="The images of the data set: those for training, the held-out ones, or all. "
-        "Default: train.",
-    )
-    images.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda or cuda:N. Default: %(default)s."
-    )
+    add_flags(images, ImagesFlags)
 
     arguments = sys.argv[1:]
     # The first argument may be a run, or a flag of bits.
@@ -156,11 +146,12 @@ def evaluate_bits(args: Namespace) -> None:
     # The measurement may take hours. So an error of the folder comes first.
     folder.mkdir(parents=True, exist_ok=True)
 
+    feeder = ImageFeeder(image_set.images, device, image_set.inputs)
+
     def load(index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        inputs = image_set.inputs.items()
-        given = {name: torch.from_numpy(values[[index]]).to(device) for name, values in inputs}
-        x_0 = to_model_range(image_set.images[[index]]).to(device)
-        return x_0, with_conditions(given, x_0, saved.facts)
+        images, inputs = feeder.gather(np.array([index]))
+        x_0 = to_model_range(images)
+        return x_0, with_conditions(inputs, x_0, saved.facts)
 
     options = BoundOptions(
         args.t_stride,
@@ -224,9 +215,7 @@ def evaluate_images(args: Namespace) -> None:
         image_set, split = load_like(args.folder, args.data)
         all_indices = np.arange(len(image_set.images))
         parts = {"train": split.train_indices, "val": split.val_indices, "all": all_indices}
-        real = set_images(image_set, parts[args.part or "train"])
-    elif args.part:
-        raise UserError("--part is for a data set; a folder of samples has no parts")
+        real = set_images(image_set, parts[args.part])
     else:
         real = folder_images(Path(args.data))
     results = measure_fidelity(samples, real, choose_device(args.device))

@@ -18,9 +18,11 @@ if __name__ == "__main__":
 
     limit_spinning()
 
-from argparse import BooleanOptionalAction, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data.batches import batches_of
 from data.pixels import to_uint8
@@ -42,26 +44,27 @@ from functions.sampling.samples_folder import (
     open_folder,
     save_columns,
 )
-from functions.sampling.settings import add_out_flag, add_sampling_flags, settings_of
+from functions.sampling.settings import SeedFlags, add_sampling_flags, settings_of
 from functions.support import processes
-from functions.support.command_line import Parser, integers, positive, run_script
+from functions.support.command_line import Parser, run_script
 from functions.support.errors import UserError
 from functions.support.pictures import enlarged_pixels, save_gif, save_grid, save_image
+from functions.support.settings import setting
 
 # A grid has at most this many images.
 GRID_LIMIT = 100
 
 
-def main(n: int = 36, gif: bool = False, name_prefix: str = "", description: str = __doc__) -> None:
+def main(name_prefix: str = "", description: str = __doc__, **defaults: Any) -> None:
     """Read the command line, sample, and print which files were written.
 
-    `n` and `gif` are the defaults of these flags, and --help begins with the description. Without
-    RUN, the newest run whose name begins with `name_prefix` is used.
+    `defaults` are those of flags, and --help begins with the description. Without RUN, the newest
+    run whose name begins with `name_prefix` is used.
     """
     # Every process that torchrun starts executes all of this, but only rank 0 prints. The processes
     # divide single images among them; a grid alone is sampled by rank 0.
     with processes.connected():
-        args = parse_flags(n, gif, description)
+        args = parse_flags(description, defaults)
         # The flags, or the recipe's settings with the given flags in their place
         config = settings_of(args, name_prefix)
         if args.export:
@@ -134,67 +137,42 @@ def sample_files(indices: Sequence[int], drawing: Drawing, folder: Path) -> None
     processes.print_main(f"all {len(indices)} images are in {folder}")
 
 
-def parse_flags(n: int, gif: bool, description: str) -> Namespace:
+@dataclass(frozen=True)
+class SampleFlags(SeedFlags):
+    """The flags of this script."""
+
+    # How many images to sample. With torchrun write -n, because torchrun reads --n as its own flag.
+    # In sampleFFHQ.py 20 is the default.
+    n: int = setting(36, also=["-n"])
+    # Sample the images of the seed with these indices, which count from 0. Default: the first N.
+    indices: tuple[int, ...] = setting((), at_least=0)
+    # The folder for the written files. An interrupted command that is started again with it goes
+    # on. Default: a new folder in samples/ of the run, or here for a recipe.
+    out: Path | None = None
+    # Write a PNG file for each image, unless the file exists, and no grid, figures or animation.
+    individual: bool = False
+    # Draw a figure of the states x_t, from noise to images, before they are enlarged.
+    strip: bool = False
+    # Draw a figure of the model's estimates of x_0, from t = T down.
+    progressive: bool = False
+    # Write an animation of the grid, from noise to images. In sampleFFHQ.py it is the default.
+    gif: bool = False
+    # Instead of sampling, write the EMA weights (of a run without EMA, the raw weights) as one
+    # file, NAME.safetensors, or as a diffusers folder with a few samples, in 20 steps of dpm++. A
+    # guide and the models of --enlarge are not written. Default: no.
+    export: Path | None = None
+
+
+def parse_flags(description: str, defaults: dict) -> Namespace:
     """Read the command line. Raises UserError for more images than a grid shows."""
     parser = Parser(description=description)
-    add_sampling_flags(parser)
-    add_out_flag(parser)
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "--n",
-        "-n",
-        type=positive,
-        help="How many images to sample. With torchrun write -n, because torchrun reads --n as "
-        f"its own flag. Default: {n}.",
-    )
-    which.add_argument(
-        "--indices",
-        type=integers,
-        metavar="I,I,...",
-        help="Sample the images of the seed with these indices, which count from 0. Default: the "
-        "first ones.",
-    )
-
-    parser.add_argument(
-        "--individual",
-        action="store_true",
-        help="Write a PNG file for each image, unless the file exists, and no grid, figures or "
-        "animation. Default: no.",
-    )
-    parser.add_argument(
-        "--strip",
-        action="store_true",
-        help="Draw a figure of the states x_t, from noise to images, before they are enlarged. "
-        "Default: no.",
-    )
-    parser.add_argument(
-        "--progressive",
-        action="store_true",
-        help="Draw a figure of the model's estimates of x_0, from t = T down. Default: no.",
-    )
-    parser.add_argument(
-        "--gif",
-        action=BooleanOptionalAction,
-        default=gif,
-        help="Write an animation of the grid, from noise to images. "
-        "Default: no; yes in sampleFFHQ.py.",
-    )
-
-    parser.add_argument(
-        "--export",
-        type=Path,
-        metavar="FILE.safetensors|FOLDER",
-        help="Instead of sampling, write the EMA weights (of a run without EMA, the raw weights) "
-        "as one file, or as a diffusers folder with a few samples, in 20 steps of dpm++. A guide "
-        "and the models of --enlarge are not written. Default: no.",
-    )
-
+    add_sampling_flags(parser, SampleFlags)
+    parser.set_defaults(**defaults)
     args = parser.parse_args()
-    if args.indices is None:
-        args.indices = range(args.n or n)
+    args.indices = args.indices or range(args.n)
     count = len(args.indices)
-    if not (1 <= count <= GRID_LIMIT or args.individual):
-        raise UserError(f"a grid shows 1 to {GRID_LIMIT} images; for {count} add --individual")
+    if count > GRID_LIMIT and not args.individual:
+        raise UserError(f"a grid shows up to {GRID_LIMIT} images; for {count} add --individual")
     return args
 
 

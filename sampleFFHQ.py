@@ -15,7 +15,7 @@ from functions.support.command_line import run_script
 
 
 def main() -> None:
-    sample.main(n=20, gif=True, name_prefix="ffhq", description=__doc__)
+    sample.main("ffhq", __doc__, n=20, gif=True)
 
 
 if __name__ == "__main__":

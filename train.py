@@ -27,9 +27,9 @@ from data.batches import batches_of
 from data.pixels import to_model_range
 from functions.ema import copy_buffers, update_ema
 from functions.losses import denoising_loss
-from functions.sampling.settings import add_place_flags
+from functions.sampling.settings import PlaceFlags
 from functions.support import processes
-from functions.support.command_line import Parser, add_config_flags, run_script
+from functions.support.command_line import Parser, add_config_flags, add_flags, run_script
 from functions.support.random_numbers import seed_of
 from functions.training.cost import describe_cost
 from functions.training.opening import open_run
@@ -164,7 +164,7 @@ def parse_flags() -> argparse.Namespace:
         action="store_true",
         help="Prepare the data, describe the run and its cost, and stop.",
     )
-    add_place_flags(parser)
+    add_flags(parser, PlaceFlags)
     for prefix, config_class in (("diffusion.", DiffusionConfig), ("model.", ModelConfig)):
         title = (
             f"override any field of {config_class.__name__} for this run; "

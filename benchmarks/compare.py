@@ -32,7 +32,7 @@ from functions.denoiser import Denoiser
 from functions.losses import denoising_loss
 from functions.noise_scheduler import NoiseScheduler
 from functions.saved.diffusers_folder import network_fields
-from functions.support.command_line import Parser, positive, run_script
+from functions.support.command_line import Parser, run_script
 from functions.support.device import (
     choose_device,
     choose_precision,
@@ -236,12 +236,12 @@ def main() -> None:
     )
     parser.add_argument(
         "--batch",
-        type=positive,
+        type=int,
         default=4,
         help="The number of images per step or call. Default: %(default)s.",
     )
     parser.add_argument(
-        "--rounds", type=positive, default=5, help="Turns for each row. Default: %(default)s."
+        "--rounds", type=int, default=5, help="Turns for each row. Default: %(default)s."
     )
     parser.add_argument("--device", default="auto", help="cpu or cuda. Default: cuda if it exists.")
     args = parser.parse_args()

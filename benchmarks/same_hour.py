@@ -53,7 +53,7 @@ from functions.evaluation.fidelity import Features, frechet_distance, training_f
 from functions.sampling.generation import Drawing, generate
 from functions.sampling.models import Models
 from functions.sampling.settings import DrawingConfig
-from functions.support.command_line import Parser, positive, run_script
+from functions.support.command_line import Parser, run_script
 from functions.support.device import choose_precision
 from functions.support.errors import UserError
 from functions.support.files import write_text
@@ -411,7 +411,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--at-once",
-        type=positive,
+        type=int,
         default=2,
         help="How many programs train at the same time, a core each. Default: %(default)s.",
     )

@@ -56,12 +56,11 @@ class Condition:
         """Return the value that stands for none; with None, the condition is never dropped."""
 
     def known(self, facts: Facts) -> Sequence[str]:
-        """Return what a model knows of it, by which values mean the same; empty for nothing."""
-        return ["a number"] if facts.get(self.switch) else []
+        """Return what a model knows of it, by which values mean the same; empty for nothing.
 
-    def network(self, facts: Facts) -> dict[str, Any]:
-        """Return the fields of a ModelConfig that follow from the condition."""
-        return {}
+        The length is the field NAME_count of the ModelConfig.
+        """
+        return ["a number"] if facts.get(self.switch) else []
 
     def renewed(self, weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict:
         """Return the weights of a model that knows other values, for a network with `own` weights.
@@ -86,21 +85,6 @@ class Condition:
     def in_grids(self, values: Tensor, facts: Facts) -> Tensor:
         """Return what the grids of a training show, given the values of held-out images."""
         return values
-
-    def chosen(self, given: Given, facts: Facts, indices: Sequence[int]) -> Tensor | None:
-        """Return the tensor (B, ...) or (1, ...) for images with these B indices, if any.
-
-        Raises UserError for what the model does not know, or cannot do without.
-        """
-        value = getattr(given, self.name)
-        known = self.known(facts)
-        if value in (None, ()):
-            if known and self.missing:
-                raise UserError(self.missing)
-            return None
-        if not known:
-            raise UserError(f"--{self.name}: the model was trained without {self.switch}")
-        return self.tensor(value, facts, indices)
 
 
 class Label(Condition):
@@ -151,9 +135,6 @@ class Label(Condition):
     def known(self, facts: Facts) -> Sequence[str]:
         return [*facts.get("label_names", ())]
 
-    def network(self, facts: Facts) -> dict[str, int]:
-        return {"label_count": len(self.known(facts))}
-
     def renewed(self, weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict:
         """Return the weights, with which the network does for all what the old one did without."""
         result = super().renewed(weights, own)
@@ -199,8 +180,11 @@ def turned_on(diffusion: Facts) -> dict[str, Condition]:
 
 def with_conditions(inputs: dict[str, Tensor], x_0: Tensor, diffusion: Facts) -> dict:
     """Return the inputs of images x_0 (B, C, H, W) with the conditions that follow from x_0."""
-    values = {name: row.of_x_0(x_0) for name, row in turned_on(diffusion).items()}
-    return inputs | {name: value for name, value in values.items() if value is not None}
+    for name, row in turned_on(diffusion).items():
+        value = row.of_x_0(x_0)
+        if value is not None:
+            inputs = inputs | {name: value}
+    return inputs
 
 
 def without_conditions(inputs: dict[str, Tensor], dropped: Tensor, facts: Facts) -> dict:
@@ -220,9 +204,9 @@ def in_grids(inputs: dict[str, Tensor], facts: Facts) -> dict[str, Tensor]:
     return inputs | {name: CONDITIONS[name].in_grids(inputs[name], facts) for name in names}
 
 
-def network_fields(facts: Facts) -> dict[str, Any]:
+def network_fields(facts: Facts) -> dict[str, int]:
     """Return the fields of a ModelConfig that follow from the conditions."""
-    return {key: value for row in CONDITIONS.values() for key, value in row.network(facts).items()}
+    return {f"{name}_count": len(row.known(facts)) for name, row in CONDITIONS.items()}
 
 
 def check_images(image_set: ImageSet, trained: np.ndarray) -> None:
@@ -234,12 +218,22 @@ def check_images(image_set: ImageSet, trained: np.ndarray) -> None:
 
 
 def chosen_inputs(given: Given, facts: Facts, indices: Sequence[int], cfg: float | None) -> dict:
-    """Return what is given for images with these indices, as `Condition.chosen` does, by name.
+    """Return what is given for images with these B indices: (B, ...) or (1, ...) each, by name.
 
-    Raises UserError also for `cfg` without any of them.
+    Raises UserError for what the model does not know, or cannot do without, and for `cfg` without
+    any of them.
     """
-    values = {name: row.chosen(given, facts, indices) for name, row in CONDITIONS.items()}
-    inputs = {name: value for name, value in values.items() if value is not None}
+    inputs = {}
+    for name, row in CONDITIONS.items():
+        value = getattr(given, name)
+        known = row.known(facts)
+        if value in (None, ()):
+            if known and row.missing:
+                raise UserError(row.missing)
+        elif known:
+            inputs[name] = row.tensor(value, facts, indices)
+        else:
+            raise UserError(f"--{name}: the model was trained without {row.switch}")
     if cfg is not None and not inputs:
         known = [f"--{row.name} {', '.join(row.known(facts))}" for row in turned_on(facts).values()]
         needed = printable(" or ".join(known)) or "the model was trained without"

@@ -21,8 +21,8 @@ from tqdm import tqdm
 from data.decode import BadImage, fit_square, open_image, to_pixels
 from data.pixels import picture_of
 from data.sources import Source
-from functions.support.errors import UserError, printable
-from functions.support.files import sha256, write_text
+from functions.support.errors import CheckpointError, UserError, printable
+from functions.support.files import read_json, sha256, write_text
 
 # Increase this whenever the same files would give different pixels. Then all packs are made again.
 FORMAT_VERSION = 2
@@ -154,13 +154,11 @@ def pack_path(source: Source, shape: Shape) -> Path:
 def read_pack(path: Path, key: str, source: Source) -> ImageSet | None:
     """Map a packed file, or return None if it is missing, outdated, or not whole by its hashes."""
     try:
-        file = json.loads(Path(f"{path}.json").read_text())
-    except (FileNotFoundError, ValueError, RecursionError):
-        return None
-    if not isinstance(file, dict) or file.get("key") != key:
+        file = read_json(Path(f"{path}.json"))
+    except CheckpointError:
         return None
     record = file.get("record")
-    if file.get("sha256") != sha256(json.dumps(record)):
+    if file.get("key") != key or file.get("sha256") != sha256(json.dumps(record)):
         return None
     if not path.is_file() or path.stat().st_size != prod(record["shape"]):
         return None

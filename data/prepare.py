@@ -4,12 +4,12 @@
     python data/prepare.py path/to/folder-or-archive --image-size 64
     python data/prepare.py MNIST --download
 
-Preparing is optional, because train.py does it, too. The side of the images is 128 pixels, or
---image-size; --channels 1 makes them grey. --download downloads CIFAR10 or MNIST to data/, and
-stops. The exit code is 0 on success, and 2 if the data cannot be used.
+Preparing is optional, because train.py does it, too. The exit code is 0 on success, and 2 if the
+data cannot be used.
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 # When this file runs as a script, Python searches this folder for modules instead of the
@@ -20,16 +20,27 @@ if __name__ == "__main__":
 
 from data.datasets import DATA_FOLDER, load_images
 from data.sources import read_torchvision_set
-from functions.support.command_line import Parser, positive, run_script
+from functions.support.command_line import Parser, add_flags, run_script
+from functions.support.settings import choice
+
+
+@dataclass(frozen=True)
+class PrepareFlags:
+    """The flags of this script."""
+
+    # The side of the images in pixels.
+    image_size: int = 128
+    # 1 makes them grey.
+    channels: int = choice(3, 1)
+    # Download CIFAR10 or MNIST to data/, and stop.
+    download: bool = False
 
 
 def main() -> None:
     """Run the script."""
     parser = Parser(description=__doc__)
     parser.add_argument("source")
-    parser.add_argument("--image-size", type=positive, default=128)
-    parser.add_argument("--channels", type=int, default=3, choices=(1, 3))
-    parser.add_argument("--download", action="store_true")
+    add_flags(parser, PrepareFlags)
     args = parser.parse_args()
     if args.download:
         read_torchvision_set(args.source, DATA_FOLDER, download=True)

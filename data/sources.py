@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.lib.npyio import NpzFile
 
 from data.decode import BadImage, is_own, parsing
 from functions.support.errors import UserError, printable
@@ -245,22 +246,17 @@ def list_zip(path: Path) -> list[Member]:
 def list_npz(path: Path) -> list[Member]:
     """List the rows of the one uint8 array (N, H, W, 3) or (N, H, W, 1). All is kept in memory."""
     with parsing("read", NPZ_ERRORS):
-        content = np.load(path)
-        # A .npy is an array itself.
-        values = [] if isinstance(content, np.ndarray) else [*content.values()]
-    if not values:
-        raise BadImage("cannot be read (it is no zip of arrays)")
+        values = [*NpzFile(path).values()]
     arrays = [
         array
         for array in values
         # A file of another kind is bytes. Arrays (N, 3, H, W) are no images. Pillow knows pixels of
         # up to four channels.
         if getattr(array, "dtype", None) == np.uint8 and array.ndim == 4 and array.shape[3] <= 4
+        if array.size
     ]
     if len(arrays) != 1:
         raise UserError(f"{path} has {len(arrays)} uint8 arrays (N, H, W, 3), and must have one.")
-    if not arrays[0].size:
-        raise UserError(f"{path} has no pixel: its array's shape is {arrays[0].shape}.")
     stamp = stamp_of(path)
     return [Member(None, stamp, row.copy) for row in arrays[0]]
 

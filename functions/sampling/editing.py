@@ -39,7 +39,7 @@ from functions.sampling.generation import (
     take_steps,
 )
 from functions.sampling.samples_folder import manifest_of, new_samples_folder, open_folder
-from functions.sampling.settings import Use
+from functions.sampling.settings import OF_SAMPLER, Use
 from functions.support.errors import UserError
 from functions.support.pictures import save_grid, save_strip
 
@@ -52,36 +52,11 @@ INPAINTING_STEPS = 50
 # An inversion has this many steps, or all if there are fewer.
 EXACT_STEPS = 200
 # What the verbs use of the settings
-NOISE_OF_INPAINTING = (
-    "inpaint needs --sampler ddpm, or ddim --eta 1, with --temperature 1: others add too little "
-    "noise, or depend on earlier steps, which inpainting undoes"
-)
-INPAINTING = Use(
-    {
-        "sampler": ("ddpm", "ddim"),
-        "steps": (None, ...),
-        "spacing": (None, ...),
-        "eta": (None, 1.0),
-        "variance": (None, ...),
-        "temperature": (1.0,),
-    },
-    INPAINTING_STEPS,
-    NOISE_OF_INPAINTING,
-)
+INPAINTING = Use(OF_SAMPLER, {"sampler": "ddpm"}, OF_SAMPLER | {"sampler"}, steps=INPAINTING_STEPS)
 INVERSION = Use(
-    {
-        "sampler": ("ddim",),
-        "steps": (None, ...),
-        "spacing": (None, ...),
-        "eta": (None, 0.0),
-        "variance": (None,),
-        "temperature": (1.0,),
-        "guide": (None,),
-        "guidance": (None,),
-        "cfg": (None,),
-        "enlarge": ((),),
-        "precision": ("float32",),
-    },
+    OF_SAMPLER | {"guide", "guidance", "cfg", "enlarge"},
+    {"sampler": "ddim", "eta": 0.0, "precision": "float32"},
+    frozenset(("steps", "spacing")),
     EXACT_STEPS,
     "an inversion is that of ddim with eta 0 in float32, without other models; use --steps and "
     "--spacing alone",
@@ -158,8 +133,8 @@ def inpaint(drawing: Drawing, known: Known, resample: int, indices: Sequence[int
     """Inpaint by RePaint's Algorithm 1, with jumps of length 1: each step is done `resample` times.
 
     The known image is in [-1, 1], on the models' device, for its size (C, H, W), and its mask is
-    true where pixels are sampled. Returns one result for each index: (B, C, H, W). The
-    settings are those that `require_full_noise` lets pass.
+    true where pixels are sampled. Returns one result for each index: (B, C, H, W). Steps must add
+    all the noise that they can, as those of ddpm do.
     """
     x_0, mask = known.at_size()
     # Of an image that is larger, pixels at the edge of the mask are known in part.
@@ -180,14 +155,6 @@ def inpaint(drawing: Drawing, known: Known, resample: int, indices: Sequence[int
             # At s = -1, the clean image, this is x_0 itself.
             x = torch.where(mask, unknown, scheduler.q_sample(x_0, s, noise()))
     return x
-
-
-def require_full_noise(drawing: Drawing) -> None:
-    """Raise UserError for settings with which steps add less noise than those of ddpm."""
-    config = drawing.config
-    full = config.sampler == "ddpm" or (config.sampler, config.eta) == ("ddim", 1.0)
-    if not full or config.temperature != 1:
-        raise UserError(NOISE_OF_INPAINTING)
 
 
 def read_with_mask(
@@ -310,7 +277,13 @@ def times_of(drawing: Drawing, depths: list[float]) -> list[int]:
 
 def save_inpaintings(args: Namespace, drawing: Drawing, new_path: NewPath) -> None:
     """Save a grid of an image, its known pixels, and its inpaintings."""
-    require_full_noise(drawing)
+    config = drawing.config
+    full = config.sampler == "ddpm" or (config.sampler, config.eta) == ("ddim", 1.0)
+    if not full or config.temperature != 1:
+        raise UserError(
+            "inpaint needs --sampler ddpm, or ddim --eta 1, with --temperature 1: others add too "
+            "little noise, or depend on earlier steps, which inpainting undoes"
+        )
     shape = drawing.models.enlarged_shape()
     image, mask = read_with_mask(args.images[0], args.mask, shape)
     path = new_path("inpainting")

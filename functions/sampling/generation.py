@@ -63,12 +63,10 @@ class Drawing:
         values |= {"precision": models.precision, "steps": self.step_count}
         if config.guide is not None:
             values |= {"guide": models.guide_digest[:16], "guidance": config.guide_weight}
-        values["enlarge"] = [enlarger.digest[:16] for enlarger in models.enlargers]
+        values["enlarge"] = tuple(enlarger.digest[:16] for enlarger in models.enlargers)
         if not models.clip_x_0:
             values["clip_x_0"] = False
-        # JSON has no tuples.
-        lists = {name: [*value] for name, value in values.items() if isinstance(value, tuple)}
-        given = {name: value for name, value in (values | lists).items() if value not in (None, [])}
+        given = {name: value for name, value in values.items() if value not in (None, ())}
         return {"seed": self.seed, **given}
 
     @property

@@ -92,7 +92,8 @@ def open_folder(folder: Path, settings: dict, shown: list[int] | None = None) ->
     intact manifest.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    manifest = {**settings, SHOWN: shown}
+    # JSON has no tuples.
+    manifest = json.loads(json.dumps({**settings, SHOWN: shown}))
     earlier = {}
     if any((folder / name).exists() for name in (MANIFEST, *PICTURES)) or image_indices(folder):
         earlier = read_json(folder / MANIFEST)
@@ -120,8 +121,9 @@ def generate_frames(drawing: Drawing, indices: Sequence[int]) -> tuple[Tensor, F
     Returns the images (N, C, H, W) in [-1, 1], and each enlarger doubles H and W; the noise and
     the states; the estimates of x_0.
     """
-    count = drawing.step_count
-    stride = math.ceil(count / RECORDED_STEPS)
+    times = drawing.times
+    # The last step and the image are always recorded.
+    recorded = {*times[:: math.ceil(drawing.step_count / RECORDED_STEPS)], *times[-2:]}
     states = defaultdict(list)
     estimates = defaultdict(list)
     # Each image begins as noise, which depends only on the seed and the image's index.
@@ -129,13 +131,9 @@ def generate_frames(drawing: Drawing, indices: Sequence[int]) -> tuple[Tensor, F
     states[drawing.scheduler.timesteps].append(to_uint8(x_T))
 
     def on_step(k, t, x, x_0):
-        # The last step is always recorded. The state after it is the image.
-        is_last = k == count - 1
-        if k % stride == 0 or is_last:
-            estimates[t + 1].append(to_uint8(x_0))
-        if (k + 1) % stride == 0 or is_last:
-            t_after = drawing.times[k + 1]
-            states[t_after + 1].append(to_uint8(x))
+        for frames, time, images in ((estimates, t, x_0), (states, times[k + 1], x)):
+            if time in recorded:
+                frames[time + 1].append(to_uint8(images))
 
     # Each batch of images calls `on_step` for all steps.
     images = generate(drawing, indices, progress=True, on_step=on_step)

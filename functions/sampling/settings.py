@@ -7,7 +7,7 @@ recipe's field.
 
 import tomllib
 from argparse import ArgumentParser, Namespace
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from functions.samplers import SAMPLERS, VARIANCES
 from functions.saved.loading import is_hub_name
 from functions.saved.run_folder import RUNS, is_recipe, newest_run
 from functions.support import processes
-from functions.support.command_line import add_config_flags, given_fields
+from functions.support.command_line import add_config_flags, add_flags, given_fields
 from functions.support.device import DTYPES
 from functions.support.errors import UserError, printable
 from functions.support.files import check_file
@@ -26,30 +26,22 @@ from functions.timesteps import SPACINGS
 # The default weight w of a guide. Samples are garish from 3 on.
 GUIDANCE = 1.5
 # Another --sampler than the recipe's begins with its own defaults of these fields.
-OF_SAMPLER = {"steps", "spacing", "eta", "variance", "temperature"}
+OF_SAMPLER = frozenset(("steps", "spacing", "eta", "variance", "temperature"))
 
 
 @dataclass(frozen=True)
 class Use:
     """What a verb of edit.py can use of the settings of a drawing; by default all."""
 
-    # By field: the value that it takes whatever a recipe says, then others that a flag may give,
-    # where ... is any.
-    values: dict[str, tuple] = field(default_factory=dict)
+    # The fields that have the values `taken`, or their defaults, whatever a recipe says
+    reset: frozenset[str] = frozenset()
+    taken: dict = field(default_factory=dict)
+    # A flag may give other values of these fields.
+    free: frozenset[str] = frozenset()
     # So many steps, or all if there are fewer, if no number is given.
     steps: int | None = None
     # The end of the sentence about another value.
     reason: str = ""
-
-    @property
-    def taken(self) -> dict:
-        return {name: values[0] for name, values in self.values.items()}
-
-    def check(self, given: dict) -> None:
-        """Raise UserError for a given value that is not accepted."""
-        for name in given.keys() & self.values.keys():
-            if given[name] not in self.values[name] and ... not in self.values[name]:
-                raise UserError(f"--{name}: {self.reason}")
 
 
 def describe_samplers() -> str:
@@ -133,7 +125,7 @@ class DrawingConfig(Given):
 
     def unconditional(self) -> "DrawingConfig":
         """Return the settings without any condition."""
-        return replace(self, cfg=None, **{each.name: each.default for each in fields(Given)})
+        return replace(self, cfg=None, **vars(Given()))
 
     def alone(self) -> "DrawingConfig":
         """Return the settings of the model alone, without guide, enlargers and all else."""
@@ -144,8 +136,7 @@ class DrawingConfig(Given):
 
         Raises UserError for a given value that the `use` does not accept.
         """
-        use.check(given)
-        void = set()
+        void = set(use.reset)
         if given.get("sampler", self.sampler) != self.sampler:
             void |= OF_SAMPLER
         if given.get("eta") == 0:
@@ -155,8 +146,11 @@ class DrawingConfig(Given):
             void |= {"guide", "guidance"}
         if "guide" in given:
             void |= {"cfg"}
-        defaults = {each.name: each.default for each in fields(self) if each.name in void}
-        return replace(self, **defaults | use.taken | given)
+        values = {name: getattr(DrawingConfig, name) for name in void} | use.taken
+        for name in given.keys() & (use.reset | use.taken.keys()) - use.free:
+            if given[name] != values[name]:
+                raise UserError(f"--{name}: {use.reason}")
+        return replace(self, **values | given)
 
 
 def read_recipe(path: Path) -> DrawingConfig:
@@ -186,8 +180,6 @@ def read_recipe(path: Path) -> DrawingConfig:
 def located(recipe: Path, key: str, name: str) -> str:
     """Return the path of a part that a recipe names, or a name on a model hub."""
     path = recipe.parent / name
-    if is_recipe(path):
-        raise UserError(f"{recipe}: {key} is {printable(name)!r}, a recipe; name one of its models")
     if path.exists():
         return str(path)
     if is_hub_name(Path(name)) and not path.parent.exists():
@@ -213,21 +205,27 @@ def settings_of(
     return config.override(given_fields(args, DrawingConfig), use)
 
 
-def add_place_flags(parser: ArgumentParser) -> None:
-    """Add the flags that name the folder of all runs and the device."""
-    parser.add_argument(
-        "--runs",
-        type=Path,
-        default=RUNS,
-        help="The folder with all run folders. Default: %(default)s.",
-    )
-    parser.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda, cuda:N or mps. Default: %(default)s."
-    )
+@dataclass(frozen=True)
+class PlaceFlags:
+    """The flags that name the folder of all runs and the device."""
+
+    # The folder with all run folders.
+    runs: Path = RUNS
+    # auto, cpu, cuda, cuda:N or mps.
+    device: str = "auto"
 
 
-def add_model_flags(parser: ArgumentParser) -> None:
-    """Add the flags that name the model and the device."""
+@dataclass(frozen=True)
+class SeedFlags(PlaceFlags):
+    """These, and the flag of the seed."""
+
+    # The seed of the noise. The noise of image i depends only on the seed and i; another batch size
+    # changes its pixels only by rounding.
+    seed: int = setting(0, at_least=-inf)
+
+
+def add_model_flags(parser: ArgumentParser, flags_class: type = PlaceFlags) -> None:
+    """Add the flags that name the model and the device, and others that a class has."""
     parser.add_argument(
         "checkpoint",
         nargs="?",
@@ -237,27 +235,10 @@ def add_model_flags(parser: ArgumentParser) -> None:
         "Or a recipe (docs/sampling.md), of which evaluate.py and --export use the model alone. "
         "Default: the newest run, or pretrained/people.toml if there is none.",
     )
-    add_place_flags(parser)
+    add_flags(parser, flags_class)
 
 
-def add_out_flag(parser: ArgumentParser) -> None:
-    """Add the flag that names the folder of what a script writes."""
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="The folder for the written files. An interrupted command that is started again with "
-        "it goes on. Default: a new folder in samples/ of the run, or here for a recipe.",
-    )
-
-
-def add_sampling_flags(parser: ArgumentParser) -> None:
-    """Add the flags of sampling, which include the model flags."""
-    add_model_flags(parser)
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="The seed of the noise. The noise of image i depends only on the seed and i; another "
-        "batch size changes its pixels only by rounding. Default: %(default)s.",
-    )
+def add_sampling_flags(parser: ArgumentParser, flags_class: type = SeedFlags) -> None:
+    """Add the flags of sampling, which include the model flags, and others that a class has."""
+    add_model_flags(parser, flags_class)
     add_config_flags(parser, DrawingConfig, "how images are sampled from noise")

@@ -29,7 +29,8 @@ from models.unet import BLOCKS_DOWN
 # The objectives and the variances by diffusers' words.
 PREDICTIONS = {row.diffusers: name for name, row in OBJECTIVES.items() if row.diffusers}
 VARIANCES = {"fixed_small": "small", "fixed_small_log": "small", "fixed_large": "large"}
-# The values that other fields of a scheduler may have. The first versions had the last two.
+# The values that fields of a scheduler and of a network may have. The first versions had
+# predict_epsilon and tensor_format.
 SUPPORTED = {
     "prediction_type": [*PREDICTIONS],
     "variance_type": [*VARIANCES],
@@ -37,6 +38,10 @@ SUPPORTED = {
     "rescale_betas_zero_snr": [False],
     "predict_epsilon": [True],
     "tensor_format": ["pt"],
+    "in_channels": [3, 1],
+    "sample_size": range(1, 2**14),
+    "class_embed_type": [None],
+    "num_class_embeds": [None],
 }
 # Other pipelines, such as those of latents, sample something else with the same network.
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
@@ -69,6 +74,7 @@ def read_folder(path: Path) -> SavedModel:
     # A pair is the height and the width.
     if isinstance(size, (list, tuple)) and len({*size}) == 1:
         arguments["sample_size"] = size[0]
+    check_supported(arguments, SUPPORTED | {"out_channels": [arguments["in_channels"]]})
     config = {"diffusion": our_schedule(schedule), "model": vars(DiffusersNetwork(arguments))}
     # diffusers draws missing weights at random.
     if any(loading.values()):
@@ -116,12 +122,10 @@ def our_schedule(schedule: dict) -> dict:
         scheduler = import_diffusers().DDPMScheduler.from_config(schedule)
         _, unexpected, _ = scheduler.extract_init_dict(schedule)
     fields = scheduler.config
-    supported = {**{name: [None] for name in unexpected}, **SUPPORTED}
+    supported = {name: [None] for name in unexpected}
     if fields["clip_sample"]:
         supported["clip_sample_range"] = [1]
-    for name, values in supported.items():
-        if name in fields and fields[name] not in values:
-            raise ConfigError(f"unsupported: {name} = {fields[name]!r}")
+    check_supported(fields, supported | SUPPORTED)
     return {
         "timesteps_diff": fields["num_train_timesteps"],
         # These are final, whatever they were computed from.
@@ -130,6 +134,13 @@ def our_schedule(schedule: dict) -> dict:
         "variance": VARIANCES[fields["variance_type"]],
         "clip_x_0": bool(fields["clip_sample"]),
     }
+
+
+def check_supported(fields: dict, supported: dict) -> None:
+    """Raise ConfigError for a field that has another value than those that are supported."""
+    for name, values in supported.items():
+        if name in fields and fields[name] not in values:
+            raise ConfigError(f"unsupported: {name} = {fields[name]!r:.100}")
 
 
 def write_folder(saved: SavedModel, folder: Path) -> None:

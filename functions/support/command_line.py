@@ -1,5 +1,6 @@
 """Make flags from dataclasses, and print errors in one line, for all scripts."""
 
+import ast
 import csv
 import inspect
 import os
@@ -10,16 +11,19 @@ from argparse import (
     SUPPRESS,
     ArgumentParser,
     ArgumentTypeError,
+    BooleanOptionalAction,
     Namespace,
     RawDescriptionHelpFormatter,
 )
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 from functions.support.errors import UserError, printable
-from functions.support.settings import TYPE_DESCRIPTIONS, ConfigError, checked, type_of
+from functions.support.settings import TYPES, ConfigError, checked, types_of
 
 # argparse ends with this exit status, too.
 EXIT_BAD_INPUT = 2
@@ -88,7 +92,8 @@ def add_config_flags(
     """Add one flag for each field of a dataclass: `batch_size` becomes `--PREFIXbatch-size N`.
 
     A flag's help is the comment above the field, with the field's choices and its default. A flag
-    that is not given has no entry in the parsed arguments.
+    that is not given has no entry in the parsed arguments. Without a prefix, that of a bool has no
+    value.
     """
     group = parser.add_argument_group(title)
     comments = field_comments(config_class)
@@ -96,34 +101,62 @@ def add_config_flags(
         marks = field.metadata
         if "no_flag" in marks:
             continue
-        parse, metavar = FLAG_TYPES[type_of(field)]
+        kinds, is_list = types_of(field)
+        metavar = "|".join(TYPES[kind][1] for kind in kinds)
+        if is_list:
+            metavar = f"{metavar},{metavar},..."
+        options = {
+            "type": partial(parse_flag, field),
+            "metavar": marks.get("metavar") or "|".join(map(str, marks.get("choices", [metavar]))),
+        }
+        if "repeated" in marks:
+            options |= {"action": "append", "type": str}
+        if kinds == [bool] and not prefix:
+            options = {"action": BooleanOptionalAction}
         sentences = comments.get(field.name, "")
         if "details" in marks:
             sentences += f" {marks['details']()}"
         if field.default not in (MISSING, None, ()):
             sentences += f" Default: {field.default}."
-        repeated = "repeated" in marks
         group.add_argument(
             f"--{prefix}{field.name.replace('_', '-')}",
+            *marks.get("also", ()),
             dest=f"{prefix}{field.name}",
-            action="append" if repeated else "store",
-            type=str if repeated else partial(parse_flag, field, parse),
-            metavar=marks.get("metavar") or "|".join(map(str, marks.get("choices", [metavar]))),
             default=SUPPRESS,
             # argparse treats a single % as the start of a placeholder.
             help=sentences.replace("%", "%%"),
+            **options,
         )
 
 
-def parse_flag(field: Field, parse: Callable[[str], Any], text: str) -> Any:
-    """Parse the value of a field's flag, and check it."""
+def add_flags(parser: ArgumentParser, flags_class: type, **defaults: Any) -> None:
+    """Add the flags of a script, the fields of a dataclass; those not given have their defaults."""
+    add_config_flags(parser, flags_class, "what this script does")
+    parser.set_defaults(**vars(flags_class()) | defaults)
+
+
+def parse_flag(field: Field, text: str) -> Any:
+    """Parse the value of a field's flag, and check it.
+
+    It is a Python literal, with or without capitals and brackets; names have commas between them,
+    and quotes where they have commas. Raises ArgumentTypeError if it does not fit.
+    """
+    kinds, is_list = types_of(field)
+    value = text
+    if kinds == [Path]:
+        return Path(text)
+    if kinds != [str]:
+        literal = f"[{text.strip('[]()')}]" if is_list else text.capitalize()
+        # Anything else is a text.
+        with suppress(ValueError, SyntaxError):
+            value = ast.literal_eval(literal)
+    elif is_list:
+        [names] = csv.reader([text], skipinitialspace=True)
+        value = names or text
     try:
-        return checked(None, field, parse(text))
+        return checked(None, field, value)
     except ConfigError as error:
         raise ArgumentTypeError(str(error)) from error
-    except ValueError as error:
-        requirement = TYPE_DESCRIPTIONS[type_of(field)]
-        raise ArgumentTypeError(f"{text!r} is not {requirement}") from error
 
 
 def field_comments(config_class: type) -> dict[str, str]:
@@ -137,58 +170,4 @@ def given_fields(args: Namespace, *config_classes: type) -> dict:
     """Return the values of the fields of these dataclasses whose flags were given, by name."""
     names = {field.name for each in config_classes for field in fields(each)}
     given = {flag.rpartition(".")[2]: value for flag, value in vars(args).items()}
-    return {name: value for name, value in given.items() if name in names}
-
-
-def boolean(text: str) -> bool:
-    """Parse "true" or "false"."""
-    if text.lower() not in ("true", "false"):
-        raise ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() == "true"
-
-
-def integers(text: str) -> tuple[int, ...]:
-    """Parse comma-separated integers of at least 0, with or without brackets."""
-    if not re.fullmatch(r"[\[(]?(\s*\d+\s*,)*\s*(\d+\s*)?[\])]?", text.strip()):
-        raise ArgumentTypeError(f"{text!r} is not a list of integers such as 3,7,21")
-    return tuple(map(int, re.findall(r"\d+", text)))
-
-
-def positive(text: str) -> int:
-    """Parse an integer of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise ArgumentTypeError(f"{text!r} is not an integer of at least 1")
-    return int(text)
-
-
-def fraction(text: str) -> float:
-    """Parse a number from 0 to 1."""
-    if not 0 <= float(text) <= 1:
-        raise ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return float(text)
-
-
-def number_or_text(text: str) -> int | str:
-    """Parse an integer, or take another text as it is."""
-    return int(text) if text.isdecimal() else text
-
-
-def names(text: str) -> tuple[str, ...]:
-    """Parse names with commas between them, and quotes where names have commas."""
-    try:
-        [row] = csv.reader([text], skipinitialspace=True)
-    except (csv.Error, ValueError) as error:
-        raise ArgumentTypeError(f"{text!r} is not a list of names such as a,b") from error
-    return tuple(row) or ("",)
-
-
-# A field's type decides how its flag is parsed, and which placeholder the help shows for its value.
-FLAG_TYPES = {
-    int: (int, "N"),
-    float: (float, "X"),
-    str: (str, "TEXT"),
-    bool: (boolean, "true|false"),
-    int | str: (number_or_text, "N|TEXT"),
-    tuple[int, ...]: (integers, "N,N,..."),
-    tuple[str, ...]: (names, "NAME,NAME,..."),
-}
+    return {name: given[name] for name in names & given.keys()}

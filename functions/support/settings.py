@@ -3,24 +3,21 @@
 import json
 import math
 from dataclasses import MISSING, Field, field, fields
-from functools import partial, reduce
-from operator import or_
-from types import NoneType, UnionType
+from functools import partial
+from pathlib import Path
+from types import NoneType
 from typing import Any, get_args
 
 from functions.support.errors import printable
 
-# Error messages describe the values of each type in this way.
-TYPE_DESCRIPTIONS = {
-    int: "an integer",
-    float: "a number",
-    bool: "True or False",
-    str: "a name or a path",
-    int | str: "an integer or a path",
-    tuple[int, ...]: "a list of integers, such as [1, 2, 4]",
-    tuple[str, ...]: "a list of names or paths, none of which is empty",
-    tuple[float, ...]: "a list of numbers",
-    dict: "a table of fields",
+# How error messages describe a value of a type, and what the help shows for it
+TYPES = {
+    int: ("an integer", "N"),
+    float: ("a number", "X"),
+    bool: ("True or False", "true|false"),
+    str: ("a name or a path, and not empty", "TEXT"),
+    Path: ("a path", "PATH"),
+    dict: ("a table of fields", ""),
 }
 
 
@@ -43,6 +40,7 @@ def setting(default: Any = MISSING, **marks: Any) -> Any:
     no_pixels: the value does not change what is drawn, but for rounding.
     formerly: the name that the field has in files of earlier versions.
     repeated: the flag is given once for each item of a list.
+    also: other names of the flag.
     metavar: what the help shows for the value.
     details: a function that returns what the help says after the comment.
     """
@@ -67,11 +65,10 @@ def check_fields(config: Any) -> None:
         object.__setattr__(config, each.name, value)
 
 
-def type_of(each: Field) -> Any:
-    """Return the type of a field's values, but for None."""
-    if not isinstance(each.type, UnionType):
-        return each.type
-    return reduce(or_, (kind for kind in get_args(each.type) if kind is not NoneType))
+def types_of(each: Field) -> tuple[list[type], bool]:
+    """Return the types of a field's value, but for None, and whether it is a list of such items."""
+    kinds = get_args(each.type) or [each.type]
+    return [kind for kind in kinds if kind not in (NoneType, Ellipsis)], Ellipsis in kinds
 
 
 def checked(config_class: type | None, each: Field, value: Any) -> Any:
@@ -84,30 +81,28 @@ def checked(config_class: type | None, each: Field, value: Any) -> Any:
     check = partial(require, config_class, each.name, value)
     if choices := each.metadata.get("choices"):
         check(value in tuple(choices), " or ".join(map(json.dumps, choices)))
-    kind = type_of(each)
 
-    # The value of a field is a single item, or a tuple of items, which is a list in JSON.
-    is_list = Ellipsis in get_args(kind)
-    item_types = [item for item in get_args(kind) or [kind] if item is not Ellipsis]
-    # One text is a list of one.
-    items = [value] if not is_list or isinstance(value, str) else value
-    allowed = (float, int) if item_types == [float] else (*item_types,)
-    fits = isinstance(items, (list, tuple)) and all(type(item) in allowed for item in items)
-    check(fits and "" not in items, TYPE_DESCRIPTIONS[kind])
+    # The value of a field is a single item, or a tuple of items, which is a list in JSON. One item
+    # is a list of one.
+    kinds, is_list = types_of(each)
+    items = value if is_list and isinstance(value, (list, tuple)) else [value]
+    allowed = (float, int) if kinds == [float] else kinds
+    wanted = " or ".join(TYPES[kind][0] for kind in kinds)
+    fits = all(type(item) in allowed and item != "" for item in items)
+    check(fits, f"a list, and each item {wanted}" if is_list else wanted)
 
     numbers = [item for item in items if type(item) in (int, float)]
-    at_least = each.metadata.get("at_least", int(float not in item_types))
+    at_least = each.metadata.get("at_least", int(float not in kinds))
     at_most = each.metadata.get("at_most", math.inf)
-    requirement = f"{at_least} or more" if at_least > -math.inf else "finite"
+    # JSON has no infinity. A field that is a limit has 0 for none.
+    check(all(map(math.isfinite, numbers)), "finite")
+    requirement = f"{at_least} or more"
     if at_most < math.inf:
         requirement = f"from {at_least} to {at_most:,}"
-    # JSON has no infinity. A field that is a limit has 0 for none.
-    check(not any(map(math.isinf, numbers)), "finite")
-    # No comparison with nan is true, so nan does not fit.
     check(all(at_least <= item <= at_most for item in numbers), requirement)
     if is_list:
         return tuple(items)
-    return float(value) if item_types == [float] else value
+    return float(value) if kinds == [float] else value
 
 
 def require(config_class: type | None, name: str, value: Any, fits: bool, requirement: str) -> None:
@@ -117,18 +112,16 @@ def require(config_class: type | None, name: str, value: Any, fits: bool, requir
         raise ConfigError(f"{owner}{name} is {value!r:.100}; it must be {requirement}")
 
 
-def from_fields(config_class: type, values: Any) -> Any:
+def from_fields(config_class: type, values: dict) -> Any:
     """Return the config with the values of a file, in which those with a default may be missing.
 
     Raises ConfigError for fields that are missing or unknown, and for values that do not fit.
     """
-    known = {each.name for each in fields(config_class)}
-    needed = {each.name for each in fields(config_class) if each.default is MISSING}
-    if isinstance(values, dict):
-        names = {each.metadata.get("formerly"): each.name for each in fields(config_class)}
-        values = {names.get(name, name): value for name, value in values.items()}
-    given = set(values) if isinstance(values, dict) else set()
-    if wrong := sorted(needed - given | given - known):
+    known = {each.name: each for each in fields(config_class)}
+    formerly = {each.metadata.get("formerly"): name for name, each in known.items()}
+    values = {formerly.get(name, name): value for name, value in values.items()}
+    needed = {name for name, each in known.items() if each.default is MISSING}
+    if wrong := sorted(needed - values.keys() | values.keys() - known.keys()):
         raise ConfigError(
             f"{config_class.__name__}: missing, or unknown to this version (see CHANGELOG.md): "
             f"{printable(', '.join(wrong))}"

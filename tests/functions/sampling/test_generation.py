@@ -72,7 +72,7 @@ def test_frames_are_evenly_spaced_and_end_with_the_image(network):
     drawing = drawing_of(network, 60, batch_size=2)
     samples, states, estimates = generate_frames(drawing, range(3))
     assert torch.equal(samples, generate(drawing, range(3)))
-    assert list(states) == list(range(60, -1, -2))
+    assert list(states) == [*range(60, 1, -2), 1, 0]
     assert list(estimates) == [*range(60, 1, -2), 1]
     noise = drawing.noise(range(3))()
     assert np.array_equal(states[60], to_uint8(noise))
@@ -127,7 +127,7 @@ def test_the_temperature_scales_the_noise_of_later_steps_alone(network, monkeypa
     assert 2 < sum(late) < 9
     scales = torch.where(torch.tensor(late), 0.25, 1.0).view(-1, 1, 1, 1, 1)
     assert_close(drawn[1], scales * drawn[0])
-    with refused("temperature is nan; it must be from 0 to 1", ConfigError):
+    with refused("temperature is nan; it must be finite", ConfigError):
         DrawingConfig(model="run", temperature=math.nan)
 
 

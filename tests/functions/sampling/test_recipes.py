@@ -159,7 +159,7 @@ def test_export_and_evaluation_use_the_model_alone(recipe, tiny_run, capsys):
         ('model = "model.safetensors"', "", r"missing, or unknown to this version .*: model"),
         ("model.safetensors", "other.safetensors", "model is 'other.safetensors', and there is no"),
         ('["large"]', '["large", "large/run"]', "enlarge is 'large/run', and there is no"),
-        ('["large"]', '["large", ""]', "none of which is empty"),
+        ('["large"]', '["large", ""]', "and not empty"),
         # Backslashes in double quotes are a page break, and nothing that TOML has.
         ("'guides/early.safetensors'", r'"runs\faces"', "guide is .*, and there is no"),
         ("'guides/early.safetensors'", r'"guides\early.safetensors"', r"with / and not \\ in"),
@@ -170,10 +170,10 @@ def test_export_and_evaluation_use_the_model_alone(recipe, tiny_run, capsys):
         ("steps = 4", "steps = true", "steps is True; it must be an integer"),
         ("steps = 4", "seed = 3", r"missing, or unknown to this version .*: seed"),
         ("steps = 4", '"label=x" = 3', r"missing, or unknown to this version .*: label=x"),
-        ("steps = 4", 'label = ""', "none of which is empty"),
-        ("model.safetensors", "people.toml", "model is 'people.toml', a recipe; name one of"),
-        ("guides/early.safetensors", "people.toml", "guide is 'people.toml', a recipe"),
-        ('"large"', '"people.toml"', "enlarge is 'people.toml', a recipe"),
+        ("steps = 4", 'label = ""', "and not empty"),
+        ("model.safetensors", "people.toml", "people.toml is a recipe, and no model; name one"),
+        ("guides/early.safetensors", "people.toml", "people.toml is a recipe, and no model"),
+        ('"large"', '"people.toml"', "people.toml is a recipe, and no model"),
     ],
 )
 def test_a_broken_recipe_is_one_sentence(recipe, old, new, sentence):
@@ -185,7 +185,7 @@ def test_a_broken_recipe_is_one_sentence(recipe, old, new, sentence):
 
 
 @pytest.mark.parametrize(
-    "flag, value", [("label", ""), ("label", "a\rb"), ("label", "a,"), ("steps", "0"), ("eta", "x")]
+    "flag, value", [("label", ""), ("label", "a,"), ("steps", "0"), ("eta", "x")]
 )
 def test_a_value_that_a_flag_cannot_have_is_one_sentence_with_its_name(flag, value, capsys):
     parser = Parser()

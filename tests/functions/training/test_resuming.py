@@ -14,8 +14,9 @@ from functions.saved.checkpoint import verify_checkpoint, write_tensors
 from functions.saved.run_folder import checkpoints_of, locked
 from functions.training import opening
 from functions.training.metrics import read_metrics
-from tests.conftest import HELD_OUT, call, during, only_in, posix, refused, terminate
+from tests.conftest import HELD_OUT, call, during, newest, only_in, posix, refused, terminate
 from tests.kill import assert_same_run
+from tests.small_training import same
 
 
 @pytest.mark.slow
@@ -120,7 +121,7 @@ def test_deterministic_kernels_are_asked_for_and_only_then(trained):
         assert torch.backends.cudnn.benchmark != wanted
 
 
-def test_a_run_goes_on_with_the_same_images_wherever_they_are(unfinished, pictures):
+def test_a_run_goes_on_with_the_same_images_wherever_they_are(unfinished, tiny_run, pictures):
     """A run is refused whose images are fewer, or other ones of the same names."""
     elsewhere = shutil.copytree(pictures, unfinished.parent.parent / "moved")
     resume = ["--resume", unfinished, "--diffusion.dataset-name", elsewhere]
