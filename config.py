@@ -444,8 +444,10 @@ def build_scheduler(diffusion: dict) -> NoiseScheduler:
     values = {
         each.name: checked(DiffusionConfig, each, diffusion.get(each.name, each.default))
         for each in fields(DiffusionConfig)
-        if "fixed_by_weights" in each.metadata and each.name != "objective"
+        if "fixed_by_weights" in each.metadata
     }
+    # It is checked, and is not the schedule's.
+    del values["objective"]
     try:
         return NoiseScheduler(values.pop("timesteps_diff"), **values)
     except ValueError as error:

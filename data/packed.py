@@ -192,7 +192,7 @@ def write_pack(path: Path, key: str, source: Source, shape: Shape) -> ImageSet:
     Prints a summary.
     """
     if path.exists():
-        print(f"{path} is outdated or damaged, and is made anew")
+        print(f"rebuilding {path}: outdated or damaged")
     # Without its record a file is not used, so nothing is wrong after a kill. The old file is
     # deleted and not overwritten, because a training may still read it.
     record_path = Path(f"{path}.json")

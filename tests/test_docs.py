@@ -1,5 +1,6 @@
 """What README, docs/ and the card of the model name or link to: files, headings and tests."""
 
+import inspect
 import re
 from contextlib import redirect_stdout
 from functools import cache, partial
@@ -10,9 +11,9 @@ from itertools import pairwise
 import pytest
 from PIL import Image
 
+import example
 from functions.training.metrics import read_metrics
 from tests.conftest import ROOT, call
-from tests.test_example import check_quoted
 
 PAGES = [
     ROOT / "README.md",
@@ -70,7 +71,9 @@ def test_readme_is_one_sitting_with_a_caption_under_each_picture():
 
 
 def test_readme_quotes_example():
-    check_quoted((ROOT / "README.md").read_text(), "loss_of", "sample")
+    code = re.search(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)[1]
+    loss, sampling = inspect.getsource(example.loss_of), inspect.getsource(example.sample)
+    assert code == f"{loss}\n\n{sampling}"
 
 
 def test_pictures_are_light():
