@@ -207,7 +207,7 @@ def test_samples_have_the_colours_of_their_labels(labelled_run, tmp_path, capsys
     """Image i has the label i mod K, whatever its batch is; --cfg makes the colour stronger."""
     flags = f"{FEW} --label blue,10 --n 8 --batch-size 3 --individual"
     call(sample, labelled_run, flags, "--out", tmp_path / "plain")
-    assert "label ['blue', '10']" in capsys.readouterr().out
+    assert "label ('blue', '10')" in capsys.readouterr().out
     images = samples_of(tmp_path / "plain")
     channels = images.mean((1, 2)).argmax(axis=1)
     assert (channels == [2, 1] * 4).mean() > 0.8
