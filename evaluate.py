@@ -49,7 +49,7 @@ from functions.support.command_line import Parser, add_flags, run_script
 from functions.support.device import choose_device
 from functions.support.errors import UserError, warn
 from functions.support.files import read_json, sha256, write_text
-from functions.support.settings import choice, setting
+from functions.support.settings import setting
 
 # With fewer images, FID is far above that of many images.
 FEW_IMAGES = 10_000
@@ -84,8 +84,8 @@ class BitsFlags(PlaceFlags):
 class ImagesFlags:
     """The flags of images."""
 
-    # The images of the data set: those for training, the held-out ones, or all.
-    part: str = choice("train", "val", "all")
+    # The images of the data set: those for training, the held-out ones, or all. Default: train.
+    part: str | None = setting(None, choices=("train", "val", "all"))
     # auto, cpu, cuda or cuda:N.
     device: str = "auto"
 
@@ -215,7 +215,9 @@ def evaluate_images(args: Namespace) -> None:
         image_set, split = load_like(args.folder, args.data)
         all_indices = np.arange(len(image_set.images))
         parts = {"train": split.train_indices, "val": split.val_indices, "all": all_indices}
-        real = set_images(image_set, parts[args.part])
+        real = set_images(image_set, parts[args.part or "train"])
+    elif args.part:
+        raise UserError("--part is for a data set; a folder of samples has no parts")
     else:
         real = folder_images(Path(args.data))
     results = measure_fidelity(samples, real, choose_device(args.device))
