@@ -17,7 +17,7 @@ def run_here(call, check, cwd, env):
     """Run `python -m MODULE ...` in this process, which has imported most of it already."""
     _, _, module, *arguments = map(str, call)
     with contextlib.chdir(cwd), mock.patch.object(sys, "argv", [module, *arguments]):
-        runpy.run_module(module, run_name="__main__")
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 @pytest.mark.slow
