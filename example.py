@@ -61,7 +61,7 @@ def sample(model, x_t):
     for t in range(T, 0, -1):
         a, a_before = alpha_bar[t], alpha_bar[t - 1]
         eps = model(x_t, torch.full((len(x_t),), t))
-        x_0 = (x_t - (1 - a).sqrt() * eps) / a.sqrt()  # Eq. 15
+        x_0 = (x_t - (1 - a).sqrt() * eps) / a.sqrt()  # Eq. 15: an estimate
         x_0 = x_0.clamp(-1, 1)
         # Eq. 7. At t = 1 the variance is 0.
         mean = (a_before.sqrt() * beta[t] * x_0 + alpha[t].sqrt() * (1 - a_before) * x_t) / (1 - a)
@@ -114,7 +114,8 @@ class UNet(nn.Module):
         dims = (DIMS[0], *DIMS, DIMS[-1])
         self.down = nn.ModuleList(Block(dims[i], dims[i + 1]) for i in range(len(DIMS)))
         self.middle = Block(DIMS[-1], DIMS[-1])
-        # On the way up a block gets what comes from below, dims[i + 2], and the skip.
+        # dims is (32, 32, 64, 128, 256, 256). On the way up a block gets what comes from below,
+        # dims[i + 2], and the skip.
         self.up = nn.ModuleList(Block(dims[i + 2] + dim, dim) for i, dim in enumerate(DIMS))
         self.last = norm_and_convolution(DIMS[0], 3)
 
