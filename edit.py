@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from data.conditions import Given
 from functions.sampling.editing import EXACT_STEPS, INPAINTING_STEPS, VERBS, edited_path, use_of
 from functions.sampling.generation import given, open_drawing
 from functions.sampling.settings import SeedFlags, add_sampling_flags, settings_of
@@ -29,14 +30,19 @@ from functions.support.command_line import Parser, run_script
 from functions.support.errors import UserError
 from functions.support.settings import setting
 
+# How far images are noised unless --depths says otherwise, as fractions of all timesteps
+DEPTHS = (0.25, 0.5, 0.75, 1.0)
+
 
 def main() -> None:
     """Read the command line, edit the images, and print which file was written."""
     args = parse_flags()
     use = use_of(args.verb, args.exact)
     config = settings_of(args, use=use)
-    if len(config.label) > 1:
-        raise UserError("an edit has one --label")
+    for name in vars(Given()):
+        value = getattr(config, name)
+        if isinstance(value, tuple) and len(value) > 1:
+            raise UserError(f"an edit has one --{name}")
     drawing = open_drawing(args, config, use.steps)
     print(f"{args.verb}: {drawing}")
     # All that an edit draws has the conditions of image 0.
@@ -56,8 +62,8 @@ class EditFlags(SeedFlags):
 class DepthFlags(EditFlags):
     """The flags of vary."""
 
-    # How far the images are noised, as fractions of all timesteps, such as 0.5,1.
-    depths: tuple[float, ...] = setting((0.25, 0.5, 0.75, 1.0), at_most=1)
+    # How far the images are noised, as fractions of all timesteps. Default: 0.25,0.5,0.75,1.
+    depths: tuple[float, ...] = setting((), at_most=1)
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,12 @@ def parse_flags() -> argparse.Namespace:
         verb = verbs.add_parser(name, help=help, description=help)
         verb.add_argument("images", nargs=image_count, metavar="IMAGE")
         add_sampling_flags(verb, flags_class)
-    return parser.parse_args()
+    args = parser.parse_args()
+    depths = getattr(args, "depths", ())
+    if args.exact and depths:
+        raise UserError("--depths: not allowed with --exact")
+    args.depths = depths or DEPTHS
+    return args
 
 
 if __name__ == "__main__":

@@ -142,8 +142,8 @@ class SampleFlags(SeedFlags):
     """The flags of this script."""
 
     # How many images to sample. With torchrun write -n, because torchrun reads --n as its own flag.
-    # In sampleFFHQ.py 20 is the default.
-    n: int = setting(36, also=["-n"])
+    # Default: 36; in sampleFFHQ.py 20.
+    n: int | None = setting(None, also=["-n"])
     # Sample the images of the seed with these indices, which count from 0. Default: the first N.
     indices: tuple[int, ...] = setting((), at_least=0)
     # The folder for the written files. An interrupted command that is started again with it goes
@@ -167,9 +167,12 @@ def parse_flags(description: str, defaults: dict) -> Namespace:
     """Read the command line. Raises UserError for more images than a grid shows."""
     parser = Parser(description=description)
     add_sampling_flags(parser, SampleFlags)
+    usual = defaults.pop("n", 36)
     parser.set_defaults(**defaults)
     args = parser.parse_args()
-    args.indices = args.indices or range(args.n)
+    if args.n and args.indices:
+        raise UserError("--indices: not allowed with --n")
+    args.indices = args.indices or range(args.n or usual)
     count = len(args.indices)
     if count > GRID_LIMIT and not args.individual:
         raise UserError(f"a grid shows up to {GRID_LIMIT} images; for {count} add --individual")

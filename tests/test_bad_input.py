@@ -48,6 +48,8 @@ COMMANDS = {
     "sample.py runs/faces-20260101-120000": "faces-20260101-120000: there is no such file",
     "sample.py {run} --steps 101": "steps is 101; a model with 100 timesteps takes 1 to 100",
     "edit.py interpolate 1 2 --depths 0.5,2": "depths is [0.5, 2]; it must be from 0 to 1",
+    "sample.py --n 36 --indices 3,7": "--indices: not allowed with --n",
+    "edit.py interpolate 1 2 --exact --depths 1": "--depths: not allowed with --exact",
     "edit.py invert 1 {run} --sampler dpm++": "--sampler: an inversion is that of ddim",
     "edit.py invert 1 {run} --sampler ddim --eta 1": "--eta: an inversion is that of ddim",
     "edit.py vary 1 {run} --label 2,blue": "an edit has one --label",

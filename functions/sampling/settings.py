@@ -52,7 +52,8 @@ def describe_samplers() -> str:
 class DrawingConfig(Given):
     """How images are drawn, with the conditions of `Given`.
 
-    Raises ConfigError for an option that the sampler does not have."""
+    Raises ConfigError for an option that the sampler does not have.
+    """
 
     # A run, a checkpoint, an exported file, or a diffusers folder or its name.
     model: str = setting(no_flag=True, no_pixels=True)

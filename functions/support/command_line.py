@@ -151,8 +151,11 @@ def parse_flag(field: Field, text: str) -> Any:
         with suppress(ValueError, SyntaxError):
             value = ast.literal_eval(literal)
     elif is_list:
-        [names] = csv.reader([text], skipinitialspace=True)
-        value = names or text
+        # A line break makes several rows, or an error.
+        with suppress(csv.Error, ValueError):
+            [value] = csv.reader([text], skipinitialspace=True)
+        if not isinstance(value, list) or not value:
+            raise ArgumentTypeError(f"{text!r} is not a list of names such as a,b")
     try:
         return checked(None, field, value)
     except ConfigError as error:
