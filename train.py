@@ -82,7 +82,7 @@ def train(run: TrainingRun) -> bool:
     recorder = Recorder(run)
     with recorder.opened():
         # Algorithm 1. The numbers are those of its lines.
-        while run.step < run.total_steps:  # 1: repeat
+        while not run.is_finished:  # 1: repeat
             # All random numbers of a step follow from the seed and the step.
             step = run.step
             draws = run.data.draw(step)

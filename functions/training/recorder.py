@@ -5,26 +5,20 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import OwnNetwork
-from data.conditions import in_grids, with_conditions
-from data.pixels import to_model_range, to_uint8
-from functions.losses import eps_errors
-from functions.sampling.generation import Drawing, generate
-from functions.sampling.models import Models
-from functions.sampling.settings import DrawingConfig
-from functions.saved.run_folder import delete_old, last_checkpoint, locked, new_folder, path_of
+from data.pixels import to_uint8
+from functions.saved.run_folder import delete_old, last_checkpoint, locked, new_folder
 from functions.support import processes
-from functions.support.errors import UserError, printable, quoted
+from functions.support.errors import UserError, printable
 from functions.support.files import write_text
 from functions.support.pictures import save_grid
-from functions.training.metrics import QUARTERS, MetricsLog, plot_losses
+from functions.training.grids import draw_grid
+from functions.training.metrics import MetricsLog, plot_losses
 from functions.training.run import TrainingRun
 from functions.training.stopping import StopSignals, explain_failed_writes
-from functions.training.validation import validation_losses
+from functions.training.validation import validate
 
 # The run ends at a row of metrics.csv if at least so many steps directly before it were skipped.
 MOST_SKIPPED = 20
@@ -69,13 +63,10 @@ class Recorder:
             stack.enter_context(self.bar)
             run.window.start_clock()
             yield
-            if run.step == run.total_steps:
+            if run.is_finished:
                 # Printed here: a broken pipe can no longer harm a finished run.
                 self.bar.close()
-                how = f"python sample.py {quoted(run.folder)}"
-                if isinstance(run.experiment.model, OwnNetwork):
-                    how = "load_denoiser (docs/sampling.md)"
-                processes.print_main(f"finished: {run.folder}\nsample from it: {how}")
+                processes.print_main(f"finished: {run.folder}\nsample from it: {run.how_to_sample}")
 
     def open_files(self, stack: ExitStack, is_new: bool) -> None:
         """Open the files of the run in rank 0; the stack closes them."""
@@ -93,8 +84,7 @@ class Recorder:
 
     def is_due(self, every: int) -> bool:
         """Return whether work that is done every `every` steps is due; 0 means never."""
-        done = self.run.step
-        return every > 0 and (done % every == 0 or done == self.run.total_steps)
+        return every > 0 and (self.run.step % every == 0 or self.run.is_finished)
 
     def after_step(self, losses: Tensor, t: Tensor, grad_norm: Tensor) -> bool:
         """Do all that is due after a step, with the losses and t (B,) of this process's images.
@@ -103,14 +93,9 @@ class Recorder:
         """
         run = self.run
         config = self.config
-        errors = eps_errors(run.denoiser, losses, t)
-        sums = torch.stack([losses, errors, torch.ones_like(losses)]).sum(dim=1)
-        run.window.add(processes.all_reduce(sums), run.optimizer.found_inf)
-        # From here on `run.step` counts this step, too.
-        run.step += 1
+        run.count_step(losses, t)
         self.bar.set_description(
-            f"epoch {min(run.step // run.data.steps_per_epoch + 1, config.epochs)}/{config.epochs}",
-            refresh=False,
+            f"epoch {min(int(run.epoch) + 1, config.epochs)}/{config.epochs}", refresh=False
         )
         self.bar.update()
 
@@ -120,13 +105,14 @@ class Recorder:
             if validating or self.is_due(config.log_every):
                 self.log(grad_norm, validating)
             if self.is_due(config.snapshot_every) and processes.is_main():
-                run.save_snapshot(path_of(run.folder, "snapshots", run.step))
+                run.save_snapshot(run.file("snapshots"))
             if self.is_due(config.sample_every) and processes.is_main():
-                self.sample()
+                samples = save_grid(to_uint8(draw_grid(run)), run.file("samples"))
+                self.metrics.show(samples, run.step)
             # All processes get the same answer, so that they stop after the same step. They
             # exchange it on their CPUs, and do not wait for a GPU.
             signal_received = processes.any_rank(self.stop_signals.received is not None)
-            stopped = signal_received and run.step < run.total_steps
+            stopped = signal_received and not run.is_finished
             minutes = (time.monotonic() - self.saved_at) / 60
             overdue = 0 < config.checkpoint_minutes <= minutes
             # The checkpoint comes last: if the run is killed before it, it resumes from the
@@ -134,7 +120,7 @@ class Recorder:
             if self.is_due(config.checkpoint_every) or overdue or stopped:
                 self.saved_at = time.monotonic()
                 if processes.is_main():
-                    run.save(path_of(run.folder, "checkpoints", run.step))
+                    run.save(run.file("checkpoints"))
                     delete_old(run.folder, run.step, config.keep_checkpoints)
 
         if stopped:
@@ -153,7 +139,7 @@ class Recorder:
         # For a row without validation, this is the only wait for the device.
         row = {
             "step": run.step,
-            "epoch": run.step / run.data.steps_per_epoch,
+            "epoch": run.epoch,
             "learning_rate": learning_rate,
             **run.window.read(grad_norm),
         }
@@ -169,50 +155,9 @@ class Recorder:
         self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_second']:.0f} img/s")
         # All processes validate, and rank 0 writes.
         if validating:
-            row |= self.validate()
+            row |= validate(run)
         if processes.is_main():
             self.metrics.write(**row)
             if validating:
                 title = printable(run.folder.name)
                 plot_losses(self.metrics.path, run.folder / "losses.png", title)
-
-    def validate(self) -> dict[str, float]:
-        """Validate the raw weights, and the EMA weights if there are any; return the columns."""
-        run = self.run
-        denoisers = {"": run.denoiser}
-        if run.ema_model:
-            denoisers["_ema"] = run.sample_denoiser
-        losses = validation_losses(
-            [*denoisers.values()], run.data.gather, run.data.split.val_indices, self.config
-        )
-        columns = {}
-        for suffix, values in zip(denoisers, losses, strict=True):
-            # The quarters of the last denoiser stay. It draws samples.
-            names = (f"val_loss{suffix}", f"val_eps_error{suffix}", *QUARTERS)
-            columns |= zip(names, values, strict=True)
-        return columns
-
-    def sample(self) -> None:
-        """Draw a grid of samples, always from the same noise, and write it to a file."""
-        run = self.run
-        config = self.config
-        # What the network gets beside the noise is that of held-out images, but all labels in turn.
-        images, inputs = run.data.gather(run.data.split.val_indices[: config.grid_images])
-        inputs = with_conditions(inputs, to_model_range(images), vars(config))
-        steps = min(config.grid_steps, config.timesteps_diff)
-        models = Models(
-            run.sample_denoiser,
-            run.experiment.model.image_shape,
-            run.device,
-            inputs=in_grids(inputs, run.data.facts),
-        )
-        settings = DrawingConfig(
-            model=run.name,
-            sampler=config.grid_sampler,
-            steps=steps,
-            batch_size=config.batch_size,
-        )
-        with run.sample_denoiser.evaluating():
-            samples = generate(Drawing(models, settings, config.seed), range(config.grid_images))
-        grid = save_grid(to_uint8(samples), path_of(run.folder, "samples", run.step))
-        self.metrics.show(grid, run.step)

@@ -5,12 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from config import Experiment, build_scheduler
+from config import Experiment, OwnNetwork, build_scheduler
 from data.conditions import CONDITIONS, check_images
 from data.datasets import ImageSet
 from functions.denoiser import Denoiser
+from functions.losses import eps_errors
 from functions.optimizers import OPTIMIZERS
 from functions.saved.checkpoint import (
     Checkpoint,
@@ -19,14 +20,15 @@ from functions.saved.checkpoint import (
     copy_tensors,
     write_tensors,
 )
-from functions.saved.run_folder import resume_command
+from functions.saved.run_folder import path_of, resume_command
+from functions.support import processes
 from functions.support.device import (
     COMPILED_DEVICES,
     choose_precision,
     fast_layout,
     set_deterministic,
 )
-from functions.support.errors import printable
+from functions.support.errors import printable, quoted
 from functions.training.data import TrainingData
 from functions.training.description import check_resumption, describe, provenance_of
 from functions.training.metrics import TrainingWindow
@@ -118,6 +120,22 @@ class TrainingRun:
         return f"a TrainingRun of {self.folder} (docs/sampling.md)"
 
     @property
+    def how_to_sample(self) -> str:
+        """Return what one samples from the run with, for messages."""
+        if isinstance(self.experiment.model, OwnNetwork):
+            return "load_denoiser (docs/sampling.md)"
+        return f"python sample.py {quoted(self.folder)}"
+
+    @property
+    def is_finished(self) -> bool:
+        return self.step >= self.total_steps
+
+    @property
+    def epoch(self) -> float:
+        """The number of epochs done, a fraction included."""
+        return self.step / self.data.steps_per_epoch
+
+    @property
     def is_to_compile(self) -> bool:
         """Return whether the network is compiled for training."""
         config = self.config
@@ -127,6 +145,17 @@ class TrainingRun:
     def sample_denoiser(self) -> Denoiser:
         """Return the model that draws samples, with the EMA weights if there are any."""
         return replace(self.denoiser, network=self.ema_model or self.model)
+
+    def file(self, kind: str) -> Path:
+        """Return the path of the file of a kind, such as "checkpoints", after the steps so far."""
+        return path_of(self.folder, kind, self.step)
+
+    def count_step(self, losses: Tensor, t: Tensor) -> None:
+        """Count a step, with the losses and t (B,) of this process's images."""
+        errors = eps_errors(self.denoiser, losses, t)
+        sums = torch.stack([losses, errors, torch.ones_like(losses)]).sum(dim=1)
+        self.window.add(processes.all_reduce(sums), self.optimizer.found_inf)
+        self.step += 1
 
     def describe(self) -> str:
         """Describe the run in a few lines (data, split, network, ...), followed by warnings."""

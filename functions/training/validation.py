@@ -14,6 +14,27 @@ from functions.denoiser import Denoiser
 from functions.losses import denoising_loss, eps_errors
 from functions.support import processes
 from functions.support.random_numbers import generator_of, image_noise
+from functions.training.metrics import QUARTERS
+from functions.training.run import TrainingRun
+
+
+def validate(run: TrainingRun) -> dict[str, float]:
+    """Validate a run's raw weights, and its EMA weights if there are any: columns of metrics.csv.
+
+    All processes validate together.
+    """
+    denoisers = {"": run.denoiser}
+    if run.ema_model:
+        denoisers["_ema"] = run.sample_denoiser
+    losses = validation_losses(
+        [*denoisers.values()], run.data.gather, run.data.split.val_indices, run.config
+    )
+    columns = {}
+    for suffix, values in zip(denoisers, losses, strict=True):
+        # The quarters of the last denoiser stay. It draws samples.
+        names = (f"val_loss{suffix}", f"val_eps_error{suffix}", *QUARTERS)
+        columns |= zip(names, values, strict=True)
+    return columns
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from functions.saved import run_folder
 from functions.saved.checkpoint import Checkpoint, write_tensors
 from functions.support.errors import CheckpointError
 from functions.support.random_numbers import seed_of
+from functions.training.grids import draw_grid
 from functions.training.run import TrainingRun
 from functions.training.stopping import StopSignals
 from tests.conftest import (
@@ -122,13 +123,12 @@ def by_signals(flags, runs):
 
 def by_a_signal_in_a_grid(flags, runs):
     """It is heeded after the grid. In the last one it changes nothing: the run ends anyway."""
-    original = train.Recorder.sample
 
-    def terminate_and_sample(recorder):
+    def terminate_and_draw(run):
         terminate()
-        original(recorder)
+        return draw_grid(run)
 
-    with mock.patch.object(train.Recorder, "sample", terminate_and_sample):
+    with mock.patch("functions.training.recorder.draw_grid", terminate_and_draw):
         with pytest.raises(SystemExit, match="75"):
             call(train, *flags)
         assert newest(only_in(runs))["run"]["step"] == 5
