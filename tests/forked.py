@@ -18,7 +18,8 @@ from tests.conftest import ROOT, words
 
 if os.name == "posix":
     SERVER = multiprocessing.get_context("forkserver")
-    SERVER.set_forkserver_preload(["tests.conftest"])
+    # A training imports the second one, which takes longer than all else of its start.
+    SERVER.set_forkserver_preload(["tests.conftest", "torch._inductor"])
     # The server keeps the environment of its start, so it starts here and not in a test. Its
     # processes import this file, too, but have other names.
     if multiprocessing.current_process().name == "MainProcess":
