@@ -109,10 +109,8 @@ def draw_pictures(folder: Path) -> Path:
     y, x = np.mgrid[:20, :20]
     for i in range(50):
         background, disc = rng.integers(0, 256, (2, 3))
-        center_y = rng.uniform(7, 13)
-        center_x = rng.uniform(7, 13)
-        radius = rng.uniform(3, 8)
-        inside = (y - center_y) ** 2 + (x - center_x) ** 2 < radius**2
+        center_y, center_x, radius = rng.uniform((7, 7, 3), (13, 13, 8))
+        inside = np.hypot(y - center_y, x - center_x) < radius
         image = np.where(inside[..., None], disc, background).astype(np.uint8)
         Image.fromarray(image).save(folder / f"{i:05d}.png")
     return folder
