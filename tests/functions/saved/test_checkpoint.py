@@ -25,14 +25,9 @@ def test_a_training_comes_back_bit_for_bit(path):
     saved = stepped_run()
     saved.scaler.load_state_dict(saved.scaler.state_dict() | {"scale": 2.0, "_growth_tracker": 7})
     saved.save(path)
-    file = verify_checkpoint(path)
-    assert file.contents["config"] == saved.experiment.to_dict()
-    facts = {"experiment": "faces", "step": 1, "total_steps": saved.total_steps, "ema_ramp": True}
-    assert file.contents["run"] == facts | saved.provenance
-
     other = training_run(1)
     assert not any(map(same, other.parts().values(), saved.parts().values()))
-    other.load(file)
+    other.load(verify_checkpoint(path))
     assert same(other.parts(), saved.parts())
     assert other.scaler.state_dict() == saved.scaler.state_dict()
 
@@ -72,18 +67,12 @@ def test_an_exported_file_is_the_same_model(write, path, tmp_path):
     assert same(vars(load_weights(exported)), vars(original) | {"path": exported})
     assert verify_checkpoint(exported).digests.keys() == {"ema"}
 
-    # Another weight and another config each give another digest.
-    digests = {original.digest}
-    original.weights["conv_in.bias"][0] += 1
-    for name in "ab":
-        export(Mock(saved=original), 0, exported.with_stem(name))
-        digests.add(load_weights(exported.with_stem(name)).digest)
-        original.config["diffusion"]["timesteps_diff"] += 1
-    assert len(digests) == 3
-
 
 def test_a_file_of_before_keeps_its_digest():
-    """Commit a67ff70 wrote its config, with a field that went, and printed this."""
+    """Commit a67ff70 wrote its config, with a field that went, and printed this.
+
+    So it has the digest of today's definition, of its config and its weights.
+    """
     saved = load_weights(ROOT / "pretrained" / "ffhq-32-guide.safetensors")
     assert saved.config["model"]["dialect"] == "ho"
     assert saved.digest.startswith("5661a9c5bd196188")

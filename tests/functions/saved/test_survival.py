@@ -170,15 +170,13 @@ def test_killed_at_random_moments(tmp_path):
 
 
 @posix
-@pytest.mark.parametrize(
-    "inherited, received", [(signal.SIG_DFL, "SIGHUP"), (signal.SIG_IGN, None)]
-)
-def test_a_hangup_stops_a_run_unless_it_was_started_by_nohup(inherited, received):
-    before = signal.signal(signal.SIGHUP, inherited)
-    with StopSignals() as signals:
-        signal.raise_signal(signal.SIGHUP)
-    assert signal.signal(signal.SIGHUP, before) == inherited
-    assert signals.received == received
+def test_a_hangup_stops_a_run_unless_it_was_started_by_nohup():
+    for inherited, received in ((signal.SIG_DFL, "SIGHUP"), (signal.SIG_IGN, None)):
+        before = signal.signal(signal.SIGHUP, inherited)
+        with StopSignals() as signals:
+            signal.raise_signal(signal.SIGHUP)
+        assert signal.signal(signal.SIGHUP, before) == inherited
+        assert signals.received == received
 
 
 def train_with_output():
@@ -218,7 +216,6 @@ def test_a_run_whose_output_is_closed_saves_and_exits_with_75(pictures, tmp_path
     assert 0 < newest(only_in(runs))["run"]["step"] < 1000
 
 
-@pytest.mark.slow
 def test_a_script_runs_without_stderr_and_where_a_name_cannot_be_printed(
     pictures, tmp_path, monkeypatch
 ):
@@ -261,7 +258,6 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path):
     assert program.printed == "one\n"
 
 
-@pytest.mark.slow
 def test_a_checkpoint_by_time_is_never_ahead_of_the_metrics(trained, monkeypatch):
     """The clock moves a minute each time it is read, so one is due in two steps of five.
 

@@ -49,7 +49,6 @@ def poison(monkeypatch, spoil_of_step):
     monkeypatch.setattr(train, "denoising_loss", spoiled)
 
 
-@pytest.mark.slow
 def test_a_bad_step_changes_only_the_average(trained, monkeypatch):
     bad = {2: not_a_number, 4: with_infinite_gradient}
     poison(monkeypatch, bad)

@@ -68,7 +68,6 @@ def test_a_resume_says_that_the_rate_jumps(tiny_run, capsys):
     assert rates in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_resuming_keeps_precision_and_says_what_it_cannot_keep(unfinished, monkeypatch, capsys):
     """The run is in float32, and "auto" would be bfloat16 here."""
     monkeypatch.setattr("functions.support.device.cpu_has_bfloat16", lambda: True)
@@ -148,7 +147,6 @@ def test_a_run_is_locked_before_its_checkpoint_is_read(unfinished, monkeypatch):
     with locked(unfinished):
         # A dry run writes nothing.
         call(train, "--resume", unfinished, "--dry-run")
-        monkeypatch.setattr(opening, "intact_checkpoint", None)
         with refused("already training in this folder"):
             call(train, "--resume", unfinished)
     monkeypatch.setattr(opening, "intact_checkpoint", read_while_locked)
