@@ -63,7 +63,6 @@ def assert_alike(run, other):
     """Assert that two runs are equal up to the rounding of sums in another order."""
     for row, other_row in zip(numbers(run), numbers(other), strict=True):
         assert other_row == pytest.approx(row, rel=2e-4, nan_ok=True)
-    assert newest(run)["run"]["step"] == 10
     weights = newest(run)["model"]
     torch.testing.assert_close(weights, newest(other)["model"], rtol=1e-3, atol=1e-4)
     assert sample_grids(run).keys() == sample_grids(other).keys()

@@ -2,7 +2,6 @@
 
 from types import SimpleNamespace
 
-
 import train
 from functions.training import cost
 from tests.conftest import call, train_tiny

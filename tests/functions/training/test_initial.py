@@ -59,11 +59,11 @@ def test_a_run_begins_with_the_averaged_weights_of_another(tiny_run, pictures, t
     assert contents["config"]["diffusion"]["timesteps_diff"] == 100
 
     # In ten steps an average over 10,000 moves little.
-    moved = {}
-    for part in ("ema", "model"):
-        weights = contents[part]
-        moved[part] = max((weights[n] - start).abs().max() for n, start in before.weights.items())
-    assert 0 < moved["ema"] < 0.01 * moved["model"]
+    ema, model = (
+        max((contents[part][name] - start).abs().max() for name, start in before.weights.items())
+        for part in ("ema", "model")
+    )
+    assert 0 < ema < 0.01 * model
 
 
 @pytest.mark.slow
