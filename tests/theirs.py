@@ -1,4 +1,4 @@
-"""Networks of diffusers, as its own training makes them."""
+"""Networks of diffusers."""
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
@@ -21,28 +21,17 @@ OTHER = dict(
 FEW = dict(num_train_timesteps=20, beta_start=0.001, beta_end=0.5)
 
 
-def trained(fields, scheduler):
-    """Return a network of diffusers after three steps as in its training script."""
+def random_unet(fields=OTHER):
+    """Return a network of diffusers in which no weight is as in a fresh one."""
     torch.manual_seed(0)
-    unet = UNet2DModel(**fields)
-    size, channels = unet.config.sample_size, unet.config.in_channels
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3)
-    for _ in range(3):
-        x_0 = (2 * torch.rand(4, channels, 1, 1) - 1).expand(-1, -1, size, size)
-        noise = torch.randn_like(x_0)
-        t = torch.randint(scheduler.config.num_train_timesteps, (4,))
-        target = noise
-        if scheduler.config.prediction_type == "v_prediction":
-            target = scheduler.get_velocity(x_0, noise, t)
-        output = unet(scheduler.add_noise(x_0, noise, t), t).sample
-        (output - target).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return unet.eval()
+    unet = UNet2DModel(**fields).eval()
+    for parameter in unet.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    return unet
 
 
 def write_pipeline(folder, unet=None, scheduler=None):
     """Write a pipeline, by default of OTHER and FEW; return its folder."""
-    scheduler = scheduler or DDPMScheduler(**FEW)
-    DDPMPipeline(unet or trained(OTHER, scheduler), scheduler).save_pretrained(folder)
+    pipeline = DDPMPipeline(unet or random_unet(), scheduler or DDPMScheduler(**FEW))
+    pipeline.save_pretrained(folder)
     return folder

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from argparse import Namespace
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -16,23 +18,22 @@ from torch.testing import assert_close
 import edit
 import evaluate
 import sample
-from config import EXPERIMENTS, ConfigError, ModelConfig, build_network
+from config import ConfigError, ModelConfig, build_network
 from functions.denoiser import OBJECTIVES
-from functions.samplers import ddim_sample, ddpm_sample
-from functions.sampling.export import export
-from functions.saved.checkpoint import SavedModel, load_weights
+from functions.sampling import export
+from functions.sampling.generation import generate, open_drawing
+from functions.sampling.settings import DrawingConfig
 from functions.saved.diffusers_folder import copy_weights, network_fields
-from functions.saved.loading import load_denoiser, load_model, rebuild
+from functions.saved.loading import load_denoiser, load_model
 from functions.saved.run_folder import find_checkpoints
 from functions.support.errors import CheckpointError, UserError
-from functions.support.random_numbers import image_noise, seed_of
+from functions.support.random_numbers import seed_of
 from models.diffusers_unet import DiffusersUNet
-from tests.conftest import CPU, SMALL_MODEL, call, refused, samples_of
-from tests.theirs import FEW, OTHER, trained, write_pipeline
+from tests.conftest import SMALL_MODEL, call, refused
+from tests.small_training import same
+from tests.theirs import FEW, OTHER, random_unet, write_pipeline
 
 UNET, SCHEDULE = "unet/config.json", "scheduler/scheduler_config.json"
-# The paper's network for 32 x 32, but for its width
-CIFAR10 = network_fields(replace(EXPERIMENTS["cifar10"].model, base_dim=16, norm_groups=4))
 V = FEW | dict(
     prediction_type="v_prediction",
     beta_schedule="squaredcos_cap_v2",
@@ -57,13 +58,11 @@ def write_old(folder, unet, scheduler):
 
 
 def write_training(folder, unet, scheduler):
-    """Write a checkpoint as diffusers' training script does, with an EMA and raw weights."""
+    """Write a checkpoint as diffusers' training script does, with an EMA."""
     scheduler.save_pretrained(folder / "scheduler")
     checkpoint = folder / "checkpoint-500"
     unet.save_pretrained(checkpoint / "unet_ema")
     change(checkpoint / "unet_ema" / "config.json", decay=0.9999)
-    # The raw weights are not read.
-    (checkpoint / "unet").mkdir()
     return checkpoint
 
 
@@ -73,7 +72,7 @@ def change(path, **fields):
     path.write_text(json.dumps(changed))
 
 
-def their_images(unet, scheduler, seed=3):
+def their_images(unet, scheduler):
     """Return what the pipelines draw (2, H, W, C): by DDPM with all steps, by DDIM with 5."""
     images = []
     for pipeline, kind, options in (
@@ -82,24 +81,17 @@ def their_images(unet, scheduler, seed=3):
     ):
         loaded = pipeline(unet, kind.from_config(scheduler.config, timestep_spacing="trailing"))
         loaded.set_progress_bar_config(disable=True)
-        generators = [torch.Generator().manual_seed(seed_of(seed, "image", i)) for i in range(2)]
+        generators = [torch.Generator().manual_seed(seed_of(3, "image", i)) for i in range(2)]
         images.append(loaded(2, generators, output_type="np", **options).images)
     return images
 
 
-def our_images(saved: SavedModel, seed=3):
-    """Return what our samplers draw of the same noise."""
-    denoiser = rebuild(saved, CPU, torch.float32)
-    diffusion = saved.config["diffusion"]
+def our_images(path):
+    """Return what sample.py draws of the same noise."""
     images = []
-    for sampler, options in (
-        (ddpm_sample, {"variance": diffusion.get("variance", "small")}),
-        (ddim_sample, {"steps": 5}),
-    ):
-        noise = image_noise(seed, range(2), saved.model.image_shape, CPU, "image")
-        clip = diffusion.get("clip_x_0", True)
-        draws = {"x_T": noise(), "step_noise": lambda k, noise=noise: noise()}
-        x_0 = sampler(denoiser, clip_x_0=clip, **draws, **options)
+    for settings in ({"sampler": "ddpm"}, {"sampler": "ddim", "steps": 5}):
+        config = DrawingConfig(model=str(path), **settings)
+        x_0 = generate(open_drawing(Namespace(device="cpu", seed=3), config), range(2))
         images.append((x_0 / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy())
     return images
 
@@ -107,29 +99,20 @@ def our_images(saved: SavedModel, seed=3):
 @pytest.mark.parametrize(
     ("write", "fields", "scheduler"),
     [
-        (write_pipeline, {}, DDPMScheduler(**FEW)),
-        (write_old, CIFAR10, DDPMScheduler(**FEW, variance_type="fixed_large")),
-        (write_training, {}, DDIMScheduler(**FEW, beta_schedule="scaled_linear")),
+        (write_old, OTHER, DDPMScheduler(**FEW, variance_type="fixed_large")),
+        (write_training, OTHER, DDIMScheduler(**FEW, beta_schedule="scaled_linear")),
         (write_training, GREY, DDPMScheduler(clip_sample_range=2, **V)),
-        (write_pipeline, {}, DDPMScheduler(num_train_timesteps=5, trained_betas=BETAS)),
+        (write_pipeline, OTHER, DDPMScheduler(num_train_timesteps=5, trained_betas=BETAS)),
     ],
-    ids=["pipeline", "old", "script", "grey v", "betas"],
+    ids=["old", "script", "grey v", "betas"],
 )
 def test_a_folder_draws_the_images_of_its_pipelines(write, fields, scheduler, tmp_path):
-    """Where the folder says nothing else, sample.py draws them, too."""
-    unet = trained(fields or OTHER, scheduler)
+    unet = random_unet(fields)
     path = write(tmp_path / "theirs", unet, scheduler)
     if write == write_pipeline:
         # It may be the height and the width.
         change(path / UNET, sample_size=[16, 16])
-    expected = their_images(unet, scheduler)
-    assert_close(our_images(load_model(path)), expected, rtol=0, atol=1e-4)
-    for theirs, flags in zip(expected, ("--sampler ddpm", "--sampler ddim --steps 5"), strict=True):
-        out = tmp_path / flags.replace(" ", "")
-        call(sample, path, flags, "--n 2 --seed 3 --individual --device cpu --out", out)
-        ours = samples_of(out).reshape(theirs.shape)
-        # Rounding to integers moves a pixel by up to a half.
-        assert abs(ours - 255 * theirs).max() < 0.5 + 255e-4
+    assert_close(our_images(path), their_images(unet, scheduler), rtol=0, atol=1e-4)
 
 
 @pytest.fixture
@@ -139,20 +122,19 @@ def folder(their_folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_ours_to_diffusers_and_back(tiny_run, tmp_path, monkeypatch):
+def test_ours_to_diffusers_and_back(trained, tmp_path, monkeypatch):
     """Run, folder and exported file give the same images, and so do the pipelines of diffusers."""
     monkeypatch.chdir(tmp_path)
-    exported = tmp_path / "faces"
-    call(sample, tiny_run, "--export", exported)
-    # The run's betas were rescaled for T = 100.
+    # The betas are rescaled for this T.
+    run = trained("--diffusion.timesteps-diff 25 --diffusion.epochs 1")
+    exported, file = Path("faces"), Path("a/new/folder/faces.safetensors")
+    for path in (exported, file):
+        call(sample, run, "--export", path)
     pipeline = DDPMPipeline.from_pretrained(exported)
-    original = load_weights(find_checkpoints(tiny_run)[0])
     theirs = their_images(pipeline.unet, pipeline.scheduler)
-    for images in (theirs, our_images(load_model(exported))):
-        assert_close(images, our_images(original), rtol=0, atol=1e-3)
-    file = Path("a/new/folder/faces.safetensors")
-    call(sample, tiny_run, "--export", file)
-    assert load_weights(file).digest == original.digest
+    for path in (run, exported, file):
+        assert_close(our_images(path), theirs, rtol=0, atol=1e-3)
+    assert load_model(file).digest == load_model(find_checkpoints(run)[0]).digest
 
     card = (exported / "README.md").read_text()
     assert ModelCard(card).data.to_dict()["library_name"] == "diffusers"
@@ -164,20 +146,21 @@ def test_ours_to_diffusers_and_back(tiny_run, tmp_path, monkeypatch):
     assert Path("image.png").exists()
 
 
-def test_theirs_comes_back_from_a_file_and_from_a_folder(folder, tmp_path):
+def test_theirs_comes_back_from_a_file_and_from_a_folder(their_folder, tmp_path, monkeypatch):
     """An exported folder holds what diffusers wrote, and so does a file of ours."""
-    call(sample, folder, "--export", tmp_path / "file.safetensors")
-    call(sample, tmp_path / "file.safetensors", "--export", tmp_path / "again")
-    before, after = (DDPMPipeline.from_pretrained(path) for path in (folder, tmp_path / "again"))
-    for name, weight in before.unet.state_dict().items():
-        assert torch.equal(weight, after.unet.state_dict()[name])
+    monkeypatch.setattr(export, "SAMPLE_COUNT", 1)
+    file, again = tmp_path / "file.safetensors", tmp_path / "again"
+    call(sample, their_folder, "--export", file)
+    call(sample, file, "--export", again)
+    before, after = map(DDPMPipeline.from_pretrained, (their_folder, again))
+    assert same(dict(before.unet.state_dict()), dict(after.unet.state_dict()))
     assert before.unet.config.keys() == after.unet.config.keys()
     assert torch.equal(before.scheduler.betas, after.scheduler.betas)
 
 
-def test_what_cannot_be_exported_leaves_nothing_behind(tiny_run, tmp_path, monkeypatch):
+def test_what_cannot_be_exported_leaves_nothing_behind(their_folder, tmp_path, monkeypatch):
     (tmp_path / "there").mkdir()
-    saved = load_weights(find_checkpoints(tiny_run)[0])
+    saved = load_model(their_folder)
     monkeypatch.setitem(OBJECTIVES, "eps", replace(OBJECTIVES["eps"], diffusers=None))
     for name, error, message in (
         ("out.pt", UserError, r"--export needs NAME\.safetensors"),
@@ -185,7 +168,7 @@ def test_what_cannot_be_exported_leaves_nothing_behind(tiny_run, tmp_path, monke
         ("out", CheckpointError, "diffusers has no such model .its objective is eps.; export it"),
     ):
         with refused(message, error):
-            export(Mock(saved=saved), 0, tmp_path / name)
+            export.export(Mock(saved=saved), 0, tmp_path / name)
     assert [*tmp_path.iterdir()] == [tmp_path / "there"]
 
 
@@ -206,22 +189,21 @@ def test_an_export_compares_both_networks(model, fields, sentence):
         copy_weights(ours, theirs, config)
 
 
-@pytest.mark.slow
-def test_what_only_a_folder_decides(folder, tmp_path, monkeypatch, capsys):
+def test_what_only_a_folder_decides(folder, pictures, tmp_path, monkeypatch, capsys):
     """A folder decides on the variance, on clipping of x_0, and on where samples go."""
     monkeypatch.chdir(tmp_path)
     change(folder / SCHEDULE, variance_type="fixed_large", clip_sample=False)
     before = sorted(folder.rglob("*"))
 
     # The folder's variance is for all timesteps; with fewer steps it is the small one.
-    call(sample, "theirs --n 2")
-    assert "steps 20, spacing trailing, variance large" in capsys.readouterr().out
-    call(sample, "theirs --n 2 --steps 5")
-    assert "variance small, temperature 1.0, clip_x_0 False" in capsys.readouterr().out
-    call(edit, "vary 0 theirs --sampler ddim --steps 5")
+    for steps, variance in ((20, "large"), (5, "small")):
+        call(sample, "theirs --n 1 --steps", steps)
+        used = f"steps {steps}, spacing trailing, variance {variance}, temperature 1.0, clip_x_0 F"
+        assert used in capsys.readouterr().out
+    call(edit, "invert 0 theirs --steps 5")
     with refused("does not say which images it was trained on"):
         call(evaluate, "theirs")
-    call(evaluate, "theirs --data emoji_faces --images 2 --t-stride 10")
+    call(evaluate, "theirs --images 2 --t-stride 10 --data", pictures)
     # The folder does not say on which images its network was trained, so evaluate.py warns.
     assert "it was trained elsewhere" in capsys.readouterr().err
 
@@ -258,61 +240,62 @@ def refusal(folder):
     return message
 
 
-@pytest.mark.parametrize(
-    ("file", "name", "value"),
-    [
-        # Latents, sizes that are no square, a learned variance, classes
-        (UNET, "in_channels", 4),
-        (UNET, "sample_size", None),
-        (UNET, "sample_size", [16, 32]),
-        (UNET, "out_channels", 6),
-        (UNET, "class_embed_type", "timestep"),
-        (UNET, "num_class_embeds", 10),
-        (SCHEDULE, "prediction_type", "flow_prediction"),
-        (SCHEDULE, "prediction_type", ["epsilon"]),
-        (SCHEDULE, "predict_epsilon", False),
-        (SCHEDULE, "variance_type", "learned_range"),
-        (SCHEDULE, "thresholding", True),
-        (SCHEDULE, "clip_sample_range", 2),
-        (SCHEDULE, "rescale_betas_zero_snr", True),
-        (SCHEDULE, "trained_betas", [0.1] * 19),
+UNSUPPORTED = {
+    # Latents, sizes that are no square, a learned variance, classes
+    UNET: {
+        "in_channels": 4,
+        "sample_size": [16, 32],
+        "out_channels": 6,
+        "class_embed_type": "timestep",
+        "num_class_embeds": 10,
+    },
+    SCHEDULE: {
+        "prediction_type": "flow_prediction",
+        "predict_epsilon": False,
+        "variance_type": "learned_range",
+        "thresholding": True,
+        "clip_sample_range": 2,
+        "rescale_betas_zero_snr": True,
+        "trained_betas": [0.1] * 19,
         # Diffusers does not know it.
-        (SCHEDULE, "my_trick", 1),
-        (SCHEDULE, "_class_name", "EDMEulerScheduler"),
-        ("model_index.json", "_class_name", "LDMPipeline"),
-    ],
-)
-def test_what_has_no_counterpart_is_refused_by_its_name(file, name, value, folder):
-    if file == UNET:
-        UNet2DModel(**OTHER | {name: value}).save_pretrained(folder / "unet")
-    else:
-        change(folder / file, **{name: value})
-    words = {"_class_name": value, "trained_betas": "19 betas; they must be 20"}
-    assert words.get(name, name) in refusal(folder)
+        "my_trick": 1,
+        "_class_name": "EDMEulerScheduler",
+    },
+    "model_index.json": {"_class_name": "LDMPipeline"},
+}
+
+
+@pytest.mark.parametrize("file", UNSUPPORTED)
+def test_what_has_no_counterpart_is_refused_by_its_name(file, folder):
+    before = (folder / file).read_text()
+    for name, value in UNSUPPORTED[file].items():
+        if file == UNET:
+            # Its weights fit.
+            UNet2DModel(**OTHER | {name: value}).save_pretrained(folder / "unet")
+        else:
+            change(folder / file, **{name: value})
+        words = {"_class_name": value, "trained_betas": "19 betas; they must be 20"}
+        assert words.get(name, name) in refusal(folder)
+        (folder / file).write_text(before)
 
 
 def test_damaged_folders_are_refused_in_a_sentence(their_folder, tmp_path):
     file = "unet/diffusion_pytorch_model.safetensors"
+    weights = load_file(their_folder / file)
+    fewer = {name: weights[name] for name in weights if name != "conv_out.bias"}
+    weights["conv_in.bias"][3] = torch.nan
     for k, (damaged, damage, sentence) in enumerate(
         (
             (SCHEDULE, lambda path: change(path, num_train_timesteps="all"), ": diffusers: "),
-            (UNET, lambda path: change(path, block_out_channels="wide"), ": diffusers: "),
             (SCHEDULE, lambda path: path.write_text("[]"), "cannot be read"),
-            (UNET, Path.unlink, "cannot be read"),
             (file, lambda path: path.write_bytes(path.read_bytes()[:2000]), "cannot be read"),
-            (file, spoil, "unet.conv_in.bias has infinite values or NaN"),
+            (file, partial(save_file, fewer), "the weights do not fit the network"),
+            (file, partial(save_file, weights), "unet.conv_in.bias has infinite values or NaN"),
         )
     ):
         folder = shutil.copytree(their_folder, tmp_path / str(k))
         damage(folder / damaged)
         assert sentence in refusal(folder)
-
-
-def spoil(path):
-    """Put a NaN among weights."""
-    weights = load_file(path)
-    weights["conv_in.bias"][3] = torch.nan
-    save_file(weights, path)
 
 
 def test_a_name_is_taken_from_the_cache_of_diffusers(folder, tmp_path, monkeypatch, capsys):
