@@ -33,6 +33,7 @@ COMMANDS = {
     "train.py fases": "invalid choice: 'fases' (choose from",
     "sample.py --n 0": "--n/-n: n is 0; it must be 1 or more",
     "sample.py --eta 2": "argument --eta: eta is 2; it must be from 0 to 1",
+    "sample.py --label a,": "argument --label: label is",
     "sample.py {run} --sampler dpm++ --eta 0 --temperature 0.5": "and these add none (--eta)",
     "sample.py {run} --sampler ddim --variance large": "--sampler ddim are --spacing and --eta",
     "sample.py {run} --n 101": "a grid shows up to 100 images; for 101 add --individual",

@@ -17,7 +17,7 @@ from data.pixels import to_uint8
 from functions.samplers import SAMPLERS, Sampler, ddim_sample
 from functions.sampling.generation import Drawing, generate
 from functions.sampling.models import Models
-from functions.sampling.samples_folder import generate_frames, image_indices, image_path
+from functions.sampling.samples_folder import generate_frames, image_indices
 from functions.sampling.settings import DrawingConfig
 from functions.saved.loading import load_denoiser
 from functions.support.command_line import run_script
@@ -72,14 +72,16 @@ def test_frames_are_evenly_spaced_and_end_with_the_image(network):
     drawing = drawing_of(network, 60, batch_size=2)
     samples, states, estimates = generate_frames(drawing, range(3))
     assert torch.equal(samples, generate(drawing, range(3)))
-    assert list(states) == [*range(60, 1, -2), 1, 0]
     assert list(estimates) == [*range(60, 1, -2), 1]
-    noise = drawing.noise(range(3))()
-    assert np.array_equal(states[60], to_uint8(noise))
-    # The last x_0 is the image; the first is another.
+    assert list(states) == [*estimates, 0]
     images = to_uint8(samples)
-    assert np.array_equal(states[0], images)
-    assert np.array_equal(estimates[1], images)
+    for frame, expected in (
+        (states[60], to_uint8(drawing.noise(range(3))())),
+        (states[0], images),
+        (estimates[1], images),
+    ):
+        assert np.array_equal(frame, expected)
+    # The first x_0 is another image.
     assert abs(estimates[60].astype(float) - images).mean() > 10
 
 
@@ -89,9 +91,9 @@ def test_indices_are_images_of_the_seed(tiny_run, tmp_path):
     folder = tmp_path / "all"
     common = [tiny_run, "--steps 5 --batch-size 4 --device cpu --out"]
     call(sample, *common, folder, "--individual --n 8")
-    call(sample, *common, tmp_path / "grid", "--indices 6,1,7,3")
-    in_order = np.stack([pixels_of(image_path(folder, i)) for i in (6, 1, 7, 3)])
-    assert np.array_equal(pixels_of(tmp_path / "grid" / "grid.png"), np.asarray(grid_of(in_order)))
+    call(sample, *common, tmp_path, "--indices 6,1,7,3")
+    expected = grid_of(samples_of(folder)[[6, 1, 7, 3]])
+    assert np.array_equal(pixels_of(tmp_path / "grid.png"), expected)
 
     # Only the image that is missing is added to the others.
     call(sample, *common, folder, "--individual --indices 9,1")
@@ -99,34 +101,30 @@ def test_indices_are_images_of_the_seed(tiny_run, tmp_path):
 
 
 def test_flags_give_the_images_of_their_options(tiny_run, tmp_path, capsys):
-    flags = "--temperature 0.5 --steps 100 --variance large --seed 3 --n 2 --individual --out"
+    flags = "--temperature 0.5 --steps 5 --variance large --seed 3 --n 2 --individual --out"
     call(sample, tiny_run, flags, tmp_path)
-    settings = "sampler ddpm, steps 100, spacing trailing, variance large, temperature 0.5"
+    settings = "sampler ddpm, steps 5, spacing trailing, variance large, temperature 0.5"
     assert f"seed 3, precision float32, {settings}" in capsys.readouterr().out
 
     # The files are compared with what these options give in memory.
-    config = DrawingConfig(model="run", steps=100, variance="large", temperature=0.5)
+    config = DrawingConfig(model="run", steps=5, variance="large", temperature=0.5)
     drawing = Drawing(Models(load_denoiser(tiny_run), (3, 16, 16), CPU), config, seed=3)
     assert np.array_equal(samples_of(tmp_path), to_uint8(generate(drawing, range(2))))
 
 
 def test_the_temperature_scales_the_noise_of_later_steps_alone(network, monkeypatch):
-    drawn = []
+    def all_noise(denoiser, x_T, times, step_noise, **options):
+        return torch.stack([x_T, *map(step_noise, range(len(times) - 1))])
 
-    def record(denoiser, x_T, times, step_noise, **options):
-        drawn.append(torch.stack([x_T, *(step_noise(k) for k in range(len(times) - 1))]))
-        return x_T
-
-    monkeypatch.setitem(SAMPLERS, "ddpm", replace(SAMPLERS["ddpm"], function=record))
-    for temperature in (1.0, 0.25):
-        drawing = drawing_of(network, steps=10, temperature=temperature)
-        generate(drawing, [0, 1])
-    alpha_bar = [drawing.scheduler.alpha_bar(t) for t in drawing.times[1:]]
-    # The log-SNR is log(alpha_bar / (1 - alpha_bar)). The noise of x_T comes first.
-    late = [False, *(a > (1 - a) / math.e for a in alpha_bar)]
-    assert 2 < sum(late) < 9
-    scales = torch.where(torch.tensor(late), 0.25, 1.0).view(-1, 1, 1, 1, 1)
-    assert_close(drawn[1], scales * drawn[0])
+    monkeypatch.setitem(SAMPLERS, "ddpm", replace(SAMPLERS["ddpm"], function=all_noise))
+    drawing = drawing_of(network, steps=10)
+    alpha_bar = torch.tensor([drawing.scheduler.alpha_bar(t) for t in drawing.times[1:]])
+    late = torch.logit(alpha_bar) > -1
+    assert 2 < late.sum() < 9
+    # The noise of x_T comes first.
+    scales = torch.cat([torch.ones(1), torch.where(late, 0.25, 1.0)]).view(-1, 1, 1, 1, 1)
+    cooled = generate(changed(drawing, temperature=0.25), [0, 1])
+    assert_close(cooled, scales * generate(drawing, [0, 1]))
     with refused("temperature is nan; it must be finite", ConfigError):
         DrawingConfig(model="run", temperature=math.nan)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageSequence
 
 import edit
 import evaluate
@@ -71,15 +71,11 @@ def test_a_recipe_draws_what_its_flags_draw(recipe, monkeypatch, capsys):
     [of_the_box] = Path("samples").glob("people-*/grid.png")
     assert of_the_box.read_bytes() == (by_flags / "grid.png").read_bytes()
     assert "no run with a checkpoint here yet; using pretrained/" in capsys.readouterr().out
-    # The animation has the size of the enlarged images, which the last frame shows.
+    # The animation has the size of the enlarged images, which the last frame shows. Its palette
+    # has few of these colours.
     with Image.open(of_the_box.parent / "denoising.gif") as animation:
-        assert animation.n_frames == 5
-        first = np.asarray(animation.convert("RGB"))
-        animation.seek(4)
-        last = np.asarray(animation.convert("RGB")).astype(float)
-    grid = pixels_of(of_the_box)
-    assert first.shape == last.shape == grid.shape
-    # The palette of the animation has few of these colours.
+        first, *_, last = (frame.convert("RGB") for frame in ImageSequence.all_frames(animation))
+    grid = pixels_of(of_the_box).astype(float)
     assert np.abs(last - grid).mean() < 12 < np.abs(first - grid).mean() / 2
 
 
@@ -100,7 +96,6 @@ def test_a_run_of_ones_own_comes_before_the_recipe(recipe, tiny_run, monkeypatch
         ("--sampler dpm++ --temperature 1", {"temperature": 1.0}),
         # Another sampler drops what was meant for the recipe's.
         ("--sampler=ddpm --steps=9", OTHER | {"sampler": "ddpm", "steps": 9}),
-        ("--eta 0.5", {"eta": 0.5}),
         ("--eta 0", {"eta": 0.0, "temperature": 1.0}),
         ("--enlarge a --enlarge b", {"enlarge": ("a", "b")}),
         ("--guide 3", {"guide": 3}),
@@ -113,35 +108,31 @@ def test_a_run_of_ones_own_comes_before_the_recipe(recipe, tiny_run, monkeypatch
     ],
 )
 def test_a_given_flag_wins_and_takes_along_what_it_makes_void(recipe, flags, changed):
-    plain = settings(recipe)
-    assert plain["model"] == str(recipe.parent / "model.safetensors")
-    assert (plain["sampler"], plain["steps"], plain["guidance"]) == ("dpm++", 4, 2.0)
-    assert plain["enlarge"] == (str(recipe.parent / "large"),)
-    assert settings(recipe, flags) == plain | changed
+    assert settings(recipe, flags) == settings(recipe) | changed
 
 
-def test_edits_use_what_has_a_meaning_for_them(recipe, monkeypatch, pictures):
-    shown = []
-    for name in edit.VERBS:
-        monkeypatch.setitem(edit.VERBS, name, lambda args, drawing, new_path: shown.append(drawing))
-    cooled = {"sampler": "dpm++", "steps": 4, "spacing": "trailing", "eta": 1.0, "temperature": 0.5}
-    painted = {"sampler": "ddpm", "steps": 50, "spacing": "trailing", "variance": "small"}
-    inverted = {"sampler": "ddim", "steps": 100, "spacing": "trailing", "eta": 0.0}
-    for command, expected in {
-        "vary 0": cooled,
-        "interpolate 0 1": cooled,
-        "inpaint a.png": painted,
-        "inpaint --steps 7 a.png": painted | {"steps": 7},
-        "inpaint --sampler ddim --eta 1 a.png": inverted | {"steps": 50, "eta": 1.0},
-        "invert 0": inverted,
-        "interpolate --exact 0 1": inverted,
-    }.items():
-        call(edit, command, recipe, "--device cpu")
-        drawing = shown.pop()
-        assert drawing.settings.items() >= expected.items()
-        alone = "invert" in command or "--exact" in command
-        assert len(drawing.models.enlargers) == (0 if alone else 1)
-        assert drawing.config.guidance == (None if alone else 2.0)
+@pytest.mark.parametrize(
+    "command, settings",
+    [
+        ("vary 0", "dpm++, steps 4, spacing trailing, eta 1.0, temperature 0.5, guide"),
+        ("inpaint 0", "ddpm, steps 50, spacing trailing, variance small, temperature 1.0, guide"),
+        ("inpaint --steps 7 0", "ddpm, steps 7, spacing trailing, variance small"),
+        ("inpaint --sampler ddim --eta 1 0", "ddim, steps 50, spacing trailing, eta 1.0"),
+        ("invert 0", "ddim, steps 100, spacing trailing, eta 0.0, temperature 1.0\n"),
+        (
+            "interpolate --exact 0 1",
+            "ddim, steps 100, spacing trailing, eta 0.0, temperature 1.0\n",
+        ),
+    ],
+)
+def test_edits_use_what_has_a_meaning_for_them(command, settings, recipe, monkeypatch, capsys):
+    """An inversion uses the model alone, and the others the guide and the enlarger, too."""
+    for verb in edit.VERBS:
+        monkeypatch.setitem(edit.VERBS, verb, lambda *_: None)
+    call(edit, command, recipe, "--device cpu")
+    printed = capsys.readouterr().out
+    assert f"float32, sampler {settings}" in printed
+    assert ("guidance 2.0, enlarge (" in printed) == ("eta 0.0" not in settings)
 
 
 def test_export_and_evaluation_use_the_model_alone(recipe, tiny_run, capsys):
@@ -157,7 +148,6 @@ def test_export_and_evaluation_use_the_model_alone(recipe, tiny_run, capsys):
     "old, new, sentence",
     [
         ('model = "model.safetensors"', "", r"missing, or unknown to this version .*: model"),
-        ("model.safetensors", "other.safetensors", "model is 'other.safetensors', and there is no"),
         ('["large"]', '["large", "large/run"]', "enlarge is 'large/run', and there is no"),
         ('["large"]', '["large", ""]', "and not empty"),
         # Backslashes in double quotes are a page break, and nothing that TOML has.
@@ -166,14 +156,8 @@ def test_export_and_evaluation_use_the_model_alone(recipe, tiny_run, capsys):
         ("steps = 4", "steps = = 4", r"Invalid value \(at line 6"),
         ("steps", "st\udcffeps", "'utf-8' codec can't decode"),
         ("steps = 4", "steps = 1.5", "steps is 1.5; it must be an integer"),
-        ("steps = 4", 'steps = "4"', "steps is '4'; it must be an integer"),
-        ("steps = 4", "steps = true", "steps is True; it must be an integer"),
-        ("steps = 4", "seed = 3", r"missing, or unknown to this version .*: seed"),
         ("steps = 4", '"label=x" = 3', r"missing, or unknown to this version .*: label=x"),
-        ("steps = 4", 'label = ""', "and not empty"),
         ("model.safetensors", "people.toml", "people.toml is a recipe, and no model; name one"),
-        ("guides/early.safetensors", "people.toml", "people.toml is a recipe, and no model"),
-        ('"large"', '"people.toml"', "people.toml is a recipe, and no model"),
     ],
 )
 def test_a_broken_recipe_is_one_sentence(recipe, old, new, sentence):
@@ -184,27 +168,14 @@ def test_a_broken_recipe_is_one_sentence(recipe, old, new, sentence):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "flag, value", [("label", ""), ("label", "a,"), ("steps", "0"), ("eta", "x")]
-)
-def test_a_value_that_a_flag_cannot_have_is_one_sentence_with_its_name(flag, value, capsys):
-    parser = Parser()
-    add_sampling_flags(parser)
-    with pytest.raises(SystemExit, match="2"):
-        parser.parse_args([f"--{flag}", value])
-    [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: argument --{flag}: ")
-
-
 def test_a_byte_order_mark_and_what_is_no_file_are_read(recipe):
     """The guide is a step of the model's own run, and another model is on a hub."""
     recipe.write_bytes(b"\xef\xbb\xbf" + TEXT.replace("'guides/early.safetensors'", "5").encode())
     assert settings(recipe)["guide"] == 5
     recipe.write_text('model = "google/ddpm-cifar10-32"\nenlarge = "large"\nbatch-size = 3')
-    assert settings(recipe)["model"] == "google/ddpm-cifar10-32"
-    # A text is a list of one, and - and _ are equal in keys.
-    assert settings(recipe)["enlarge"] == (str(recipe.parent / "large"),)
-    assert settings(recipe)["batch_size"] == 3
     # The page has another default sampler than a recipe without one.
-    assert settings(recipe, sampler="dpm++")["sampler"] == "ddpm"
+    read = settings(recipe, sampler="dpm++")
+    # A text is a list of one, and - and _ are equal in keys.
+    expected = {"enlarge": (str(recipe.parent / "large"),), "batch_size": 3, "sampler": "ddpm"}
+    assert read.items() >= ({"model": "google/ddpm-cifar10-32"} | expected).items()
     assert settings(recipe.parent / "large", sampler="dpm++")["sampler"] == "dpm++"
