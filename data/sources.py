@@ -6,11 +6,8 @@ are read by torchvision, which can also download them.
 """
 
 import json
-import lzma
 import os
 import re
-import struct
-import tokenize
 import zipfile
 import zlib
 from collections import Counter
@@ -24,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.lib.npyio import NpzFile
 
-from data.decode import BadImage, is_own, parsing
+from data.decode import BadImage, parsing
 from functions.support.errors import UserError, printable
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
@@ -38,30 +35,6 @@ TORCHVISION = {
     "not read)",
     "MNIST": "MNIST/raw, a folder with its four files, such as train-images-idx3-ubyte",
 }
-
-# What zipfile, NumPy and torchvision raise for files that are damaged, or none of theirs.
-ZIP_ERRORS = (
-    zipfile.BadZipFile,
-    OSError,
-    EOFError,
-    RuntimeError,
-    # Any other ValueError is about arguments.
-    UnicodeError,
-    OverflowError,
-    struct.error,
-    lzma.LZMAError,
-    zlib.error,
-)
-NPZ_ERRORS = (*ZIP_ERRORS, ValueError, tokenize.TokenError)
-TORCHVISION_ERRORS = (
-    OSError,
-    EOFError,
-    RuntimeError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AssertionError,
-)
 
 # The file with which sample.py marks a folder whose pictures are no data, and a text in it
 MANIFEST, MANIFEST_TEXT = "samples.json", '"sampler": "'
@@ -228,11 +201,11 @@ def list_archives(archives: list[Path], root: Path, ignored: Counter) -> list[Me
 
 def list_zip(path: Path) -> list[Member]:
     """List the files in a zip."""
-    with parsing("read", ZIP_ERRORS):
+    with parsing("read", own=ValueError):
         archive = zipfile.ZipFile(path)
 
     def read(info):
-        with parsing("read", ZIP_ERRORS):
+        with parsing("read"):
             return archive.read(info)
 
     return [
@@ -245,7 +218,7 @@ def list_zip(path: Path) -> list[Member]:
 
 def list_npz(path: Path) -> list[Member]:
     """List the rows of the one uint8 array (N, H, W, 3) or (N, H, W, 1). All is kept in memory."""
-    with parsing("read", NPZ_ERRORS):
+    with parsing("read"):
         values = [*NpzFile(path).values()]
     arrays = [
         array
@@ -264,12 +237,10 @@ def list_npz(path: Path) -> list[Member]:
 def list_parquet(path: Path) -> list[Member]:
     """List the rows of the one column of encoded images, as Hugging Face's `Image` stores them."""
     try:
-        from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise UserError(f"{path} needs pyarrow: python -m pip install pyarrow") from error
-    errors = (ArrowException, OSError, ValueError, LookupError)
-    with parsing("read", errors):
+    with parsing("read"):
         file = ParquetFile(path)
         paths = [column.path for column in file.schema]
     # Such a column is a struct of `bytes` and `path`. That of a list of images has a longer path.
@@ -278,7 +249,7 @@ def list_parquet(path: Path) -> list[Member]:
         raise UserError(f"{path} has {len(columns)} columns of encoded images, and must have one.")
 
     def read(i):
-        with parsing("read", errors):
+        with parsing("read"):
             row = read_column(file, columns[0])[i].as_py()
         # A column of this name may hold something else.
         data = row["bytes"] if isinstance(row, dict) else None
@@ -286,21 +257,18 @@ def list_parquet(path: Path) -> list[Member]:
 
     stamp = stamp_of(path)
     # Only a set with labels reads them.
-    labels = cache(partial(class_column, file, errors))
+    labels = cache(partial(class_column, file))
     return [
         Member(None, stamp, partial(read, i), label=lambda i=i: labels()[i])
         for i in range(file.metadata.num_rows)
     ]
 
 
-def class_column(file: Any, errors: tuple) -> list[str | None]:
-    """Return the labels of a `ParquetFile`, by the names of Hugging Face's metadata, if any.
-
-    Raises BadImage for `errors` of the parser.
-    """
+def class_column(file: Any) -> list[str | None]:
+    """Return the labels of a `ParquetFile`, by the names of Hugging Face's metadata, if any."""
     if "label" not in file.schema_arrow.names:
         return [None] * file.metadata.num_rows
-    with parsing("read", (*errors, RecursionError)):
+    with parsing("read"):
         values = file.read(["label"]).column(0).to_pylist()
         feature = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
     # Anything else on the way to the names means that there are none.
@@ -415,14 +383,12 @@ def read_torchvision_set(name: str, folder: Path, download: bool = False) -> Sou
 
     dataset = getattr(datasets, name)
     try:
-        train, test = (dataset(folder, train, download=download) for train in (True, False))
-    except TORCHVISION_ERRORS as error:
-        if is_own(error):
-            raise
+        with parsing("read"):
+            train, test = (dataset(folder, train, download=download) for train in (True, False))
+    except BadImage as error:
         raise UserError(
-            f"{name} cannot be read from {folder} ({printable(error)}). Delete a damaged copy, and "
-            f"put there {TORCHVISION[name]}; python data/prepare.py {name} --download does so, "
-            "where there is a network."
+            f"{name} {error}. Delete a damaged copy, and put into {folder} {TORCHVISION[name]}; "
+            f"python data/prepare.py {name} --download does so, where there is a network."
         ) from error
 
     images = np.concatenate([train.data, test.data])
