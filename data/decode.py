@@ -27,7 +27,7 @@ class BadImage(UserError):
 
 
 @contextmanager
-def parsing(verb: str, own: type | None = None) -> Iterator[None]:
+def parsing(problem: str, own: type | None = None) -> Iterator[None]:
     """Raise BadImage for a library's error about the data that it parses in this context.
 
     Errors of the disk and of memory are raised as they are. So are those of the call: of a line in
@@ -43,7 +43,7 @@ def parsing(verb: str, own: type | None = None) -> Iterator[None]:
         is_of_disk = getattr(error, "errno", None) not in (None, errno.EINVAL)
         if is_own or is_of_disk or isinstance(error, MemoryError) or type(error) is own:
             raise
-        raise BadImage(f"cannot be {verb} ({type(error).__name__}: {printable(error)})") from error
+        raise BadImage(f"{problem} ({type(error).__name__}: {printable(error)})") from error
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -52,7 +52,7 @@ def open_image(data: bytes) -> Image.Image:
     Of an animation, the first frame is decoded. Raises BadImage for an image that is truncated,
     corrupt, larger than MAX_PIXELS, or none.
     """
-    with parsing("decoded"):
+    with parsing("cannot be decoded"):
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         except UnidentifiedImageError as error:
@@ -63,7 +63,7 @@ def open_image(data: bytes) -> Image.Image:
             f"it has {image.width:,} x {image.height:,} pixels; images of at most "
             f"{MAX_PIXELS:,} can be read"
         )
-    with parsing("decoded"):
+    with parsing("cannot be decoded"):
         image.load()
         return ImageOps.exif_transpose(image)
 

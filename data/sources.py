@@ -36,9 +36,6 @@ TORCHVISION = {
     "MNIST": "MNIST/raw, a folder with its four files, such as train-images-idx3-ubyte",
 }
 
-# The file with which sample.py marks a folder whose pictures are no data, and a text in it
-MANIFEST, MANIFEST_TEXT = "samples.json", '"sampler": "'
-
 
 class Member(NamedTuple):
     """One image of a source."""
@@ -147,9 +144,10 @@ def files_below(folder: Path, ignored: Counter, above: tuple = ()) -> Iterator[P
     place = folder.resolve()
     if place in above:
         return
-    manifest = folder / MANIFEST
-    # A folder of samples may be named itself, to be measured.
-    if above and manifest.is_file() and MANIFEST_TEXT in manifest.read_text(errors="replace"):
+    # The manifest with which sample.py marks its pictures. They may be named themselves, to be
+    # measured.
+    manifest = folder / "samples.json"
+    if above and manifest.is_file() and '"sampler": "' in manifest.read_text(errors="replace"):
         ignored["folder of samples"] += 1
         return
     for path in folder.iterdir():
@@ -186,9 +184,6 @@ def list_archives(archives: list[Path], root: Path, ignored: Counter) -> list[Me
                 f"{archive} {error}. Either its download was cut short, or it is no "
                 f"{archive.suffix} file."
             ) from error
-        except OSError as error:
-            error.filename = error.filename or str(archive)
-            raise
         shard = f"{archive.relative_to(root).as_posix()}/" if archive != root else ""
         for name, *others in found:
             # Rows are numbered through all shards.
@@ -201,11 +196,11 @@ def list_archives(archives: list[Path], root: Path, ignored: Counter) -> list[Me
 
 def list_zip(path: Path) -> list[Member]:
     """List the files in a zip."""
-    with parsing("read", own=ValueError):
+    with parsing("cannot be read", own=ValueError):
         archive = zipfile.ZipFile(path)
 
     def read(info):
-        with parsing("read"):
+        with parsing("cannot be read"):
             return archive.read(info)
 
     return [
@@ -218,7 +213,7 @@ def list_zip(path: Path) -> list[Member]:
 
 def list_npz(path: Path) -> list[Member]:
     """List the rows of the one uint8 array (N, H, W, 3) or (N, H, W, 1). All is kept in memory."""
-    with parsing("read"):
+    with parsing("cannot be read"):
         values = [*NpzFile(path).values()]
     arrays = [
         array
@@ -240,7 +235,7 @@ def list_parquet(path: Path) -> list[Member]:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise UserError(f"{path} needs pyarrow: python -m pip install pyarrow") from error
-    with parsing("read"):
+    with parsing("cannot be read"):
         file = ParquetFile(path)
         paths = [column.path for column in file.schema]
     # Such a column is a struct of `bytes` and `path`. That of a list of images has a longer path.
@@ -249,36 +244,35 @@ def list_parquet(path: Path) -> list[Member]:
         raise UserError(f"{path} has {len(columns)} columns of encoded images, and must have one.")
 
     def read(i):
-        with parsing("read"):
+        with parsing("cannot be read"):
             row = read_column(file, columns[0])[i].as_py()
-        # A column of this name may hold something else.
-        data = row["bytes"] if isinstance(row, dict) else None
+        # A row may be empty, and a column of this name may hold something else.
+        data = row and row["bytes"]
         return data if isinstance(data, bytes) else b""
 
+    # Only a set with labels reads them, by the names of Hugging Face's metadata, if any.
+    @cache
+    def labels():
+        schema = file.schema_arrow
+        if "label" not in schema.names:
+            return [None] * file.metadata.num_rows
+        with parsing(f"{path}: the labels cannot be read"):
+            values = file.read(["label"]).column(0).to_pylist()
+            feature = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        # Anything else on the way to the names means that there are none.
+        for key in ("info", "features", "label", "names"):
+            feature = feature.get(key) if isinstance(feature, dict) else None
+        names = dict(enumerate(feature or []))
+        # Hugging Face has -1 where there is no label. A list of several is none.
+        return [
+            str(names.get(value, value)) if isinstance(value, (int, str)) and value != -1 else None
+            for value in values
+        ]
+
     stamp = stamp_of(path)
-    # Only a set with labels reads them.
-    labels = cache(partial(class_column, file))
     return [
         Member(None, stamp, partial(read, i), label=lambda i=i: labels()[i])
         for i in range(file.metadata.num_rows)
-    ]
-
-
-def class_column(file: Any) -> list[str | None]:
-    """Return the labels of a `ParquetFile`, by the names of Hugging Face's metadata, if any."""
-    if "label" not in file.schema_arrow.names:
-        return [None] * file.metadata.num_rows
-    with parsing("read"):
-        values = file.read(["label"]).column(0).to_pylist()
-        feature = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
-    # Anything else on the way to the names means that there are none.
-    for key in ("info", "features", "label", "names"):
-        feature = feature.get(key) if isinstance(feature, dict) else None
-    names = dict(enumerate(feature if isinstance(feature, list) else []))
-    # Hugging Face has -1 where there is no label. A list of several is none.
-    return [
-        str(names.get(value, value)) if isinstance(value, (int, str)) and value != -1 else None
-        for value in values
     ]
 
 
@@ -333,8 +327,8 @@ def decided(source: Source) -> Source:
                 result.ignored[f"in {side or '/'.join(folders) or '.'}/"] += 1
                 continue
             del folders[level]
-        labels = [name for name in folders if not name.lower().endswith((*ARCHIVES,))]
-        label = None if source.rule == "FFHQ" else member.label or (labels or [None])[-1]
+        labels = [member.label, *(name for name in folders if kind_of(name) not in ARCHIVES)]
+        label = None if source.rule == "FFHQ" else member.label or labels[-1]
         result.members[image_id] = member._replace(side=side, label=label)
     return result
 
@@ -383,7 +377,7 @@ def read_torchvision_set(name: str, folder: Path, download: bool = False) -> Sou
 
     dataset = getattr(datasets, name)
     try:
-        with parsing("read"):
+        with parsing("cannot be read"):
             train, test = (dataset(folder, train, download=download) for train in (True, False))
     except BadImage as error:
         raise UserError(
