@@ -46,7 +46,7 @@ class ImageSet:
     names: list[str]
     # The rule of the split is that of its `Source`, and the sides are those of the members.
     rule: str
-    sides: Sequence[str] = ()
+    sides: Sequence[str | None] = ()
     # This hash shows whether two sets have the same pixels. A part of a pack has the pack's hash.
     pixels_hash: str = ""
     # The summary counts the images, those that were left out, and files that were ignored.
