@@ -57,17 +57,15 @@ class Drawing:
     def settings(self) -> dict[str, Any]:
         """All that determines the pixels, with digests in place of models, for manifests."""
         config, models = self.config, self.models
-        hidden = fields_with(DrawingConfig, "no_pixels")
-        values = {name: value for name, value in vars(config).items() if name not in hidden}
-        values |= config.arguments
+        values = vars(config) | config.arguments
         values |= {"precision": models.precision, "steps": self.step_count}
         if config.guide is not None:
             values |= {"guide": models.guide_digest[:16], "guidance": config.guide_weight}
-        values["enlarge"] = tuple(enlarger.digest[:16] for enlarger in models.enlargers)
-        if not models.clip_x_0:
-            values["clip_x_0"] = False
-        given = {name: value for name, value in values.items() if value not in (None, ())}
-        return {"seed": self.seed, **given}
+        values["enlarge"] = tuple(each.saved.digest[:16] for each in models.enlargers)
+        values["clip_x_0"] = None if models.clip_x_0 else False
+        without = fields_with(DrawingConfig, "no_pixels")
+        without |= {name for name, value in values.items() if value in (None, ())}
+        return {"seed": self.seed} | {name: values[name] for name in values if name not in without}
 
     @property
     def scheduler(self) -> NoiseScheduler:
@@ -232,7 +230,7 @@ def generate(
 
 def step_bar(drawing: Drawing, count: int, shown: bool) -> tqdm:
     """Return a progress bar for the steps of `count` images."""
-    schedulers = [enlarger.denoiser.scheduler for enlarger in drawing.models.enlargers]
-    details = sum(len(enlarging_times(scheduler)) - 1 for scheduler in schedulers)
+    enlargers = drawing.models.enlargers
+    details = sum(len(enlarging_times(each.denoiser.scheduler)) - 1 for each in enlargers)
     total = count * (drawing.step_count + details)
     return tqdm(desc="sampling", total=total, unit="step", unit_scale=True, disable=not shown)
