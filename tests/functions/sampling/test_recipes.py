@@ -123,7 +123,8 @@ def test_a_given_flag_wins_and_takes_along_what_it_makes_void(recipe, flags, cha
 def test_edits_use_what_has_a_meaning_for_them(recipe, monkeypatch, pictures):
     shown = []
     for name in edit.VERBS:
-        monkeypatch.setitem(edit.VERBS, name, lambda args, drawing, new_path: shown.append(drawing))
+        save = (lambda args, drawing: shown.append(drawing), *edit.VERBS[name][1:])
+        monkeypatch.setitem(edit.VERBS, name, save)
     cooled = {"sampler": "dpm++", "steps": 4, "spacing": "trailing", "eta": 1.0, "temperature": 0.5}
     painted = {"sampler": "ddpm", "steps": 50, "spacing": "trailing", "variance": "small"}
     inverted = {"sampler": "ddim", "steps": 100, "spacing": "trailing", "eta": 0.0}
