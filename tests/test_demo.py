@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import shutil
 import socket
+from argparse import ArgumentTypeError
 from dataclasses import replace
 from unittest import mock
 
@@ -21,7 +22,7 @@ from figures.saved_model import open_saved
 from functions.samplers import SAMPLERS
 from functions.sampling.editing import interpolate_images
 from functions.sampling.generation import generate
-from tests.conftest import call, changed, pixels_of, train_tiny
+from tests.conftest import call, changed, pixels_of, refused, train_tiny
 
 pytest.importorskip("playwright", reason="requirements-dev.txt is not installed")
 # Gradio takes seconds to import, which tests that are not slow need not wait for.
@@ -123,6 +124,15 @@ def test_paint_in_the_page_shows_in_grey_what_is_painted_over(page, tiny_run):
         assert_array_equal(answer[~painted], image[~painted])
 
 
+def test_mix_and_paint_have_one_label(tiny_run):
+    from demo import mix, paint
+
+    drawing = changed(open_saved(tiny_run, "--device cpu"), label=("a", "b"))
+    for work, values in ((mix, (0.5, 0.3, 0, None, 1, None)), (paint, (1, {}))):
+        with refused("an edit has one --label"):
+            work(drawing, *values)
+
+
 @small_grids
 def test_paint_is_that_of_edits(tiny_run, pictures, tmp_path, monkeypatch):
     from demo import paint
@@ -189,14 +199,14 @@ def test_flags_of_one_sampler_leave_the_others_as_they_are(tiny_run, shown):
 
 
 def test_a_model_with_labels_has_fields_for_them(labelled_pictures, tmp_path, shown):
-    """An empty label draws without one, and then the weight has no effect."""
+    """They begin as the flags are, and are read as these. An empty field is none."""
     labels = "--diffusion.labels true --diffusion.epochs 1"
     run = train_tiny(labelled_pictures, tmp_path, labels)
     submit = drawing_tab(open_saved(run, "--sampler dpm++ --steps 4 --label b --cfg 2"))
-    assert shown == [[0, "dpm++", 4, "b", 2.0]]
-    drawing = submit(None, 0, "dpm++", 4, "a", 3)
-    guided = drawing.models.denoiser
-    assert guided.weight == 3
-    assert guided.model.inputs["label"].tolist() == [0]
-    plain = submit(None, 0, "dpm++", 4, "", 3)
-    assert plain.models.denoiser.inputs == {}
+    assert shown == [[0, "dpm++", 4, "b", "2.0"]]
+    config = submit(None, 0, "dpm++", 4, "a,b", "3").config
+    assert (config.label, config.cfg) == (("a", "b"), 3)
+    config = submit(None, 0, "dpm++", 4, "", "").config
+    assert (config.label, config.cfg) == ((), None)
+    with pytest.raises(ArgumentTypeError, match="cfg is 'much'; it must be a number"):
+        submit(None, 0, "dpm++", 4, "a", "much")

@@ -7,7 +7,7 @@ recipe's field.
 
 import tomllib
 from argparse import ArgumentParser, Namespace
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 
@@ -25,23 +25,8 @@ from functions.timesteps import SPACINGS
 
 # The default weight w of a guide. Samples are garish from 3 on.
 GUIDANCE = 1.5
-# Another --sampler than the recipe's begins with its own defaults of these fields.
-OF_SAMPLER = frozenset(("steps", "spacing", "eta", "variance", "temperature"))
-
-
-@dataclass(frozen=True)
-class Use:
-    """What a verb of edit.py can use of the settings of a drawing; by default all."""
-
-    # The fields that have the values `taken`, or their defaults, whatever a recipe says
-    reset: frozenset[str] = frozenset()
-    taken: dict = field(default_factory=dict)
-    # A flag may give other values of these fields.
-    free: frozenset[str] = frozenset()
-    # So many steps, or all if there are fewer, if no number is given.
-    steps: int | None = None
-    # The end of the sentence about another value.
-    reason: str = ""
+# Another --sampler than the recipe's begins with these defaults.
+OF_SAMPLER = {"steps": None, "spacing": None, "eta": None, "variance": None, "temperature": 1.0}
 
 
 def describe_samplers() -> str:
@@ -124,33 +109,22 @@ class DrawingConfig(Given):
     def guide_weight(self) -> float:
         return GUIDANCE if self.guidance is None else self.guidance
 
-    def unconditional(self) -> "DrawingConfig":
-        """Return the settings without any condition."""
-        return replace(self, cfg=None, **vars(Given()))
-
     def alone(self) -> "DrawingConfig":
         """Return the settings of the model alone, without guide, enlargers and all else."""
         return DrawingConfig(model=self.model, precision=self.precision, batch_size=self.batch_size)
 
-    def override(self, given: dict, use: Use = Use()) -> "DrawingConfig":
-        """Return the settings with the given fields replaced, and without what these make void.
-
-        Raises UserError for a given value that the `use` does not accept.
-        """
-        void = set(use.reset)
+    def override(self, given: dict) -> "DrawingConfig":
+        """Return the settings with the given fields replaced, and without what these make void."""
+        values = {}
         if given.get("sampler", self.sampler) != self.sampler:
-            void |= OF_SAMPLER
+            values |= OF_SAMPLER
         if given.get("eta") == 0:
             # Without noise, there is none that a temperature could scale.
-            void |= {"temperature"}
+            values |= {"temperature": 1.0}
         if "cfg" in given:
-            void |= {"guide", "guidance"}
+            values |= {"guide": None, "guidance": None}
         if "guide" in given:
-            void |= {"cfg"}
-        values = {name: getattr(DrawingConfig, name) for name in void} | use.taken
-        for name in given.keys() & (use.reset | use.taken.keys()) - use.free:
-            if given[name] != values[name]:
-                raise UserError(f"--{name}: {use.reason}")
+            values |= {"cfg": None}
         return replace(self, **values | given)
 
 
@@ -160,15 +134,15 @@ def read_recipe(path: Path) -> DrawingConfig:
     try:
         # Editors on Windows may begin the file with a byte-order mark.
         values = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        hint = "TOML in UTF-8 is needed, with / and not \\ in paths"
-        raise UserError(f"{path}: {printable(error)}; {hint}") from error
-    try:
         config = from_fields(
             DrawingConfig, {key.replace("-", "_"): value for key, value in values.items()}
         )
     except ConfigError as error:
         raise UserError(f"{path}: {printable(error)}") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(
+            f"{path}: {printable(error)}; TOML in UTF-8 is needed, with / and not \\ in paths"
+        ) from error
     guide = config.guide
     return replace(
         config,
@@ -189,21 +163,22 @@ def located(recipe: Path, key: str, name: str) -> str:
 
 
 def settings_of(
-    args: Namespace, name_prefix: str = "", use: Use = Use(), **defaults: str
+    args: Namespace, name_prefix: str = "", taken: dict | None = None, **defaults: str
 ) -> DrawingConfig:
     """Return the settings that the flags of `add_sampling_flags` ask for.
 
     RUN, or without it the newest run whose name begins with `name_prefix`, is put into
-    `args.checkpoint`. If it is a recipe, a given flag replaces the recipe's field; if not, the
-    `defaults`. Raises UserError for a recipe that cannot be used, ConfigError for flags that do not
-    fit each other, and CheckpointError when there is no run.
+    `args.checkpoint`. A given flag replaces the field of a recipe; without a recipe, that of
+    `defaults`. What is `taken` replaces both, but no flag. Raises UserError for a recipe that
+    cannot be used, ConfigError for flags that do not fit each other, and CheckpointError when there
+    is no run.
     """
     args.checkpoint = args.checkpoint or processes.on_main(newest_run, args.runs, name_prefix)
     if is_recipe(args.checkpoint):
         config = read_recipe(args.checkpoint)
     else:
         config = DrawingConfig(model=str(args.checkpoint), **defaults)
-    return config.override(given_fields(args, DrawingConfig), use)
+    return replace(config, **taken or {}).override(given_fields(args, DrawingConfig))
 
 
 @dataclass(frozen=True)

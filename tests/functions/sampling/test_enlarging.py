@@ -15,7 +15,7 @@ from functions.enlarging import Known, enlarge, enlarging_times
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import dpm_solver_sample
 from functions.sampling.generation import enlarge_images, generate
-from functions.sampling.models import Enlarger, enlarged
+from functions.sampling.models import Models, enlarged
 from functions.saved.checkpoint import load_weights
 from functions.saved.run_folder import checkpoints_of
 from functions.support.random_numbers import image_noise
@@ -115,8 +115,8 @@ def test_a_model_that_does_not_clip_enlarges_without_clipping():
     bright = torch.full((1, 3, 8, 8), 1.5)
     drawing = changed(drawing_of(None), {"denoiser": WHITE, "shape": (3, 8, 8)})
     clipped, bare = (
-        enlarge_images(changed(drawing, {"enlargers": (Enlarger(WHITE, clip),)}), bright, [0])
-        for clip in (True, False)
+        enlarge_images(changed(drawing, {"enlargers": (enlarger,)}), bright, [0])
+        for enlarger in (Models(WHITE, (3, 16, 16), CPU, clip_x_0=clip) for clip in (True, False))
     )
     assert clipped.max() <= 1
     assert_close(shrunk(bare), bright, atol=1e-3, rtol=0)
@@ -133,7 +133,8 @@ def test_steps_begin_at_one_log_snr_whatever_the_schedule():
 
 def test_enlargements_depend_on_the_seed_and_the_index_alone(network):
     # All small images are nearly grey, so only the details' noise makes a difference.
-    models = {"denoiser": white(1e-3, COSINE), "enlargers": (Enlarger(WHITE),) * 2}
+    enlarger = Models(WHITE, (3, 32, 32), CPU)
+    models = {"denoiser": white(1e-3, COSINE), "enlargers": (enlarger, enlarger)}
     drawing = changed(drawing_of(network, seed=7, sampler="dpm++", steps=2), models)
     together = generate(drawing, [0, 1, 2])
     [alone], [cold], [other] = (

@@ -128,7 +128,7 @@ def test_a_given_flag_wins_and_takes_along_what_it_makes_void(recipe, flags, cha
 def test_edits_use_what_has_a_meaning_for_them(command, settings, recipe, monkeypatch, capsys):
     """An inversion uses the model alone, and the others the guide and the enlarger, too."""
     for verb in edit.VERBS:
-        monkeypatch.setitem(edit.VERBS, verb, lambda *_: None)
+        monkeypatch.setitem(edit.VERBS, verb, (lambda *_: None, *edit.VERBS[verb][1:]))
     call(edit, command, recipe, "--device cpu")
     printed = capsys.readouterr().out
     assert f"float32, sampler {settings}" in printed
