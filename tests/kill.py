@@ -107,6 +107,5 @@ def sample_grids(run: Path) -> dict[str, bytes]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--times", type=int, default=50)
-    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        print(kill_and_resume(Path(temporary), args.times))
+        print(kill_and_resume(Path(temporary), parser.parse_args().times))

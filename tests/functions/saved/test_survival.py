@@ -198,14 +198,14 @@ def test_a_run_whose_output_is_closed_saves_and_exits_with_75(pictures, tmp_path
     runs = tmp_path / "runs"
     flags = ["faces", TINY, "--diffusion.epochs 200 --runs", runs]
     flags += ["--diffusion.dataset-name", pictures]
-    path = tmp_path / "pipe"
+    reader = path = tmp_path / "pipe"
     if kind == "terminal":
         reader, terminal = os.openpty()
         path = os.ttyname(terminal)
     else:
         os.mkfifo(path)
     program = Program(tmp_path / "printed", *flags, act=train_with_output, OUTPUT=path)
-    with open(path if kind == "pipe" else reader) as lines:
+    with open(reader) as lines:
         assert any("goes to" in line for line in lines)
     if kind == "terminal":
         os.close(terminal)

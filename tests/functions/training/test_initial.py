@@ -10,12 +10,11 @@ import torch
 
 import sample
 import train
-from config import EXPERIMENTS, ConfigError, ModelConfig
+from config import ConfigError
 from functions.saved.checkpoint import load_weights
 from functions.saved.loading import load_model
 from functions.saved.run_folder import checkpoints_of
 from functions.training.opening import open_run
-from models.growing import LOG_SNR_SHIFT, grown_arguments
 from tests.conftest import TINY, call, during, interrupt, newest, only_in, refused
 from tests.small_training import same
 
@@ -124,11 +123,3 @@ def test_a_grown_run_forgets_its_empty_level(tiny_run, pictures, tmp_path):
     assert (model.image_size, model.lowest_resolution_size) == (32, 8)
     assert (model.dim_multiply, model.transformer_layers) == ((1, 1, 2), (2,))
     assert run.config.log_snr_shift == pytest.approx(-2 * math.log(2), 1e-3)
-
-
-def test_a_preset_of_twice_the_size_and_a_level_more_is_what_grows():
-    """`ffhq-128` is the network that a model of `ffhq-64` grows into, with its schedule."""
-    small = EXPERIMENTS["ffhq-64"]
-    grown = ModelConfig(**grown_arguments(vars(small.model)))
-    assert grown == EXPERIMENTS["ffhq-128"].model
-    assert EXPERIMENTS["ffhq-128"].diffusion.log_snr_shift == LOG_SNR_SHIFT

@@ -9,8 +9,7 @@ import torch
 
 import train
 from config import ConfigError
-from functions.saved.checkpoint import verify_checkpoint, write_tensors
-from functions.saved.run_folder import checkpoints_of, locked
+from functions.saved.run_folder import locked
 from functions.training import opening
 from functions.training.metrics import read_metrics
 from tests.conftest import HELD_OUT, call, during, newest, posix, refused, terminate
@@ -103,31 +102,20 @@ def test_a_run_goes_on_with_the_same_images_wherever_they_are(unfinished, tiny_r
         with refused(sentence, ConfigError):
             call(train, *resume)
         shutil.copy(pictures / name, elsewhere)
+    # The same images in folders of these names are split by another rule.
+    for side, pattern in (("train", "000[0-3]*.png"), ("val", "0004*.png")):
+        (elsewhere / "sides" / side).mkdir(parents=True)
+        for picture in pictures.glob(pattern):
+            shutil.copy(picture, elsewhere / "sides" / side)
+    with refused(r"then: by a hash of each name; now: its val images\)", ConfigError):
+        call(train, *resume[:-1], elsewhere / "sides")
+    shutil.rmtree(elsewhere / "sides")
     assert (unfinished / "config.json").read_bytes() == before
 
     # An unreadable picture is none of them, and its name does not make the others' numbers names.
     (elsewhere / "broken.png").touch()
     call(train, *resume, "--diffusion.max-bad-images 1")
     assert same(newest(unfinished)["ema"], newest(tiny_run)["ema"])
-
-
-def test_a_run_whose_images_were_split_by_another_rule_is_refused(unfinished, pictures):
-    by_hash = "by a hash of each name"
-    folder = unfinished.parent.parent / "folders"
-    for side, pattern in (("train", "000[0-3]*.png"), ("val", "0004*.png")):
-        (folder / side).mkdir(parents=True)
-        for picture in pictures.glob(pattern):
-            shutil.copy(picture, folder / side)
-    with refused(rf"then: {by_hash}; now: its val images\)", ConfigError):
-        call(train, "--resume", unfinished, "--diffusion.dataset-name", folder)
-
-    # FFHQ is split by another rule where it is called by its path.
-    path = checkpoints_of(unfinished)[-1]
-    file = verify_checkpoint(path)
-    file.contents["run"] |= {"train_ids_hash": "0", "split_rule": "FFHQ's ids from 63,000 on"}
-    write_tensors(path, {part: file.tensors(part) for part in file.digests}, file.contents)
-    with refused("--diffusion.dataset-name FFHQ", ConfigError):
-        call(train, "--resume", unfinished)
 
 
 def test_a_run_is_locked_before_its_checkpoint_is_read(unfinished, monkeypatch):
