@@ -43,11 +43,10 @@ def test_the_embedded_set_and_the_people_in_it(data_folder):
         "labels_hash": "",
     }
 
-    # Some images are compared with their files.
+    # An image is compared with its file.
     with zipfile.ZipFile(datasets.EMBEDDED_SET) as archive:
-        for position in (0, 450, 900):
-            original = Image.open(archive.open(people.ids[position]))
-            assert_array_equal(people.images[position], np.asarray(original))
+        original = Image.open(archive.open(people.ids[450]))
+        assert_array_equal(people.images[450], np.asarray(original))
 
 
 def test_ffhq_is_found_in_every_place_and_split_by_ids_by_its_name_alone(data_folder, tmp_path):
@@ -170,29 +169,29 @@ def write_parts(path, folders):
 
 
 @pytest.mark.parametrize(
-    "folders, train, val, ignored",
+    "folders, expected, ignored",
     [
-        ("top/Validation/class top/Train/class", [2, 3], [0, 1], "1 in ./"),
-        ("train/val val/train test", [0, 1], [2, 3], "1 in ./, 2 in test/"),
-        ("Testing Training more/a", [2, 3], [0, 1], "1 in ./, 2 in more/a/"),
-        ("train-64x64 valid_64x64 train2-masks", [0, 1], [2, 3], "1 in ./, 2 in train2-masks/"),
-        ("a/val2017 a/train2017 b/train b/val", [2, 3, 4, 5], [0, 1, 6, 7], "1 in ./"),
+        ("top/Validation/class top/Train/class", "vvtt", ""),
+        ("train/val val/train test", "ttvv--", ", 2 in test/"),
+        ("Testing Training more/a", "vvtt--", ", 2 in more/a/"),
+        ("train-64x64 valid_64x64 train2-masks", "ttvv--", ", 2 in train2-masks/"),
+        ("a/val2017 a/train2017 b/train b/val", "vvttttvv", ""),
         # The level that has both sides counts.
-        ("test/train test/val", [0, 1], [2, 3], "1 in ./"),
-        ("train more/val", [0, 1], [2, 3], "1 in ./"),
+        ("test/train test/val", "ttvv", ""),
+        ("train more/val", "ttvv", ""),
         # These are what shards of one set are called.
-        ("train-00000-of-00001.zip test-00000-of-00001-abc.zip", [0, 1], [2, 3], "1 in ./"),
+        ("train-00000-of-00001.zip test-00000-of-00001-abc.zip", "ttvv", ""),
     ],
 )
-def test_folders_say_what_is_held_out(tmp_path, folders, train, val, ignored):
+def test_folders_say_what_is_held_out(tmp_path, folders, expected, ignored):
     image_set = load_images(write_parts(tmp_path / "set.zip", folders.split()), 8)
     split = split_images(image_set, "official")
     ids = np.array(image_set.ids)
-    assert ids[split.train_indices].tolist() == train
-    assert ids[split.val_indices].tolist() == val
-    assert_array_equal(image_set.images, IMAGES[ids])
-    assert f"; ignored: {ignored}" in image_set.summary
-    assert f"{val[0]:02d}.png, {image_set.names[split.val_indices[1]]}" in split.description
+    sides = np.full(len(expected), "-")
+    sides[ids[split.train_indices]] = "t"
+    sides[ids[split.val_indices]] = "v"
+    assert "".join(sides) == expected
+    assert image_set.summary.endswith(f"; ignored: 1 in ./{ignored}")
 
 
 @pytest.mark.parametrize("folders", ["train", "val test", "train.old train_b trains val"])
