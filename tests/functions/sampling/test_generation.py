@@ -15,17 +15,14 @@ import sample
 import train
 from data.pixels import to_uint8
 from functions.samplers import SAMPLERS, Sampler, ddim_sample
-from functions.sampling.generation import Drawing, generate
-from functions.sampling.models import Models
+from functions.sampling.generation import generate
 from functions.sampling.samples_folder import generate_frames, image_indices
 from functions.sampling.settings import DrawingConfig
-from functions.saved.loading import load_denoiser
 from functions.support.command_line import run_script
 from functions.support.pictures import grid_of
 from functions.support.settings import ConfigError
 from models.unet import UNet
 from tests.conftest import (
-    CPU,
     LittleMemory,
     call,
     changed,
@@ -98,18 +95,6 @@ def test_indices_are_images_of_the_seed(tiny_run, tmp_path):
     # Only the image that is missing is added to the others.
     call(sample, *common, folder, "--individual --indices 9,1")
     assert image_indices(folder) == {*range(8), 9}
-
-
-def test_flags_give_the_images_of_their_options(tiny_run, tmp_path, capsys):
-    flags = "--temperature 0.5 --steps 5 --variance large --seed 3 --n 2 --individual --out"
-    call(sample, tiny_run, flags, tmp_path)
-    settings = "sampler ddpm, steps 5, spacing trailing, variance large, temperature 0.5"
-    assert f"seed 3, precision float32, {settings}" in capsys.readouterr().out
-
-    # The files are compared with what these options give in memory.
-    config = DrawingConfig(model="run", steps=5, variance="large", temperature=0.5)
-    drawing = Drawing(Models(load_denoiser(tiny_run), (3, 16, 16), CPU), config, seed=3)
-    assert np.array_equal(samples_of(tmp_path), to_uint8(generate(drawing, range(2))))
 
 
 def test_the_temperature_scales_the_noise_of_later_steps_alone(network, monkeypatch):
