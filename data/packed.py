@@ -1,7 +1,7 @@
 """Decode and resize every image of a source once, into one packed file, and memory-map the file.
 
 <name>-<S>px.packed contains uint8 (N, S, S, 3), and <name>-<S>px-grey.packed (N, S, S, 1). The
-.json next to it has a key (`pack_key`) and, with a checksum, a record.
+.json next to it has a hash of all that decides the pixels, and, with a checksum, a record.
 """
 
 import hashlib
@@ -103,7 +103,11 @@ def open_packed(source: Source, shape: Shape, max_bad_images: int) -> ImageSet:
     changes. Raises UserError when no image is usable, or more than max_bad_images are not, and
     OSError when an image cannot be read, or the file cannot be written.
     """
-    key = pack_key(source, shape)
+    channels, image_size, _ = shape
+    # A pack's content depends on these, and on the names and stamps of the images.
+    facts = [FORMAT_VERSION, image_size, channels]
+    facts += [member[:2] for member in source.members.values()]
+    key = sha256(json.dumps(facts))
     path = pack_path(source, shape)
     record = read_record(path, key)
     if record is None:
@@ -135,14 +139,6 @@ def open_packed(source: Source, shape: Shape, max_bad_images: int) -> ImageSet:
         pixels_hash=record["pixels_hash"],
         summary=summary,
     )
-
-
-def pack_key(source: Source, shape: Shape) -> str:
-    """Return a hash of everything that a pack's content depends on."""
-    channels, image_size, _ = shape
-    facts = [FORMAT_VERSION, image_size, channels]
-    facts += [member[:2] for member in source.members.values()]
-    return sha256(json.dumps(facts))
 
 
 def pack_path(source: Source, shape: Shape) -> Path:

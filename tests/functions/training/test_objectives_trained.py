@@ -19,6 +19,17 @@ from tests.conftest import CPU, TRAINED, call, pixels_of, train_tiny
 from tests.functions.test_denoiser import X_0
 
 
+def assert_samples_are_the_grid(run, sampler, out):
+    """Compare the grid of sample.py with that of the training, up to 2 of 255.
+
+    In memory the two networks are laid out differently.
+    """
+    call(sample, run, "--n 4 --steps 4 --sampler", sampler, "--out", out)
+    training = pixels_of(run / "samples" / "step-00000010.png")
+    script = pixels_of(out / "grid.png")
+    assert abs(training.astype(float) - script).max() <= 2
+
+
 @pytest.mark.slow
 def test_a_new_objective_is_a_row_of_the_table_and_nothing_else(
     pictures, tmp_path, monkeypatch, capsys
@@ -58,8 +69,4 @@ def test_a_new_objective_is_a_row_of_the_table_and_nothing_else(
         means = {last: values[first:last].mean() for first, last in pairwise(logged)}
         assert found == pytest.approx(means, rel=1e-5)
 
-    # In memory the two networks are laid out differently, so pixels differ by up to 2 of 255.
-    call(sample, run, "--n 4 --steps 4 --sampler dpm++ --out", tmp_path / "sampled")
-    training = pixels_of(run / "samples" / "step-00000010.png")
-    script = pixels_of(tmp_path / "sampled" / "grid.png")
-    assert abs(training.astype(float) - script).max() <= 2
+    assert_samples_are_the_grid(run, "dpm++", tmp_path / "sampled")
