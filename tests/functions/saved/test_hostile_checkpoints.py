@@ -107,7 +107,7 @@ def test_files_of_others(path):
     "place, value",
     [
         ("config", {}),
-        ("config diffusion objective", "x_0"),
+        ("config diffusion objective", "noise"),
         ("config diffusion timesteps_diff", 10**30),
         ("config model base_dim", None),
         ("config model unknown", 1),
