@@ -195,7 +195,7 @@ def mix(drawing: Drawing, depth: float, share: float, *images: int | str | None)
 def paint(drawing: Drawing, n: int, edit: dict) -> Image.Image:
     """Return a grid of the image, its known pixels, and n inpaintings."""
     check_edit("inpaint", drawing.config)
-    shape = drawing.models.enlarged_shape()
+    shape = drawing.models.enlarged_shape
     # The editor's layer is RGBA, and opaque where the user has painted.
     mask = np.zeros(1)
     for layer in edit["layers"]:
