@@ -15,7 +15,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -96,10 +95,11 @@ def tab(
     begun = drawing.config
     conditions = turned_on(drawing.models.facts)
     names = [*conditions, "cfg"] if conditions else []
-    texts = [
-        gr.Textbox(as_text(vars(begun)[name]), label=name.capitalize(), info=COMMENTS[name])
-        for name in names
-    ]
+    texts = []
+    for name in names:
+        value = vars(begun)[name]
+        text = "" if value is None else ",".join(map(str, np.atleast_1d(value)))
+        texts.append(gr.Textbox(text, label=name.capitalize(), info=COMMENTS[name]))
 
     def call(progress=PROGRESS, *values):
         seed, sampler, steps, *rest = values
@@ -125,12 +125,6 @@ def tab(
         clear_btn=None,
         analytics_enabled=False,
     )
-
-
-def as_text(value: Any) -> str:
-    """Return the value of a field as its flag has it."""
-    items = value if isinstance(value, tuple) else [value]
-    return ",".join(str(item) for item in items if item is not None)
 
 
 def draw_tab(drawing: Drawing) -> gr.Interface:
