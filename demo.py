@@ -15,7 +15,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -96,10 +95,11 @@ def tab(
     begun = drawing.config
     conditions = turned_on(drawing.models.facts)
     names = [*conditions, "cfg"] if conditions else []
-    texts = [
-        gr.Textbox(as_text(vars(begun)[name]), label=name.capitalize(), info=COMMENTS[name])
-        for name in names
-    ]
+    texts = []
+    for name in names:
+        value = vars(begun)[name]
+        text = "" if value is None else ",".join(map(str, np.atleast_1d(value)))
+        texts.append(gr.Textbox(text, label=name.capitalize(), info=COMMENTS[name]))
 
     def call(progress=PROGRESS, *values):
         seed, sampler, steps, *rest = values
@@ -125,12 +125,6 @@ def tab(
         clear_btn=None,
         analytics_enabled=False,
     )
-
-
-def as_text(value: Any) -> str:
-    """Return the value of a field as its flag has it."""
-    items = value if isinstance(value, tuple) else [value]
-    return ",".join(str(item) for item in items if item is not None)
 
 
 def draw_tab(drawing: Drawing) -> gr.Interface:
@@ -195,7 +189,7 @@ def mix(drawing: Drawing, depth: float, share: float, *images: int | str | None)
 def paint(drawing: Drawing, n: int, edit: dict) -> Image.Image:
     """Return a grid of the image, its known pixels, and n inpaintings."""
     check_edit("inpaint", drawing.config)
-    shape = drawing.models.enlarged_shape()
+    shape = drawing.models.enlarged_shape
     # The editor's layer is RGBA, and opaque where the user has painted.
     mask = np.zeros(1)
     for layer in edit["layers"]:

@@ -267,9 +267,10 @@ def save_inversion(args: Namespace, drawing: Drawing) -> None:
         error = (again - end).square().mean().sqrt()
         # From -1 to 1 there are 255 levels.
         print(f"{name} comes back {127.5 * error:.2f} of 255 levels off (RMS)")
-    row, titles = [ends, noise, images], ["A", "its noise", "its way back"]
     if len(ends) == 2:
         row, titles = [ends[:1], images, ends[1:]], MIXTURE_TITLES
+    else:
+        row, titles = [ends, noise, images], ["A", "its noise", "its way back"]
     save_rows({drawing.times[0]: row}, titles, path)
 
 
@@ -292,7 +293,7 @@ def times_of(args: Namespace, drawing: Drawing) -> Iterable[int]:
 
 def save_inpaintings(args: Namespace, drawing: Drawing) -> None:
     """Save a grid of an image, its known pixels, and its inpaintings."""
-    shape = drawing.models.enlarged_shape()
+    shape = drawing.models.enlarged_shape
     image, mask = read_with_mask(args.images[0], args.mask, shape)
     path = edited_path(args, drawing, "inpainting")
     pictures = inpaint_image(drawing, image, mask, args.resample, args.n)

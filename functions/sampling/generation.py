@@ -95,10 +95,9 @@ class Drawing:
         """Return the sampler's timestep nearest to `depth`, from 0 (the image) to 1 (noise)."""
         return min(self.times, key=lambda t: abs(t + 1 - depth * self.scheduler.timesteps))
 
-    def noise(self, indices: Sequence[int], purpose: str = "image", enlargements: int = 0) -> Noise:
+    def noise(self, indices: Sequence[int], purpose: str = "image") -> Noise:
         """Return what draws the noise of these images: first x_T, then that of the steps."""
-        shape = self.models.enlarged_shape(enlargements)
-        return image_noise(self.seed, indices, shape, self.models.device, purpose)
+        return image_noise(self.seed, indices, self.models.shape, self.models.device, purpose)
 
 
 def open_drawing(args: Namespace, config: DrawingConfig, most_steps: int | None = None) -> Drawing:
@@ -203,8 +202,8 @@ def enlarge_images(
     enlargers = drawing.models.enlargers
     known = known or [None] * len(enlargers)
     for k, (model, kept) in enumerate(zip(enlargers, known, strict=True), start=1):
-        details = drawing.noise(indices, f"{purpose} {k}", k)
-        images = enlarge(model.denoiser, images, details, kept, on_step, model.clip_x_0)
+        noise = image_noise(drawing.seed, indices, model.shape, model.device, f"{purpose} {k}")
+        images = enlarge(model.denoiser, images, noise, kept, on_step, model.clip_x_0)
     return images.cpu()
 
 

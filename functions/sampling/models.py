@@ -40,11 +40,10 @@ class Models:
     # Where the denoiser comes from; a training, which draws grids, has not saved it.
     saved: SavedModel | None = None
 
-    def enlarged_shape(self, count: int | None = None) -> tuple[int, int, int]:
-        """Return the shape of images after so many enlargements, by default all."""
-        factor = 2 ** (len(self.enlargers) if count is None else count)
-        channels, height, width = self.shape
-        return channels, height * factor, width * factor
+    @property
+    def enlarged_shape(self) -> tuple[int, int, int]:
+        """The shape of the images that all enlargers have enlarged."""
+        return [self, *self.enlargers][-1].shape
 
 
 def open_models(config: DrawingConfig, device_name: str) -> Models:
@@ -132,7 +131,8 @@ def enlarged(models: Models, path: Path) -> Models:
     Raises UserError for a model of another size, and CheckpointError when there is none.
     """
     enlarger = opened(path, models.device, models.precision, "enlarged by ")
-    shape = models.enlarged_shape(len(models.enlargers) + 1)
+    channels, height, width = models.enlarged_shape
+    shape = channels, 2 * height, 2 * width
     if enlarger.shape != shape:
         raise UserError(
             f"{enlarger.saved.path} draws images of {enlarger.shape} (channels, height, width); "

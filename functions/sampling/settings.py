@@ -82,12 +82,11 @@ class DrawingConfig(Given):
         check_fields(self)
         own = SAMPLERS[self.sampler].options
         # Silently ignoring an option that the sampler does not have would mislead.
-        for option in self.arguments:
-            if option not in own:
-                flags = " and ".join(f"--{name}" for name in own)
-                raise ConfigError(
-                    f"--{option}: the options of --sampler {self.sampler} are {flags}"
-                )
+        if unknown := self.arguments.keys() - own.keys():
+            flags = " and ".join(f"--{name}" for name in own)
+            raise ConfigError(
+                f"--{min(unknown)}: the options of --sampler {self.sampler} are {flags}"
+            )
         adds_noise = "variance" in self.arguments or self.arguments.get("eta")
         if self.temperature != 1 and not adds_noise:
             raise ConfigError("--temperature scales the noise of steps, and these add none (--eta)")
@@ -133,7 +132,7 @@ def read_recipe(path: Path) -> DrawingConfig:
     check_file(path)
     try:
         # Editors on Windows may begin the file with a byte-order mark.
-        values = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+        values = tomllib.loads(path.read_text("utf-8-sig"))
         config = from_fields(
             DrawingConfig, {key.replace("-", "_"): value for key, value in values.items()}
         )
@@ -143,23 +142,24 @@ def read_recipe(path: Path) -> DrawingConfig:
         raise UserError(
             f"{path}: {printable(error)}; TOML in UTF-8 is needed, with / and not \\ in paths"
         ) from error
-    guide = config.guide
+
+    def located(name):
+        """Return the path of a part, or its name on a model hub, or a guide's step."""
+        if not isinstance(name, str):
+            return name
+        part = path.parent / name
+        if part.exists():
+            return str(part)
+        if is_hub_name(Path(name)) and not part.parent.exists():
+            return name
+        raise UserError(f"{path}: there is no {printable(part)}")
+
     return replace(
         config,
-        model=located(path, "model", config.model),
-        guide=located(path, "guide", guide) if isinstance(guide, str) else guide,
-        enlarge=tuple(located(path, "enlarge", name) for name in config.enlarge),
+        model=located(config.model),
+        guide=located(config.guide),
+        enlarge=tuple(map(located, config.enlarge)),
     )
-
-
-def located(recipe: Path, key: str, name: str) -> str:
-    """Return the path of a part that a recipe names, or a name on a model hub."""
-    path = recipe.parent / name
-    if path.exists():
-        return str(path)
-    if is_hub_name(Path(name)) and not path.parent.exists():
-        return name
-    raise UserError(f"{recipe}: {key} is {printable(name)!r}, and there is no {printable(path)}")
 
 
 def settings_of(

@@ -133,8 +133,8 @@ def test_steps_begin_at_one_log_snr_whatever_the_schedule():
 
 def test_enlargements_depend_on_the_seed_and_the_index_alone(network):
     # All small images are nearly grey, so only the details' noise makes a difference.
-    enlarger = Models(WHITE, (3, 32, 32), CPU)
-    models = {"denoiser": white(1e-3, COSINE), "enlargers": (enlarger, enlarger)}
+    enlargers = tuple(Models(WHITE, (3, size, size), CPU) for size in (32, 64))
+    models = {"denoiser": white(1e-3, COSINE), "enlargers": enlargers}
     drawing = changed(drawing_of(network, seed=7, sampler="dpm++", steps=2), models)
     together = generate(drawing, [0, 1, 2])
     [alone], [cold], [other] = (

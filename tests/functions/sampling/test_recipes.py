@@ -148,10 +148,10 @@ def test_export_and_evaluation_use_the_model_alone(recipe, tiny_run, capsys):
     "old, new, sentence",
     [
         ('model = "model.safetensors"', "", r"missing, or unknown to this version .*: model"),
-        ('["large"]', '["large", "large/run"]', "enlarge is 'large/run', and there is no"),
+        ('["large"]', '["large", "large/run"]', "there is no .*mine/large/run"),
         ('["large"]', '["large", ""]', "and not empty"),
         # Backslashes in double quotes are a page break, and nothing that TOML has.
-        ("'guides/early.safetensors'", r'"runs\faces"', "guide is .*, and there is no"),
+        ("'guides/early.safetensors'", r'"runs\faces"', "there is no .*mine/runs"),
         ("'guides/early.safetensors'", r'"guides\early.safetensors"', r"with / and not \\ in"),
         ("steps = 4", "steps = = 4", r"Invalid value \(at line 6"),
         ("steps", "st\udcffeps", "'utf-8' codec can't decode"),
