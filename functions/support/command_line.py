@@ -153,7 +153,7 @@ def parse_flag(field: Field, text: str) -> Any:
         if not isinstance(value, list) or not value:
             raise ArgumentTypeError(f"{text!r} is not a list of names such as a,b")
     try:
-        return checked(None, field, value)
+        return checked(field, value)
     except ConfigError as error:
         raise ArgumentTypeError(str(error)) from error
 
