@@ -2,7 +2,6 @@
 
 import os
 import sys
-import zipfile
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +16,6 @@ from tests.data.packing import (
     TREE,
     encoded,
     load,
-    name_of,
     write_folder,
     write_npz,
     write_zip,
@@ -37,7 +35,7 @@ def test_every_layout_is_numbered_alike(tmp_path, pattern, write, name):
     path = write(tmp_path / name, pattern=pattern, more=dict.fromkeys(STRAYS, PICTURE))
     members = find_source(path).members
     assert list(members) == NUMBERS
-    assert all(members[number].name == name_of(number, pattern) for number in NUMBERS)
+    assert all(f"{number}." in members[number].name for number in NUMBERS)
 
 
 def write_rows(path, rows):
@@ -142,16 +140,15 @@ def test_what_is_no_file_is_one_bad_image(tmp_path):
 
 
 def test_names_in_a_zip_are_no_paths_and_of_one_name_the_last_image_counts(tmp_path):
-    path = tmp_path / "a.zip"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("t/00001.png", b"before")
+    files = {
+        "t/00001.png": b"before",
         # Some programs for Windows write backslashes.
-        archive.writestr("t\\00001.png", b"one")
-        archive.writestr("t\\", b"")
-        archive.writestr("/etc/00000.png", b"zero")
-        archive.writestr("../00002.png", b"two")
-
-    source = find_source(path)
+        "t\\00001.png": b"one",
+        "t\\": b"",
+        "/etc/00000.png": b"zero",
+        "../00002.png": b"two",
+    }
+    source = find_source(write_zip(tmp_path / "a.zip", [], more=files))
 
     # A name that leads out of the archive is hidden; the others are read within it.
     found = {number: (each.name, each.read()) for number, each in source.members.items()}
@@ -201,9 +198,8 @@ def test_parquet_without_pyarrow_says_what_is_missing(tmp_path, monkeypatch):
 
 
 def test_what_is_no_source_is_said_in_a_sentence(tmp_path):
-    write_folder(tmp_path / "tars", [], more={"a.tar": b""})
-    for name in ("text.zip", "text.tar.gz"):
-        (tmp_path / name).write_bytes(b"no archive")
+    files = {"tars/a.tar": b"", "text.zip": b"no archive", "text.tar.gz": b"no archive"}
+    write_folder(tmp_path, [], more=files)
     header = b"\x93NUMPY\x01\x00\x0e\x00{'shape': (10,"
     write_zip(tmp_path / "header.npz", [], more={"a.npy": header})
 
