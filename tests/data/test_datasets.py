@@ -14,8 +14,6 @@ from data.datasets import ImageSet, load_images, split_images
 from tests.conftest import refused
 from tests.data.packing import IMAGES, TREE, encoded, write_folder, write_zip
 
-PREVIEW = encoded(IMAGES[0])
-
 
 def test_the_embedded_set_and_the_people_in_it(tmp_path, monkeypatch):
     # Nothing is written beside the modules.
@@ -156,8 +154,9 @@ def test_where_names_repeat_the_true_share_is_said():
 
 def write_parts(path, folders):
     """Write a zip with two images in each folder, the numbers rising, and a preview beside them."""
-    files = {f"{folders[i // 2]}/{i:02d}.png": encoded(IMAGES[i]) for i in range(2 * len(folders))}
-    return str(write_zip(path, [], more={"99.png": PREVIEW, **files}))
+    names = [f"{folders[i // 2]}/{i:02d}.png" for i in range(2 * len(folders))]
+    picture = encoded(IMAGES[0])
+    return str(write_zip(path, [], more=dict.fromkeys([*names, "99.png"], picture)))
 
 
 @pytest.mark.parametrize(
