@@ -57,7 +57,7 @@ def test_ffhq_is_found_in_every_place_and_split_by_ids_by_its_name_alone(tmp_pat
     copy = write_folder(tmp_path / "copy", IMAGES, f"thumbnails128x128/{TREE}")
     place.symlink_to(copy)
     check()
-    assert load_images(str(copy), 8).rule == "name"
+    assert load_images(copy, 8).rule == "name"
     # A picture without a number, or a second one with the same number, would be trained on, too.
     for stray in ("teaser.png", "00003.png"):
         (copy / stray).touch()
@@ -104,7 +104,6 @@ def test_splits_by_id(ids, rule, name, first_held_out, reason):
     assert split.train_indices.dtype == split.val_indices.dtype == np.int64
     assert_array_equal(ids[split.train_indices], ids[ids < first_held_out])
     assert_array_equal(ids[split.val_indices], ids[ids >= first_held_out])
-    assert f"{len(split.train_indices):,} images train" in split.description
     assert f"{split.rule}), such as {ids[ids >= first_held_out][0]}" in split.description
     assert reason in split.rule
 
@@ -156,7 +155,7 @@ def write_parts(path, folders):
     """Write a zip with two images in each folder, the numbers rising, and a preview beside them."""
     names = [f"{folders[i // 2]}/{i:02d}.png" for i in range(2 * len(folders))]
     picture = encoded(IMAGES[0])
-    return str(write_zip(path, [], more=dict.fromkeys([*names, "99.png"], picture)))
+    return write_zip(path, [], more=dict.fromkeys([*names, "99.png"], picture))
 
 
 @pytest.mark.parametrize(

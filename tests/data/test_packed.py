@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
@@ -41,7 +40,6 @@ def test_the_pack_holds_the_pixels_and_is_made_once(tmp_path, monkeypatch, write
     before.mkdir()
     path = write(before / name)
     pack = load(path)
-    assert_array_equal(pack.images, IMAGES)
     assert not pack.images.flags.writeable
 
     # The file holds the pixels and nothing else, and the hash is theirs.
@@ -101,30 +99,28 @@ def test_an_error_of_our_own_is_neither_a_bad_image_nor_a_damaged_pack(path, mon
         load(path, max_bad_images=10)
 
 
-def test_a_pack_is_final_and_says_how_its_bad_images_are_read_again(tmp_path, monkeypatch):
-    """Among 100 images one is cut short, one is a web page, and one is for another Pillow."""
-    images = np.concatenate([IMAGES] * 10)
-    webp = encoded(IMAGES[0], "WEBP", lossless=True)
-    path = write_folder(tmp_path / "set", images, more={"100.webp": webp})
+def test_a_pack_is_final_and_says_how_its_bad_images_are_read_again(path, monkeypatch):
+    """Of the images one is cut short, one is a web page, and one is for another Pillow."""
+    (path / "00010.webp").write_bytes(encoded(IMAGES[0], "WEBP"))
     (path / "00002.png").write_bytes((path / "00002.png").read_bytes()[:100])
     (path / "00005.png").write_text("<html>quota exceeded</html>")
     again = f"eleting {path / 'set-8px.packed'} reads "
     with monkeypatch.context() as patch:
         patch.setattr(decode, "FORMATS", ("PNG",))
-        named = r"00002\.png \(cannot be .*, 00005\.png \(not a .*, 100\.webp \(not a .*"
+        named = r"00002\.png \(cannot be .*, 00005\.png \(not a .*, 00010\.webp \(not a .*"
         with refused(rf"3 unusable.*2 allowed: {named}images 3\. D{again}them"):
             load(path, max_bad_images=2)
 
         # Nothing is decoded again to allow them, or to refuse them.
         forbid_decoding(patch)
         pack = load(path, max_bad_images=3)
-        assert f"98 images at 8x8, 3 left out; d{again}those left out" in pack.summary
-        assert pack.ids == [number for number in range(100) if number not in (2, 5)]
-        assert_array_equal(pack.images, images[pack.ids])
+        assert f"8 images at 8x8, 3 left out; d{again}those left out" in pack.summary
+        assert pack.ids == [0, 1, 3, 4, 6, 7, 8, 9]
+        assert_array_equal(pack.images, IMAGES[pack.ids])
         with refused("3 unusable"):
             load(path)
     Path(pack.images.filename).unlink()
-    assert load(path, max_bad_images=2).ids == [*pack.ids, 100]
+    assert load(path, max_bad_images=2).ids == [*pack.ids, 10]
 
 
 def test_what_is_ignored_or_smaller_than_the_size_is_counted(tmp_path, capsys, monkeypatch):

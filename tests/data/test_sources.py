@@ -11,15 +11,7 @@ from pyarrow import parquet
 
 from data.sources import find_source
 from tests.conftest import posix, refused
-from tests.data.packing import (
-    IMAGES,
-    TREE,
-    encoded,
-    load,
-    write_folder,
-    write_npz,
-    write_zip,
-)
+from tests.data.packing import IMAGES, TREE, encoded, load, write_folder, write_npz, write_zip
 
 PICTURE = encoded(IMAGES[0])
 NUMBERS = list(range(len(IMAGES)))
@@ -86,8 +78,8 @@ def test_images_beside_archives(tmp_path):
 
 
 def test_samples_inside_the_data_are_no_data(tmp_path):
-    manifest = {"samples.json": '{"sampler": "ddpm"}'}
-    samples = write_folder(tmp_path / "samples", more=manifest)
+    more = {"samples.json": '{"sampler": "ddpm"}'}
+    samples = write_folder(tmp_path / "samples", more=more)
     # Other projects have such files, too.
     write_folder(tmp_path / "theirs", more={"samples.json": '{"images": 10}'})
     source = find_source(tmp_path)
@@ -99,7 +91,7 @@ def test_samples_inside_the_data_are_no_data(tmp_path):
 @pytest.mark.parametrize(
     "names",
     [
-        # One number comes twice, one name has none, and there are two series.
+        # One number comes twice, one has none, and there are two series.
         ["a/1.png", "a/10.png", "a/2.png", "b/1.png"],
         ["10.jpeg", "2.gif", "größe.png", "人.png"],
         ["cat_10.png", "cat_2.png", "dog_3.png"],
@@ -117,7 +109,6 @@ def test_linked_folders_are_read(tmp_path):
     (root / "thumbnails").symlink_to(elsewhere)
     # With images read twice, the ids would be names.
     (elsewhere / "00003" / "up").symlink_to(elsewhere)
-    (elsewhere / "00003" / "out").symlink_to(root)
     assert list(find_source(root).members) == NUMBERS
 
 
