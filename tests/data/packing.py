@@ -13,9 +13,9 @@ from data.packed import open_packed
 from data.sources import find_source
 
 
-def random_pixels(*shape, seed=0):
+def random_pixels(*shape):
     """Return random uint8 values of a shape."""
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
 IMAGES = random_pixels(10, 8, 8, 3)
@@ -33,17 +33,12 @@ def encoded(image, image_format="PNG", **options):
     return buffer.getvalue()
 
 
-def name_of(number, pattern):
-    """Return the file name of an image by its number."""
-    return pattern.format(folder=number % 4, number=number)
-
-
-def write_zip(path, images=IMAGES, pattern="{number:05d}.png", more=()):
+def write_zip(path, images=IMAGES, pattern="{number:05d}.png", more=(), method=zipfile.ZIP_STORED):
     """Write the images and the files of `more` (bytes by name) to a zip; return its path."""
-    with zipfile.ZipFile(path, "w") as archive:
+    with zipfile.ZipFile(path, "w", method) as archive:
         # The last image comes first, so neither a directory's nor an archive's own order is right.
         for number, image in reversed([*enumerate(images)]):
-            name = name_of(number, pattern)
+            name = pattern.format(folder=number % 4, number=number)
             image_format = Image.registered_extensions()[Path(name).suffix.lower()]
             archive.writestr(name, encoded(image, image_format))
         for name, data in dict(more).items():

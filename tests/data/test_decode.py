@@ -13,17 +13,14 @@ RGB = random_pixels(12, 16, 3)
 
 # The three pixels are transparent, opaque, and opaque to a fifth.
 RGBA = np.uint8([[[10, 20, 30, 0], [10, 20, 30, 255], [0, 100, 200, 51]]])
-ALPHA = RGBA[..., 3:] / 255
-OVER_WHITE = RGBA[..., :3] * ALPHA + 255 * (1 - ALPHA)
+OVER_WHITE = [[[255, 255, 255], [10, 20, 30], [204, 224, 244]]]
 
 # Values of 16 bits are scaled by 1 / 257; here are some on both sides of a half.
-GREY_16 = np.uint16([[0, 128, 129, 300, 257 * 100, 257 * 100 + 128, 257 * 100 + 129, 65535]])
+GREY_16 = np.uint16([[0, 128, 129, 300, 25_700, 25_828, 25_829, 65_535]])
 
 PALETTE = Image.new("P", (2, 1))
 PALETTE.putpalette([10, 20, 30, 200, 100, 50])
 PALETTE.putdata([1, 0])
-
-CYAN_INK = Image.new("CMYK", (16, 16), (255, 0, 0, 0))
 
 # A palette of 256 greys holds these.
 GREYS = RGB[..., 0]
@@ -42,9 +39,8 @@ FORMS = {
         [[[200, 100, 50], [255, 255, 255]]],
         0,
     ),
-    "alpha": (encoded(RGBA), OVER_WHITE, 1),
+    "alpha": (encoded(RGBA), OVER_WHITE, 0),
     "the first frame of a GIF": (TWO_FRAMES, GREYS[..., None], 0),
-    "cmyk": (encoded(CYAN_INK, "JPEG", quality=100), np.full((16, 16, 3), [0, 255, 255]), 3),
     # Some cameras put a small preview behind the photo, as a second image of the file.
     "a preview behind a photo": (
         encoded(np.full((32, 32, 3), 80, np.uint8), "MPO", **SECOND),

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
@@ -37,8 +36,10 @@ def path(tmp_path):
 
 @pytest.mark.parametrize("write, name", [(write_folder, "set"), (write_zip, "set.zip")])
 def test_the_pack_holds_the_pixels_and_is_made_once(tmp_path, monkeypatch, write, name):
-    pack = load(write(tmp_path / name))
-    assert_array_equal(pack.images, IMAGES)
+    before = tmp_path / "before"
+    before.mkdir()
+    path = write(before / name)
+    pack = load(path)
     assert not pack.images.flags.writeable
 
     # The file holds the pixels and nothing else, and the hash is theirs.
@@ -50,15 +51,11 @@ def test_the_pack_holds_the_pixels_and_is_made_once(tmp_path, monkeypatch, write
 
     # Another size lies beside it. Both move with a folder or an archive. A zip is known by its
     # content and not by its time.
-    assert_array_equal(load(tmp_path / name, 4).images, [fit_square(image, 4) for image in IMAGES])
-    moved = tmp_path / "elsewhere"
-    moved.mkdir()
-    for file in tmp_path.glob(f"{name}*"):
-        file.rename(moved / file.name)
-    if name == "set.zip":
-        os.utime(moved / name, ns=(1, 1))
+    assert_array_equal(load(path, 4).images, [fit_square(image, 4) for image in IMAGES])
+    moved = before.rename(tmp_path / "moved") / name
+    os.utime(moved, ns=(1, 1))
     forbid_decoding(monkeypatch)
-    assert_array_equal(load(moved / name).images, IMAGES)
+    assert_array_equal(load(moved).images, IMAGES)
 
 
 def test_what_changed_is_made_anew_in_the_same_place(path):
@@ -86,11 +83,10 @@ def test_a_damaged_pack_is_made_anew(path, ending, capsys):
         contents.append(whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :])
     for content in contents:
         damaged.write_bytes(content)
-        capsys.readouterr()
         assert_array_equal(load(path).images, IMAGES)
         assert damaged.read_bytes() == whole
-        said = capsys.readouterr().out
-        assert said.startswith(f"rebuilding {path / 'set-8px.packed'}: outdated or damaged")
+        said = f"rebuilding {path / 'set-8px.packed'}: outdated or damaged"
+        assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("function", ["to_pixels", "ImageSet"])
@@ -103,30 +99,28 @@ def test_an_error_of_our_own_is_neither_a_bad_image_nor_a_damaged_pack(path, mon
         load(path, max_bad_images=10)
 
 
-def test_a_pack_is_final_and_says_how_its_bad_images_are_read_again(tmp_path, monkeypatch):
-    """Among 100 images one is cut short, one is a web page, and one is for another Pillow."""
-    images = np.concatenate([IMAGES] * 10)
-    webp = encoded(IMAGES[0], "WEBP", lossless=True)
-    path = write_folder(tmp_path / "set", images, more={"100.webp": webp})
+def test_a_pack_is_final_and_says_how_its_bad_images_are_read_again(path, monkeypatch):
+    """Of the images one is cut short, one is a web page, and one is for another Pillow."""
+    (path / "00010.webp").write_bytes(encoded(IMAGES[0], "WEBP"))
     (path / "00002.png").write_bytes((path / "00002.png").read_bytes()[:100])
     (path / "00005.png").write_text("<html>quota exceeded</html>")
     again = f"eleting {path / 'set-8px.packed'} reads "
     with monkeypatch.context() as patch:
         patch.setattr(decode, "FORMATS", ("PNG",))
-        named = r"00002\.png \(cannot be .*, 00005\.png \(not a .*, 100\.webp \(not a .*"
+        named = r"00002\.png \(cannot be .*, 00005\.png \(not a .*, 00010\.webp \(not a .*"
         with refused(rf"3 unusable.*2 allowed: {named}images 3\. D{again}them"):
             load(path, max_bad_images=2)
 
         # Nothing is decoded again to allow them, or to refuse them.
         forbid_decoding(patch)
         pack = load(path, max_bad_images=3)
-        assert f"98 images at 8x8, 3 left out; d{again}those left out" in pack.summary
-        assert pack.ids == [number for number in range(100) if number not in (2, 5)]
-        assert_array_equal(pack.images, images[pack.ids])
+        assert f"8 images at 8x8, 3 left out; d{again}those left out" in pack.summary
+        assert pack.ids == [0, 1, 3, 4, 6, 7, 8, 9]
+        assert_array_equal(pack.images, IMAGES[pack.ids])
         with refused("3 unusable"):
             load(path)
     Path(pack.images.filename).unlink()
-    assert load(path, max_bad_images=2).ids == [*pack.ids, 100]
+    assert load(path, max_bad_images=2).ids == [*pack.ids, 10]
 
 
 def test_what_is_ignored_or_smaller_than_the_size_is_counted(tmp_path, capsys, monkeypatch):
@@ -148,16 +142,13 @@ def test_what_is_ignored_or_smaller_than_the_size_is_counted(tmp_path, capsys, m
 # The errors of their parsers are of three classes.
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_a_damaged_member_of_a_zip_is_one_bad_image(tmp_path, method):
-    path = tmp_path / "set.zip"
-    with zipfile.ZipFile(path, "w", method) as archive:
-        for number, image in enumerate(IMAGES):
-            archive.writestr(f"{number}.png", encoded(image))
-        offset = archive.getinfo("5.png").header_offset
+    path = write_zip(tmp_path / "set.zip", method=method)
+    offset = zipfile.ZipFile(path).getinfo("00005.png").header_offset
     with open(path, "r+b") as file:
-        # The headers of the member and of LZMA have at most 44 bytes.
+        # The headers of the member and of LZMA have 48 bytes.
         file.seek(offset + 60)
         file.write(bytes(10))
-    with refused(r"set.zip: 1 unusable.* 5.png \(cannot be read \(\w+: "):
+    with refused(r"set.zip: 1 unusable.* 00005.png \(cannot be read \(\w+: "):
         load(path)
     assert load(path, max_bad_images=1).ids == [0, 1, 2, 3, 4, 6, 7, 8, 9]
 
@@ -191,12 +182,12 @@ def test_read_only_data_go_to_the_cache(tmp_path, monkeypatch):
     assert_array_equal(load(paths[0]).images, IMAGES)
 
 
-@pytest.mark.parametrize("synced_before", [0, 1], ids=["at the images", "at their record"])
+@pytest.mark.parametrize("synced_before", [0, 1])
 def test_a_disk_that_runs_full_leaves_nothing_wrong_behind(tmp_path, monkeypatch, synced_before):
     path = tmp_path / "set.zip"
     load(write_zip(path))
     write_zip(path, 255 - IMAGES)
-    # Every write ends with an fsync, and the disk is full after so many of them.
+    # That of the images and that of their record end with an fsync, where the disk is full.
     full = OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as patch, refused(f"{full.strerror}: '.*set.zip-8px", OSError):
         patch.setattr(os, "fsync", Mock(side_effect=[None] * synced_before + [full]))

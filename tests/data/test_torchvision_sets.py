@@ -42,15 +42,15 @@ class Digits(Stand):
 
 
 @pytest.mark.parametrize(
-    "name, stand, shape, label",
-    [("CIFAR10", Stand, (50, 32, 32, 3), "kind 3"), ("MNIST", Digits, (50, 28, 28, 1), "3")],
+    "name, stand, size, channels, label",
+    [("CIFAR10", Stand, 32, 3, "kind 3"), ("MNIST", Digits, 28, 1, "3")],
 )
 def test_images_come_as_they_were_and_those_of_the_test_files_validate(
-    name, stand, shape, label, monkeypatch
+    name, stand, size, channels, label, monkeypatch
 ):
     monkeypatch.setattr(torchvision_sets, name, stand)
-    image_set = load_images(name, shape[1], channels=shape[3], inputs=["label"])
-    assert_array_equal(image_set.images, stand.images.reshape(shape))
+    image_set = load_images(name, size, channels=channels, inputs=["label"])
+    assert_array_equal(image_set.images.squeeze(), stand.images)
     assert image_set.inputs["label"].tolist() == LABELS
     assert image_set.facts["label_names"][3] == label
     split = split_images(image_set, "official")
@@ -59,7 +59,7 @@ def test_images_come_as_they_were_and_those_of_the_test_files_validate(
 
     # Other images under the same names are noticed, as those of FashionMNIST are.
     monkeypatch.setattr(stand, "images", 255 - stand.images)
-    again = load_images(name, shape[1], channels=shape[3])
+    again = load_images(name, size, channels=channels)
     assert_array_equal(again.images, 255 - image_set.images)
 
 
