@@ -81,18 +81,17 @@ def chain(steps, resample):
         # These are the weights of x_0 and x_t in the mean of Eq. 7.
         of_x_0 = a_s**0.5 * beta / (1 - a_t)
         of_x_t = (1 - beta) ** 0.5 * (1 - a_s) / (1 - a_t)
-        step = of_x_0 * ideal_x_0(a_t) + of_x_t * eye
-
+        of_both = of_x_0 * ideal_x_0(a_t) + of_x_t * eye
+        # The kept pixel is replaced by itself with the noise of s, drawn independently.
+        added = SCHEDULER.posterior_variance(t, s) * new + (1 - a_s) * (eye - new)
+        step = new @ of_both, added, a_s**0.5 * KEPT
+        # All repeats but the first begin with the noise that takes x from s back to t.
+        back = (1 - beta) ** 0.5 * eye, beta * eye, 0.0
         # The last step is done once.
-        for repeat in range(resample if s >= 0 else 1):
-            if repeat:
-                # All repeats but the first begin with the noise that takes x from s back to t.
-                mean = (1 - beta) ** 0.5 * mean
-                covariance = (1 - beta) * covariance + beta * eye
-            covariance = step @ covariance @ step.T + SCHEDULER.posterior_variance(t, s) * eye
-            # The kept pixel is replaced by itself with the noise of s, drawn independently.
-            mean = new @ step @ mean + a_s**0.5 * KEPT
-            covariance = new @ covariance @ new + (1 - a_s) * (eye - new)
+        repeats = resample - 1 if s >= 0 else 0
+        for matrix, noise, shift in [step, *[back, step] * repeats]:
+            mean = matrix @ mean + shift
+            covariance = matrix @ covariance @ matrix.T + noise
     return mean[1].item(), covariance[1, 1].item()
 
 

@@ -123,10 +123,11 @@ def test_a_model_that_does_not_clip_enlarges_without_clipping():
 
 
 def test_steps_begin_at_one_log_snr_whatever_the_schedule():
-    for scheduler in (COSINE, NoiseScheduler(1000), NoiseScheduler(100)):
+    shifted = NoiseScheduler(1000, beta_schedule="cosine", log_snr_shift=-2 * math.log(2))
+    for scheduler in (COSINE, NoiseScheduler(100), shifted):
         distances = (torch.logit(scheduler.alphas_cumprod) + 1.41).abs()
         assert distances[enlarging_times(scheduler)[0]] == distances.min()
-    shifted = NoiseScheduler(1000, beta_schedule="cosine", log_snr_shift=-2 * math.log(2))
+    # They are even in t, and as many as there are.
     assert enlarging_times(shifted) == [499, 428, 356, 285, 213, 142, 70, -1]
     assert enlarging_times(NoiseScheduler(4, beta_schedule="cosine")) == [2, 1, 0, -1]
 

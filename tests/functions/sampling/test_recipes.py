@@ -98,7 +98,6 @@ def test_a_run_of_ones_own_comes_before_the_recipe(recipe, tiny_run, monkeypatch
         ("--sampler=ddpm --steps=9", OTHER | {"sampler": "ddpm", "steps": 9}),
         ("--eta 0", {"eta": 0.0, "temperature": 1.0}),
         ("--enlarge a --enlarge b", {"enlarge": ("a", "b")}),
-        ("--guide 3", {"guide": 3}),
         ("--guide ./3 --guidance -1", {"guide": "./3", "guidance": -1.0}),
         # Names with commas are quoted, as some of ImageNet's.
         (
@@ -135,9 +134,12 @@ def test_edits_use_what_has_a_meaning_for_them(command, settings, recipe, monkey
     assert ("guidance 2.0, enlarge (" in printed) == ("eta 0.0" not in settings)
 
 
-def test_export_and_evaluation_use_the_model_alone(recipe, tiny_run, capsys):
+def test_export_and_evaluation_use_the_model_alone(recipe, monkeypatch, capsys):
+    """Without a run, it is evaluated, too."""
     call(sample, recipe, "--export exported.safetensors")
-    call(evaluate, "bits", recipe, "--images 2 --t-stride 100 --device cpu")
+    monkeypatch.setattr(run_folder, "PRETRAINED", recipe)
+    call(evaluate, "--images 2 --t-stride 100 --device cpu")
+    assert [*Path("evaluation").glob("model-bpd-*.json")]
     printed = capsys.readouterr().out
     assert printed.count(f"{recipe.parent / 'model.safetensors'}: EMA weights") == 2
     assert "guide" not in printed
