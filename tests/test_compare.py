@@ -1,7 +1,6 @@
 """benchmarks/: networks that learn beside ours, and the first day on a GPU in small."""
 
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -106,7 +105,7 @@ def test_cpu_time_counts_child_processes_dead_or_alive():
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it compiles for minutes")
-def test_it_finds_all_facts_and_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
+def test_it_finds_all_facts_and_goes_on_after_a_failure(tmp_path, monkeypatch):
     def broken():
         yield "before the error", 1.0
         raise RuntimeError("no compiler\nfound")
@@ -129,11 +128,8 @@ def test_it_finds_all_facts_and_goes_on_after_a_failure(tmp_path, monkeypatch, c
     call(first_day)
 
     facts = json.loads((tmp_path / "first_day.json").read_text())
-    printed = capsys.readouterr().out.splitlines()
-    assert all(f"{name}: {value}" in printed for name, value in facts.items())
     assert facts.pop("broken") == r"failed: RuntimeError('no compiler\nfound')"
     assert "failed" not in str(facts)
-    assert re.search(r"\d hours, 0.0 GB", [*facts.values()][-1])
     for script in ("train.py", "sample.py"):
         assert facts[f"ffhq-day, exit status of {script}"] == 0
     # Here the compiler only traces, so the gradients are the same.

@@ -1,6 +1,5 @@
 """What README, docs/ and the card of the model name or link to: files, headings and tests."""
 
-import inspect
 import re
 from contextlib import redirect_stdout
 from functools import cache, partial
@@ -11,7 +10,6 @@ from itertools import pairwise
 import pytest
 from PIL import Image
 
-import example
 from functions import enlarging
 from functions.training.metrics import read_metrics
 from tests.conftest import ROOT, call
@@ -73,8 +71,7 @@ def test_readme_is_one_sitting_with_a_caption_under_each_picture():
 
 def test_readme_quotes_example():
     code = re.search(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)[1]
-    loss, sampling = inspect.getsource(example.loss_of), inspect.getsource(example.sample)
-    assert code == f"{loss}\n\n{sampling}"
+    assert code in (ROOT / "example.py").read_text()
 
 
 def test_pictures_are_light():
