@@ -60,7 +60,7 @@ def page(tiny_run, tmp_path_factory):
         page.goto(address)
         yield page
     assert urls
-    assert [url for url in urls if not url.startswith((address, "data:", "blob:"))] == []
+    assert all(url.startswith((address, "data:", "blob:")) for url in urls)
 
 
 def cut(grid):
