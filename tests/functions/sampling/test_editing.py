@@ -74,22 +74,18 @@ def chain(steps, resample):
     mean = torch.zeros(2).double()
     covariance = eye
     for t, s in pairwise(sampling_times(SCHEDULER, steps)):
-        a_t = SCHEDULER.alpha_bar(t)
         a_s = SCHEDULER.alpha_bar(s)
         beta = SCHEDULER.step_beta(t, s)
-
-        # These are the weights of x_0 and x_t in the mean of Eq. 7.
-        of_x_0 = a_s**0.5 * beta / (1 - a_t)
-        of_x_t = (1 - beta) ** 0.5 * (1 - a_s) / (1 - a_t)
-        of_both = of_x_0 * ideal_x_0(a_t) + of_x_t * eye
+        # The mean of Eq. 7 is linear in x_0 and x_t, so that of the matrices is its matrix.
+        x_0 = ideal_x_0(SCHEDULER.alpha_bar(t))
+        step, variance = SCHEDULER.q_posterior(x_0, eye, t, s)
         # The kept pixel is replaced by itself with the noise of s, drawn independently.
-        added = SCHEDULER.posterior_variance(t, s) * new + (1 - a_s) * (eye - new)
-        step = new @ of_both, added, a_s**0.5 * KEPT
+        replaced = new @ step, variance * new + (1 - a_s) * (eye - new), a_s**0.5 * KEPT
         # All repeats but the first begin with the noise that takes x from s back to t.
         back = (1 - beta) ** 0.5 * eye, beta * eye, 0.0
         # The last step is done once.
         repeats = resample - 1 if s >= 0 else 0
-        for matrix, noise, shift in [step, *[back, step] * repeats]:
+        for matrix, noise, shift in [replaced, *[back, replaced] * repeats]:
             mean = matrix @ mean + shift
             covariance = matrix @ covariance @ matrix.T + noise
     return mean[1].item(), covariance[1, 1].item()

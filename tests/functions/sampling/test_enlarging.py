@@ -54,7 +54,6 @@ def test_images_shrink_to_the_small_ones_and_details_are_those_of_the_data():
     times = enlarging_times(COSINE)
     start = 0.0, 1 - COSINE.alpha_bar(times[0])
     _, variance = mean_and_variance(WHITE, dpm_solver_sample, times, start, eta=1)
-    assert 0.7 * STD < variance**0.5 < 1.1 * STD
     assert details.square().mean().item() == pytest.approx(0.75 * variance, rel=0.02)
     # The states begin as the small image with noise, of which Lanczos leaves less than a quarter.
     alpha_bar = COSINE.alpha_bar(times[1])

@@ -37,7 +37,7 @@ def test_an_image_does_not_depend_on_its_batch(network, sampler):
     limited = LittleMemory(network, 1)
     drawing = drawing_of(limited, 24, seed=7, sampler=sampler, steps=5, batch_size=1)
     one_by_one = generate(drawing, range(4))
-    for images, batch_size in ((range(4), 3), (range(4), 4), ([3, 1], 2)):
+    for images, batch_size in ((range(4), 3), ([3, 1], 2)):
         limited.most = batch_size
         other = generate(changed(drawing, batch_size=batch_size), images)
         assert (other - one_by_one[images]).abs().max() * 127.5 < 1
@@ -103,8 +103,6 @@ def test_a_new_sampler_is_a_function_and_a_row(unfinished, tmp_path, monkeypatch
     assert "euler is Euler's method" in " ".join(capsys.readouterr().out.split())
     with refused("the options of --sampler euler are --spacing", ConfigError):
         DrawingConfig(model="run", sampler="euler", eta=0.5)
-    with refused("these add none", ConfigError):
-        DrawingConfig(model="run", sampler="euler", temperature=0.5)
 
     call(train, "--resume", unfinished, "--diffusion.grid-sampler euler")
     assert_samples_are_the_grid(unfinished, "euler", tmp_path)

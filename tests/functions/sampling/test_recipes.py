@@ -74,9 +74,9 @@ def test_a_recipe_draws_what_its_flags_draw(recipe, monkeypatch, capsys):
     # The animation has the size of the enlarged images, which the last frame shows. Its palette
     # has few of these colours.
     with Image.open(of_the_box.parent / "denoising.gif") as animation:
-        first, *_, last = (frame.convert("RGB") for frame in ImageSequence.all_frames(animation))
-    grid = pixels_of(of_the_box).astype(float)
-    assert np.abs(last - grid).mean() < 12 < np.abs(first - grid).mean() / 2
+        *others, last = ImageSequence.all_frames(animation)
+    assert len(others) == 4
+    assert np.abs(last.convert("RGB") - pixels_of(of_the_box).astype(float)).mean() < 12
 
 
 def test_a_run_of_ones_own_comes_before_the_recipe(recipe, tiny_run, monkeypatch, capsys):
@@ -158,7 +158,6 @@ def test_export_and_evaluation_use_the_model_alone(recipe, monkeypatch, capsys):
         ("steps = 4", "steps = = 4", r"Invalid value \(at line 6"),
         ("steps", "st\udcffeps", "'utf-8' codec can't decode"),
         ("steps = 4", "steps = 1.5", "steps is 1.5; it must be an integer"),
-        ("steps = 4", '"label=x" = 3', r"missing, or unknown to this version .*: label=x"),
         ("model.safetensors", "people.toml", "people.toml is a recipe, and no model; name one"),
     ],
 )
