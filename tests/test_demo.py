@@ -14,13 +14,13 @@ import torch
 from numpy.testing import assert_array_equal
 from PIL import Image
 
-import edit
 import sample
 from data.decode import fit_image, open_image_file
 from data.pixels import picture_of, to_uint8
+from edit import InpaintFlags
 from figures.saved_model import open_saved
 from functions.samplers import SAMPLERS
-from functions.sampling.editing import interpolate_images
+from functions.sampling.editing import inpaint_image, interpolate_images
 from functions.sampling.generation import generate
 from tests.conftest import call, changed, pixels_of, refused, train_tiny
 
@@ -61,7 +61,7 @@ def page(tiny_run, tmp_path_factory):
         page.goto(address)
         yield page
     assert urls
-    assert [url for url in urls if not url.startswith((address, "data:", "blob:"))] == []
+    assert all(url.startswith((address, "data:", "blob:")) for url in urls)
 
 
 def cut(grid):
@@ -134,20 +134,18 @@ def test_mix_and_paint_have_one_label(tiny_run):
 
 
 @small_grids
-def test_paint_is_that_of_edits(tiny_run, pictures, tmp_path, monkeypatch):
+def test_paint_is_that_of_edits(tiny_run, pictures):
+    """With the defaults of edit.py, whose tests are in tests/functions/sampling."""
     from demo import paint
 
-    monkeypatch.chdir(tmp_path)
-    mask = np.zeros((SIZE, SIZE), np.uint8)
-    mask[4:9] = 255
+    mask = np.zeros((SIZE, SIZE), bool)
+    mask[4:9] = True
     photo = Image.open(pictures / "00003.png").resize((SIZE, SIZE))
-    photo.save("image.png")
-    Image.fromarray(mask).save("mask.png")
-    flags = "--steps 4 --seed 3 --sampler ddpm --device cpu"
-    call(edit, "inpaint image.png", tiny_run, flags, "--mask mask.png --n 2 --out .")
-    layer = np.dstack([mask] * 4)
-    edited = paint(open_saved(tiny_run, flags), 2, {"background": photo, "layers": [layer]})
-    assert_array_equal(cut(edited), cut(pixels_of("inpainting-image.png")))
+    drawing = open_saved(tiny_run, "--steps 4 --seed 3 --sampler ddpm --device cpu")
+    layer = np.dstack([np.uint8(255) * mask] * 4)
+    edited = paint(drawing, 2, {"background": photo, "layers": [layer]})
+    expected = inpaint_image(drawing, np.array(photo), mask, InpaintFlags.resample, 2)
+    assert_array_equal(cut(edited), expected)
 
 
 def test_it_listens_to_this_machine_alone(page):

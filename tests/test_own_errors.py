@@ -8,8 +8,7 @@ import pytest
 
 import sample
 from data import decode, sources
-from functions.saved import diffusers_folder, run_folder
-from functions.saved.checkpoint import write_tensors
+from functions.saved import diffusers_folder
 from functions.support.command_line import run_script
 from functions.support.errors import CheckpointError, UserError
 from functions.training.stopping import explain_failed_writes
@@ -51,17 +50,11 @@ def read_digits(ours, folder):
     return ours.read_torchvision_set("MNIST", folder)
 
 
-def write_a_checkpoint(ours, folder):
-    with explain_failed_writes(folder, ""):
-        write_tensors(ours.path_of(folder, "checkpoints", 1), {}, {})
-
-
 @pytest.mark.parametrize(
     ("module", "right", "wrong", "call", "error"),
     [
         (decode, "transpose(image)", "transpose(image, turn=1)", decode_a_png, TypeError),
         (sources, "download=download)", "fetch=download)", read_digits, TypeError),
-        (run_folder, "run / kind / f", "run / kind / kind / f", write_a_checkpoint, OSError),
     ],
 )
 def test_own_error_planted_beside_a_library_is_no_sentence(
@@ -105,3 +98,8 @@ def test_a_failed_write_names_its_file(tmp_path):
         explain_failed_writes(tmp_path, ""),
     ):
         raise OSError(28, "No space left on device", "other/metrics.csv")
+
+
+def test_a_file_that_is_missing_is_no_failed_write(tmp_path):
+    with pytest.raises(FileNotFoundError), explain_failed_writes(tmp_path, ""):
+        (tmp_path / "no" / "metrics.csv").touch()

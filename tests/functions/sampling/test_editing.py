@@ -74,25 +74,20 @@ def chain(steps, resample):
     mean = torch.zeros(2).double()
     covariance = eye
     for t, s in pairwise(sampling_times(SCHEDULER, steps)):
-        a_t = SCHEDULER.alpha_bar(t)
         a_s = SCHEDULER.alpha_bar(s)
         beta = SCHEDULER.step_beta(t, s)
-
-        # These are the weights of x_0 and x_t in the mean of Eq. 7.
-        of_x_0 = a_s**0.5 * beta / (1 - a_t)
-        of_x_t = (1 - beta) ** 0.5 * (1 - a_s) / (1 - a_t)
-        step = of_x_0 * ideal_x_0(a_t) + of_x_t * eye
-
+        # The mean of Eq. 7 is linear in x_0 and x_t, so that of the matrices is its matrix.
+        x_0 = ideal_x_0(SCHEDULER.alpha_bar(t))
+        step, variance = SCHEDULER.q_posterior(x_0, eye, t, s)
+        # The kept pixel is replaced by itself with the noise of s, drawn independently.
+        replaced = new @ step, variance * new + (1 - a_s) * (eye - new), a_s**0.5 * KEPT
+        # All repeats but the first begin with the noise that takes x from s back to t.
+        back = (1 - beta) ** 0.5 * eye, beta * eye, 0.0
         # The last step is done once.
-        for repeat in range(resample if s >= 0 else 1):
-            if repeat:
-                # All repeats but the first begin with the noise that takes x from s back to t.
-                mean = (1 - beta) ** 0.5 * mean
-                covariance = (1 - beta) * covariance + beta * eye
-            covariance = step @ covariance @ step.T + SCHEDULER.posterior_variance(t, s) * eye
-            # The kept pixel is replaced by itself with the noise of s, drawn independently.
-            mean = new @ step @ mean + a_s**0.5 * KEPT
-            covariance = new @ covariance @ new + (1 - a_s) * (eye - new)
+        repeats = resample - 1 if s >= 0 else 0
+        for matrix, noise, shift in [replaced, *[back, replaced] * repeats]:
+            mean = matrix @ mean + shift
+            covariance = matrix @ covariance @ matrix.T + noise
     return mean[1].item(), covariance[1, 1].item()
 
 
@@ -251,36 +246,38 @@ def test_variations_differ_more_the_deeper_they_come_from():
     x_0 = 0.5 * normal(1, 3, 16, 16).clamp(-1.9, 1.9)
     near, middle, far = (variations(drawing, x_0, t, range(6)) for t in (4, 29, 99))
     assert (near - x_0).std() < (middle - x_0).std() < (far - x_0).std()
-
     # From pure noise nothing of the image is left: the variances of independent draws add up.
     assert_close((far - x_0).var(), x_0.var() + far.var(), rtol=0.1, atol=0)
-
     # A variation depends on its number alone.
     assert_close(variations(drawing, x_0, 99, [4, 1]), far[[4, 1]])
 
 
 @pytest.mark.parametrize(
     "command, ways_back",
-    [("invert {} {run}", {0: 2}), ("interpolate {} {} {run} --exact --steps 50", {0: 1, 10: 9})],
+    [
+        ("invert {} {run}", [(0, 2)]),
+        ("interpolate {} {} {run} --exact --steps 50", [(0, 1), (10, 9)]),
+    ],
 )
 def test_the_script_says_by_how_much_images_come_back_changed(
     command, ways_back, tiny_run, pictures, saved, capsys
 ):
-    """The way back of the image in each of these columns is in another column."""
+    """The way back of the image in a column is in another column."""
     files = [pictures / "00000.png", pictures / "00001.png"]
     call(edit, command.format(*files, run=tiny_run))
-    columns = [*saved.call_args.args[0].values()]
-
+    shown, path, _ = saved.call_args.args
+    assert (path.parent / "samples.json").exists()
     output = capsys.readouterr()
     # The bar counts the steps of both ways.
     assert "100%" in output.err
+    columns = [images[0].astype(float) for images in shown.values()]
+    errors = []
+    for (column, way_back), file in zip(ways_back, files, strict=False):
+        image = fit_image(open_image_file(file), (3, 16, 16))
+        assert np.array_equal(columns[column], image)
+        errors.append(np.square(columns[way_back] - image).mean() ** 0.5)
     printed = re.findall(r"([\d.]+) of 255 levels off", output.out)
-    assert len(printed) == len(ways_back)
-    for levels, (column, way_back), file in zip(printed, ways_back.items(), files, strict=False):
-        image = columns[column][0].astype(float)
-        assert np.array_equal(image, fit_image(open_image_file(file), (3, 16, 16)))
-        error = np.square(columns[way_back][0] - image).mean() ** 0.5
-        assert float(levels) == pytest.approx(error, rel=0.1)
+    assert [*map(float, printed)] == pytest.approx(errors, rel=0.1)
 
 
 def test_the_script_varies_a_file_and_overwrites_no_other_picture(tiny_run, tmp_path, saved):

@@ -1,6 +1,5 @@
 """Guidance by a run's snapshots: which file is the guide, and what is refused."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -28,15 +27,6 @@ def test_guide_is_the_file_of_this_step_or_a_path(tiny_run, tmp_path, monkeypatc
     model = shutil.copy(saved.path, tmp_path / "faces.safetensors")
     with refused("it is in no run.*name one of these, or the file of a model"):
         call(sample, model, FEW, "--guide 5")
-
-
-def test_the_manifest_holds_the_guide_and_its_weight(tiny_run, tmp_path, capsys):
-    """Files of one guide are never taken for those of another, or of none."""
-    call(sample, tiny_run, FEW, "--guide 5 --out", tmp_path)
-    guide = checkpoints_of(tiny_run)[0]
-    assert f"guide {guide}: " in capsys.readouterr().out
-    facts = json.loads((tmp_path / "samples.json").read_text())
-    assert (facts["guide"], facts["guidance"]) == (load_weights(guide).digest[:16], 1.5)
 
 
 @pytest.mark.parametrize(

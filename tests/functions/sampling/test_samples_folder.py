@@ -8,19 +8,21 @@ import re
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-import edit
 import sample
 from functions.sampling.generation import Drawing
 from functions.sampling.samples_folder import image_path
-from tests.conftest import call, posix, refused
+from functions.support.pictures import grid_of
+from tests.conftest import call, pixels_of, posix, refused, samples_of
 from tests.forked import Program
 from tests.functions.support.test_processes import two
 
 TIME = r"\d{8}-\d{6}"
-FLAGS = "--individual -n 22 --batch-size 4 --steps 4 --device cpu --guide 5"
+FEW = "--batch-size 4 --steps 4 --device cpu --guide 5"
+FLAGS = f"{FEW} --individual -n 22"
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +38,8 @@ def contents(folder):
 
 
 def written(folder):
-    """Return of each single image what changes when its file is written again."""
-    stats = {path.name: path.stat() for path in folder.glob("0*.png")}
-    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}
+    """Return of each single image when its file was written."""
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("0*.png")}
 
 
 def sample_until_a_write_kills():
@@ -81,6 +82,13 @@ def test_after_a_kill_two_processes_make_only_what_is_missing(whole, tiny_run, t
     assert contents(folder) == contents(whole)
 
 
+def test_indices_are_images_of_the_seed(whole, tiny_run, tmp_path):
+    """In a batch of the same size an image has the same bits, whatever the others are."""
+    call(sample, tiny_run, FEW, "--indices 6,1,7,3 --out", tmp_path)
+    expected = grid_of(samples_of(whole)[[6, 1, 7, 3]])
+    assert np.array_equal(pixels_of(tmp_path / "grid.png"), expected)
+
+
 def test_a_folder_of_other_settings_is_refused(tiny_run, tmp_path):
     """Whether it has single images or pictures, and whichever are asked for."""
     common = "-n 2 --steps 5 --device cpu --out"
@@ -115,18 +123,16 @@ def test_samples_without_a_folder_go_into_a_new_one_named_by_the_time(
     monkeypatch.chdir(tmp_path)
     call(sample, tiny_run, "--export", "there/x.safetensors")
     Path("mine.toml").write_text(f"model = {str(tiny_run)!r}")
-    for script, flags, run, folder, name in (
-        (sample, "--n 1", unfinished, unfinished / "samples", TIME),
-        (edit, "--depths 0", "there/x.safetensors", Path("there/samples"), f"x-{TIME}"),
-        (sample, "--n 1", "mine.toml", Path("samples"), f"mine-{TIME}"),
+    for run, folder, name in (
+        (unfinished, unfinished / "samples", TIME),
+        ("there/x.safetensors", Path("there/samples"), f"x-{TIME}"),
+        ("mine.toml", Path("samples"), f"mine-{TIME}"),
     ):
         before = {*folder.glob("*")}
-        verb = "vary 0" if script == edit else ""
-        call(script, verb, run, "--device cpu --steps 2", flags)
+        call(sample, run, "--device cpu --steps 2 --n 1")
         [new] = {*folder.glob("*")} - before
         assert re.fullmatch(name, new.name)
-        picture = "variations-0" if verb else "grid"
-        assert {path.name for path in new.iterdir()} == {f"{picture}.png", "samples.json"}
+        assert {path.name for path in new.iterdir()} == {"grid.png", "samples.json"}
 
 
 @pytest.mark.parametrize("kind", ["--individual", "--gif"])
