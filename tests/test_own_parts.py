@@ -1,7 +1,6 @@
 """Images and a network of one's own, which no name and no config stand for."""
 
 import math
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -43,26 +42,22 @@ class Normed(nn.Module):
         return self.last((self.norm(self.first(x_t)) + given[..., None, None]).relu())
 
 
-class Bare(nn.Conv2d):
-    """A network that does not see t."""
+def own_images(pixels=PIXELS, label_count=2, **inputs):
+    """Return random images with labels, and with other inputs."""
+    inputs["label"] = np.arange(60) % label_count
+    return ImageSet.from_array("mine", pixels, inputs=inputs, facts={"label_names": ("a", "b")})
 
-    def forward(self, x_t, t):
-        return super().forward(x_t)
 
-
-def own_run(folder, checkpoint=None, **changes):
-    """Return a run of `Normed` on random images with two labels."""
-    inputs = {"label": np.arange(60) % 2, "brightness": PIXELS.mean((1, 2, 3), np.float32) / 255}
-    images = ImageSet.from_array(
-        "mine", PIXELS, inputs=inputs, facts={"label_names": ("even", "odd")}
-    )
-    settings = {"epochs": 2, "checkpoint_every": 2, "precision": "float32", "sample_every": 3}
-    settings |= {"grid_steps": 2, "validation_samples": 8, "dataset_name": "mine"} | changes
-    experiment = Experiment(
-        EXPERIMENTS["faces"].override(**settings).diffusion, OwnNetwork("Normed", 8, 3)
-    )
+def own_run(folder, network=None, images=None, checkpoint=None, **changes):
+    """Return a run, by default of `Normed` on random images with all that it gets."""
     torch.manual_seed(0)
-    return TrainingRun("mine", experiment, images, Normed(), folder, CPU, checkpoint)
+    network = network or Normed()
+    images = images or own_images(brightness=PIXELS.mean((1, 2, 3), np.float32) / 255)
+    settings = {"epochs": 2, "checkpoint_every": 2, "precision": "float32", "sample_every": 3}
+    settings |= {"grid_steps": 2, "validation_samples": 8} | changes
+    model = OwnNetwork(type(network).__name__, 8, images.images.shape[3])
+    experiment = Experiment(EXPERIMENTS["faces"].override(**settings).diffusion, model)
+    return TrainingRun("mine", experiment, images, network, folder, CPU, checkpoint)
 
 
 def two_groups(network, lr, precision):
@@ -87,92 +82,74 @@ def test_own_run_with_labels_buffers_and_groups_resumes_and_is_loaded(
     with during(3, terminate):
         assert not train.train(cut)
     assert f"continue with: a TrainingRun of {cut.folder} (docs" in capsys.readouterr().out
-    resumed = of_run(tmp_path / "cut", intact_checkpoint(cut.folder))
+    resumed = of_run(tmp_path / "cut", checkpoint=intact_checkpoint(cut.folder))
     assert resumed.step == 3
     train.train(resumed)
-    assert same(newest(straight.folder)["ema"], newest(cut.folder)["ema"])
-
     saved = newest(straight.folder)
+    assert same(saved["ema"], newest(cut.folder)["ema"])
+
     assert saved["config"]["model"] == {"class_name": "Normed", "image_size": 8, "channels": 3}
     assert not torch.equal(saved["ema"]["norm.running_mean"], torch.zeros(8))
     assert torch.equal(saved["ema"]["mask"], Normed().mask)
-    # A grid is drawn with the numbers of held-out images.
-    assert (straight.folder / "samples" / "step-00000003.png").exists()
     network = load_denoiser(straight.folder, network=Normed()).network
     assert same(dict(network.state_dict()), saved["ema"])
-    with refused("its network, 'Normed', is not built by a config", CheckpointError):
-        call(sample, straight.folder)
-    with refused("its network, 'Normed', is not built by a config", ConfigError):
-        call(train, "--resume", straight.folder)
+    for error, script, flags in ((CheckpointError, sample, ""), (ConfigError, train, "--resume")):
+        with refused("its network, 'Normed', is not built by a config", error):
+            call(script, flags, straight.folder)
     with refused("weights are missing or unknown", CheckpointError):
         load_denoiser(straight.folder, network=nn.Conv2d(3, 3, 1))
 
 
-def spoil_all(model, x_0):
-    return x_0 * math.nan
+def test_skipped_step_leaves_buffers_and_their_copies(tmp_path, monkeypatch):
+    """The gradient of the third step is spoilt; that of the fifth is finite, but a buffer is not.
 
-
-def spoil_a_buffer(model, x_0):
-    model.norm.running_var.fill_(math.inf)
-    return x_0
-
-
-@pytest.mark.parametrize("spoil", [spoil_all, spoil_a_buffer])
-def test_skipped_step_leaves_buffers_and_their_copies(spoil, tmp_path, monkeypatch):
-    """The loss of the third step is spoilt, or its gradient is finite but a buffer is not."""
+    The third one's buffers are finite, but no longer as they were.
+    """
     run = own_run(tmp_path, checkpoint_every=1, keep_checkpoints=9, log_every=1, validate_every=1)
     original = train.denoising_loss
 
-    def spoilt(denoiser, x_0, *others):
-        x_0 = spoil(run.model, x_0) if run.step == 2 else x_0
-        return original(denoiser, x_0, *others)
+    def spoilt(*args):
+        if run.step == 4:
+            run.model.norm.running_var.fill_(math.inf)
+        return original(*args) * (math.nan if run.step == 2 else 1)
 
     monkeypatch.setattr(train, "denoising_loss", spoilt)
     assert train.train(run)
-    before, after, following = (
-        load_checkpoint(path_of(run.folder, "checkpoints", step)) for step in (2, 3, 4)
-    )
-    assert same(before["model"], after["model"])
-    for name, _ in Normed().named_buffers():
-        assert same(before["ema"][name], after["ema"][name])
-    assert not same(after["model"]["norm.running_var"], following["model"]["norm.running_var"])
+    steps = [load_checkpoint(path_of(run.folder, "checkpoints", step)) for step in range(1, 7)]
+    for before, after, following in (steps[1:4], steps[3:6]):
+        assert same(before["model"], after["model"])
+        for name, _ in Normed().named_buffers():
+            assert same(before["ema"][name], after["ema"][name])
+        assert not same(after["model"]["norm.running_var"], following["model"]["norm.running_var"])
     rows = read_metrics(run.folder / "metrics.csv")
-    assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 1, 1, 1]
+    assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 1, 2, 2]
     assert all(math.isfinite(row["val_loss_ema"]) for row in rows)
 
 
 @pytest.mark.parametrize("channels", [2, 4])
 def test_images_of_other_channels_are_trained_and_their_first_ones_shown(channels, tmp_path):
-    images = ImageSet.from_array("mine", RNG.integers(0, 256, (60, 8, 8, channels), np.uint8))
-    settings = {"epochs": 1, "sample_every": 3, "grid_steps": 2, "precision": "float32"}
-    experiment = EXPERIMENTS["faces"].override(**settings, validation_samples=8)
-    experiment = replace(experiment, model=OwnNetwork("Conv", 8, channels))
-    network = Bare(channels, channels, 3, padding=1)
-    run = TrainingRun("mine", experiment, images, network, tmp_path, CPU)
+    class Bare(nn.Conv2d):
+        """A network that does not see t."""
+
+        def forward(self, x_t, t):
+            return super().forward(x_t)
+
+    images = ImageSet.from_array("mine", PIXELS[..., [0, 1, 2, 0][:channels]])
+    run = own_run(tmp_path, Bare(channels, channels, 3, padding=1), images)
     assert train.train(run)
     grid = pixels_of(run.folder / "samples" / "step-00000003.png")
     assert grid.shape[2:] == ((3,) if channels > 2 else ())
 
 
 def test_what_does_not_fit_is_refused(tmp_path):
+    of_array = partial(ImageSet.from_array, "mine")
     for pixels in (PIXELS / 255, PIXELS[:, 1:]):
-        with pytest.raises(ValueError, match=r"they must be uint8 \(N, S, S, C\)"):
-            ImageSet.from_array("mine", pixels)
-    with pytest.raises(ValueError, match="each image must have one name of its own"):
-        ImageSet.from_array("mine", PIXELS, names=["a"] * 60)
-    with pytest.raises(ValueError, match="and one of each input"):
-        ImageSet.from_array("mine", PIXELS, inputs={"label": np.zeros(59)})
-    experiment = EXPERIMENTS["faces"]
-    own = replace(experiment, model=OwnNetwork("Normed", 8, 3))
-    for labels, names, sentence in (
-        ([*range(60)], "ab", "mine: labels must be indices of the fact label_names"),
-        ([0] * 60, "", "labels must be indices"),
-        ([0] * 60, "ab", "mine: no training image has the label 'b'"),
-    ):
-        inputs = {"label": labels}
-        images = ImageSet.from_array("mine", PIXELS, inputs=inputs, facts={"label_names": names})
-        with refused(sentence):
-            TrainingRun("mine", own, images, Normed(), tmp_path, CPU)
-    images = ImageSet.from_array("mine", PIXELS)
-    with refused(r"mine are \(8, 8, 3\) .* the network's \(32, 32, 3\)", ConfigError):
-        TrainingRun("mine", experiment, images, Normed(), tmp_path, CPU)
+        with refused(r"they must be uint8 \(N, S, S, C\)", ValueError):
+            of_array(pixels)
+    for others in ({"names": ["a"] * 60}, {"inputs": {"label": np.zeros(59)}}):
+        with refused("each image must have one name of its own, and one of each ", ValueError):
+            of_array(PIXELS, **others)
+    with refused("mine: labels must be indices of the fact label_names"):
+        own_run(tmp_path, images=own_images(label_count=3))
+    with refused(r"mine are \(4, 4, 3\) .* the network's \(8, 8, 3\)", ConfigError):
+        own_run(tmp_path, images=own_images(PIXELS[:, :4, :4]))
