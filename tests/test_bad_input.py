@@ -37,7 +37,6 @@ COMMANDS = {
     "sample.py {run} --n 101": "a grid shows up to 100 images; for 101 add --individual",
     "sample.py {root}/README.md": "README.md: the file is truncated, damaged or not a checkpoint",
     "sample.py {run} --guidance 1.5": "needs a --guide",
-    "sample.py {run} --guide=": "guide is ''; it must be an integer or a name or a path",
     "sample.py {run} --label 2": "--label: the model was trained without labels",
     "sample.py {run} --label 2 --cfg 2 --guide 30": "--cfg and --guide exclude each other",
     "sample.py {run} --enlarge {run} --enlarge {run}": "samples it must draw (3, 32, 32)",
@@ -67,9 +66,11 @@ def test_errors_are_one_line_and_leave_nothing(
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "notes.txt").write_text("not an image")
-    folders = {"empty": empty, "pictures": pictures, "root": ROOT, "run": tiny_run}
-    folders["init"] = f"train.py --init {tiny_run} --diffusion.dataset-name {pictures}"
-    name, *arguments = command.format(**folders).split()
+    init = f"train.py --init {tiny_run} --diffusion.dataset-name {pictures}"
+    command_line = command.format(
+        empty=empty, pictures=pictures, root=ROOT, run=tiny_run, init=init
+    )
+    name, *arguments = command_line.split()
     monkeypatch.setattr(sys, "argv", [name, *arguments, "--runs", str(tmp_path / "runs")])
     monkeypatch.chdir(tmp_path)
     before = {*tiny_run.rglob("*")}

@@ -77,7 +77,6 @@ def test_our_program_is_timed_trained_and_drawn_beside_one_that_fails(
     ours = facts["programs"]["ours, faces-v"]
     # The clock starts after the first step.
     assert (ours["steps"], ours["minutes"]) == (16, [1, 3, 7, 15])
-    assert min(ours["distances"]) > facts["held out"]
     drawn = [np.load(tmp_path / f"ours, faces-v-{part}.npy") for part in range(4)]
     # As many are drawn as pictures are held out.
     assert {samples.shape for samples in drawn} == {(len(HELD_OUT), 16, 16, 3)}

@@ -15,7 +15,6 @@ from tests.conftest import ROOT, TINY, call, linux, script
 
 def test_a_run_folder_holds_everything(tiny_run):
     config = json.loads((tiny_run / "config.json").read_text())
-    assert config["config"]["model"]["base_dim"] == 8
     assert config["run"]["total_steps"] == 10
 
     rows = read_metrics(tiny_run / "metrics.csv")
@@ -73,8 +72,8 @@ def test_spinning_is_limited_before_torch_is_imported(
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     for key, value in {"PYTHONPATH": str(tmp_path), **setting}.items():
         monkeypatch.setenv(key, value)
-    stand_in = "import os\nraise SystemExit(os.getenv('GOMP_SPINCOUNT'))"
-    (tmp_path / "torch.py").write_text(stand_in)
+    torch = "import os\nraise SystemExit(os.getenv('GOMP_SPINCOUNT'))"
+    (tmp_path / "torch.py").write_text(torch)
     assert script(f"{name}.py").stderr.strip() == spin_count
 
 

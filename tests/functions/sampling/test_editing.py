@@ -288,5 +288,5 @@ def test_the_script_varies_a_file_and_overwrites_no_other_picture(tiny_run, tmp_
     flags = ["--depths 0 --steps 2 --out", tmp_path]
     for source in (3, file, file):
         call(edit, "vary", source, tiny_run, *flags)
-    names = {path.name for path in tmp_path.glob("variations*")}
-    assert names == {"variations-3.png", "variations-3-2.png", "variations-3-3.png"}
+    names = {path.stem for path in tmp_path.glob("v*")}
+    assert names == {"variations-3", "variations-3-2", "variations-3-3"}

@@ -88,7 +88,7 @@ def test_the_temperature_scales_the_noise_of_later_steps_alone(network, monkeypa
     late = torch.logit(alpha_bar) > -1
     assert 2 < late.sum() < 9
     # The noise of x_T comes first.
-    scales = torch.cat([torch.ones(1), torch.where(late, 0.25, 1.0)]).view(-1, 1, 1, 1, 1)
+    scales = torch.tensor([1.0, *torch.where(late, 0.25, 1.0)]).view(-1, 1, 1, 1, 1)
     cooled = generate(changed(drawing, temperature=0.25), [0, 1])
     assert_close(cooled, scales * generate(drawing, [0, 1]))
 
