@@ -10,11 +10,12 @@ from PIL import Image
 
 import evaluate
 from data.datasets import load_images
+from data.packed import ImageSet
 from data.pixels import to_model_range
 from functions.evaluation import fidelity
 from functions.evaluation.fidelity import features_beside, frechet_distance
 from tests.conftest import call, normal, refused
-from tests.data.test_datasets import FULL, named_set
+from tests.data.test_datasets import FULL
 
 
 def loaded(name, size):
@@ -110,7 +111,7 @@ def test_a_distance_without_a_meaning_is_refused(size, trained, message, picture
 
 def test_samples_are_compared_with_the_split_of_their_run(pictures, tmp_path, monkeypatch):
     """The manifest says it (test_fidelity.py)."""
-    ffhq = named_set(map(str, FULL), "FFHQ", FULL)
+    ffhq = ImageSet("FFHQ", None, FULL, [*map(str, FULL)], "FFHQ")
     monkeypatch.setattr(fidelity, "load_images", lambda name, *_: ffhq)
     write_samples(tmp_path, loaded(pictures, 16)[:1])
     _, split = fidelity.load_like(tmp_path, "FFHQ")
