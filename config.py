@@ -417,7 +417,6 @@ class DiffusionConfig:
         # Cosine betas do not use these three fields, so changing one of them is a mistake.
         unchanged = (self.beta_start, self.beta_end, self.rescale_betas) == (1e-4, 0.02, True)
         require(
-            type(self),
             "beta_schedule",
             self.beta_schedule,
             unchanged or self.beta_schedule == "linear",
@@ -442,7 +441,7 @@ def build_scheduler(diffusion: dict) -> NoiseScheduler:
     Raises ConfigError for values that do not fit.
     """
     values = {
-        each.name: checked(DiffusionConfig, each, diffusion.get(each.name, each.default))
+        each.name: checked(each, diffusion.get(each.name, each.default))
         for each in fields(DiffusionConfig)
         if "fixed_by_weights" in each.metadata
     }
@@ -451,7 +450,7 @@ def build_scheduler(diffusion: dict) -> NoiseScheduler:
     try:
         return NoiseScheduler(values.pop("timesteps_diff"), **values)
     except ValueError as error:
-        raise ConfigError(f"{DiffusionConfig.__name__}: {error}") from error
+        raise ConfigError(str(error)) from error
 
 
 class ImageShape:
@@ -495,7 +494,7 @@ class ModelConfig(ImageShape):
         check_fields(self)
 
         def check(name, fits, requirement):
-            require(type(self), name, getattr(self, name), fits, requirement)
+            require(name, getattr(self, name), fits, requirement)
 
         check("base_dim", self.base_dim % 2 == 0, "even and at least 4")
 

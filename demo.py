@@ -14,19 +14,33 @@ if __name__ == "__main__":
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import torch
 from PIL import Image
 
+from data.conditions import turned_on
 from data.decode import fit_image, fit_mask
 from data.pixels import picture_of, to_uint8
 from functions.samplers import SAMPLERS
-from functions.sampling.editing import inpaint_image, mixtures_at, read_image, use_of
-from functions.sampling.generation import Drawing, generate, given, open_drawing
-from functions.sampling.settings import add_sampling_flags, settings_of
-from functions.support.command_line import EXIT_BAD_INPUT, Parser, run_script
+from functions.sampling.editing import (
+    INPAINTING,
+    INPAINTING_STEPS,
+    check_edit,
+    inpaint_image,
+    interpolate_images,
+    read_image,
+)
+from functions.sampling.generation import Drawing, generate, open_drawing
+from functions.sampling.settings import DrawingConfig, add_sampling_flags, settings_of
+from functions.support.command_line import (
+    EXIT_BAD_INPUT,
+    Parser,
+    field_comments,
+    parse_flag,
+    run_script,
+)
 from functions.support.errors import UserError
 from functions.support.pictures import grid_of
 
@@ -42,6 +56,9 @@ STEPS = 20
 RESAMPLE = 10
 # The width and height of the image to paint over, in pixels.
 SIDE = 512
+# The settings of a drawing, and what their flags' help says of them
+FIELDS = {each.name: each for each in fields(DrawingConfig)}
+COMMENTS = field_comments(DrawingConfig)
 # The page uses fonts of the machine, so that it downloads none.
 FONTS = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
 # The page shows the progress bar of the sampler.
@@ -75,32 +92,32 @@ def tab(
     shown in the page as one sentence.
     """
 
-    names = drawing.models.facts.get("label_names", ())
     begun = drawing.config
-    of_labels = names and [
-        gr.Dropdown(["", *names], value="".join(begun.label[:1]), label="Label"),
-        gr.Number(begun.cfg, label="Guidance by the label", info="Empty: none. 1: no effect."),
-    ]
+    conditions = turned_on(drawing.models.facts)
+    names = [*conditions, "cfg"] if conditions else []
+    texts = []
+    for name in names:
+        value = vars(begun)[name]
+        text = "" if value is None else ",".join(map(str, np.atleast_1d(value)))
+        texts.append(gr.Textbox(text, label=name.capitalize(), info=COMMENTS[name]))
 
     def call(progress=PROGRESS, *values):
-        seed, name, steps, *rest = values
-        fields = {"sampler": name, "steps": steps, "label": (), "cfg": None}
-        if of_labels:
-            label, cfg, *rest = rest
-            if label:
-                fields |= {"label": (label,), "cfg": cfg}
-        # An empty field gives None.
-        chosen = replace(drawing, config=drawing.config.override(fields), seed=seed or 0)
-        return work(given(chosen, [0]), *rest)
+        seed, sampler, steps, *rest = values
+        # An empty field gives None, or "".
+        chosen = {
+            name: parse_flag(FIELDS[name], text) if text else FIELDS[name].default
+            for name, text in zip(names, rest, strict=False)
+        }
+        config = replace(begun.override({"sampler": sampler, "steps": steps}), **chosen)
+        return work(replace(drawing, config=config, seed=seed or 0), *rest[len(names) :])
 
-    name = begun.sampler if begun.sampler in samplers else samplers[0]
     return gr.Interface(
         call,
         [
             gr.Number(drawing.seed, label="Seed", precision=0),
-            gr.Radio(samplers, value=name, label="Sampler"),
+            gr.Radio(samplers, value=begun.sampler, label="Sampler"),
             gr.Number(begun.steps, label="Steps", info="Empty: all timesteps.", precision=0),
-            *of_labels,
+            *texts,
             *inputs,
         ],
         gr.Image(show_label=False, format="png", height=560, buttons=["download"]),
@@ -142,9 +159,8 @@ def paint_tab(drawing: Drawing) -> gr.Interface:
         height=600,
     )
     count = gr.Slider(1, 8, 4, step=1, precision=0, label="How many")
-    use = use_of("inpaint")
-    steps = min(use.steps, drawing.scheduler.timesteps)
-    config = drawing.config.override({"steps": steps}, use)
+    steps = min(INPAINTING_STEPS, drawing.scheduler.timesteps)
+    config = replace(drawing.config, **INPAINTING | {"steps": steps})
     return tab(replace(drawing, config=config), paint, ["ddpm"], count, editor)
 
 
@@ -153,28 +169,27 @@ def draw(drawing: Drawing, n: int) -> Image.Image:
     return grid_of(to_uint8(generate(drawing, range(n), progress=True)))
 
 
-def mix(
-    drawing: Drawing,
-    depth: float,
-    share: float,
-    first_index: int | None,
-    first_file: str | None,
-    second_index: int | None,
-    second_file: str | None,
-) -> Image.Image:
-    """Return the first image, the mixture and the second image. A file replaces an index."""
-    first, shown_first = read_image(drawing, first_file or str(first_index or 0))
-    second, shown_second = read_image(drawing, second_file or str(second_index or 0))
+def mix(drawing: Drawing, depth: float, share: float, *images: int | str | None) -> Image.Image:
+    """Return the first image, the mixture and the second image.
+
+    `images` are the index and the file of each. A file replaces an index.
+    """
+    check_edit("interpolate", drawing.config)
+    (first, shown_first), (second, shown_second) = (
+        read_image(drawing, file or str(index))
+        for index, file in zip(images[::2], images[1::2], strict=True)
+    )
     # Both images are noised to timestep t. Depth 0 is t = -1, at which images get no noise.
     t = drawing.time_at(depth)
     weights = torch.tensor([share], device=first.device)
-    mixture = mixtures_at(drawing, torch.stack([first, second]), t, weights)
+    mixture = interpolate_images(drawing, torch.stack([first, second]), t, weights)
     return grid_of(to_uint8(torch.cat([shown_first, mixture, shown_second])), columns=3)
 
 
 def paint(drawing: Drawing, n: int, edit: dict) -> Image.Image:
     """Return a grid of the image, its known pixels, and n inpaintings."""
-    shape = drawing.models.enlarged_shape()
+    check_edit("inpaint", drawing.config)
+    shape = drawing.models.enlarged_shape
     # The editor's layer is RGBA, and opaque where the user has painted.
     mask = np.zeros(1)
     for layer in edit["layers"]:

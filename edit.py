@@ -19,12 +19,10 @@ if __name__ == "__main__":
 
 import argparse
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-from data.conditions import Given
-from functions.sampling.editing import EXACT_STEPS, INPAINTING_STEPS, VERBS, edited_path, use_of
-from functions.sampling.generation import given, open_drawing
+from functions.sampling.editing import EXACT_STEPS, INPAINTING_STEPS, VERBS, check_edit
+from functions.sampling.generation import open_drawing
 from functions.sampling.settings import SeedFlags, add_sampling_flags, settings_of
 from functions.support.command_line import Parser, run_script
 from functions.support.errors import UserError
@@ -37,16 +35,14 @@ DEPTHS = (0.25, 0.5, 0.75, 1.0)
 def main() -> None:
     """Read the command line, edit the images, and print which file was written."""
     args = parse_flags()
-    use = use_of(args.verb, args.exact)
-    config = settings_of(args, use=use)
-    for name in vars(Given()):
-        value = getattr(config, name)
-        if isinstance(value, tuple) and len(value) > 1:
-            raise UserError(f"an edit has one --{name}")
-    drawing = open_drawing(args, config, use.steps)
+    # The mixtures of --exact are those of noise that `invert` finds.
+    verb = "invert" if args.exact else args.verb
+    save, taken, steps = VERBS[verb]
+    config = settings_of(args, taken=taken)
+    check_edit(verb, config)
+    drawing = open_drawing(args, config, steps)
     print(f"{args.verb}: {drawing}")
-    # All that an edit draws has the conditions of image 0.
-    VERBS[args.verb](args, given(drawing, [0]), partial(edited_path, args, drawing))
+    save(args, drawing)
 
 
 @dataclass(frozen=True)

@@ -124,8 +124,7 @@ def evaluate_bits(args: Namespace) -> None:
     # The bound is computed in float32, whatever the precision of sampling, and is that of a single
     # model, which the mix of a guided one is not.
     config = replace(settings_of(args).alone(), precision="float32", batch_size=args.batch_size)
-    drawing = Drawing(open_models(config, args.device), config)
-    models = drawing.models
+    models = open_models(config, args.device)
     saved = models.saved
     device = models.device
     if device.type == "mps":
@@ -155,7 +154,7 @@ def evaluate_bits(args: Namespace) -> None:
 
     options = BoundOptions(
         args.t_stride,
-        drawing.batch_size,
+        Drawing(models, config).batch_size,
         args.bpd_variance,
         # For some diffusers models, samplers do not clip x_0. The bound then does not either.
         models.clip_x_0,

@@ -26,9 +26,6 @@ def rotate(x: Tensor, angle: Tensor) -> Tensor:
     model would learn black ones. Bicubic interpolation blurs: photos lose 10% of their
     gradient energy.
     """
-    # Apple's GPUs lack bicubic interpolation.
-    if x.device.type == "mps":
-        return rotate(x.cpu(), angle.cpu()).to(x.device)
     # The matrices (B, 2, 3) lead from a point (x, y, 1) of the output to its place in the input.
     # The y axis points down, so these signs rotate counter-clockwise.
     cos = torch.deg2rad(angle).cos()

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.decode import BadImage
 from data.packed import ImageSet
 from data.sources import Source
 from functions.support.errors import UserError, printable
@@ -100,10 +99,7 @@ class Label(Condition):
         """
         name = printable(image_set.name)
         found = [source.members[image_id].label for image_id in image_set.ids]
-        try:
-            labels = [label() if callable(label) else label for label in found]
-        except BadImage as error:
-            raise UserError(f"{name}: the labels {error}") from error
+        labels = [label() if callable(label) else label for label in found]
         if None in labels:
             without = printable(image_set.names[labels.index(None)])
             raise UserError(

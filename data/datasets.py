@@ -21,7 +21,6 @@ from functions.support.files import sha256
 
 DATA_FOLDER = Path(__file__).resolve().parent
 EMBEDDED_SET = DATA_FOLDER / "emoji_faces.zip"
-EMBEDDED_NAMES = ("emoji_faces", "emoji_people")
 
 # Of a set without a rule of its own, this fraction is held out.
 HELD_OUT = 0.1
@@ -46,18 +45,11 @@ class Split:
     # By the keys of TOLD_BY. The hash of pixels is that of the whole set, and that of labels, and
     # of all other inputs, is "" without any.
     hashes: dict[str, str]
-    # Those of ids as they were until 2026-12-02: by what also the unreadable files are called.
-    earlier_hashes: dict[str, str]
 
     def differences(self, saved: Mapping[str, str]) -> list[str]:
         """Return in words what a run with these `saved` hashes had in another way."""
         # The first runs have no hash of labels and of ids for validation.
-        return [
-            told
-            for name, told in TOLD_BY.items()
-            if name in saved
-            and saved[name] not in (self.hashes[name], self.earlier_hashes.get(name))
-        ]
+        return [TOLD_BY[key] for key, own in self.hashes.items() if saved.get(key, own) != own]
 
 
 def load_images(
@@ -89,7 +81,7 @@ def load_images(
 
 def locate(dataset_name: str) -> Source:
     """Find the source for a data set's name or path."""
-    if dataset_name in EMBEDDED_NAMES:
+    if dataset_name in ("emoji_faces", "emoji_people"):
         return find_source(EMBEDDED_SET, "id")
     if dataset_name == "FFHQ":
         # There may be an empty folder next to an archive, so archives come first.
@@ -156,21 +148,17 @@ def split_images(image_set: ImageSet, split: str) -> Split:
         raise UserError(
             f"{counts} {why}: too few; folders train/ and val/ can say which image is which"
         )
-    sides = {"train_ids_hash": train_indices, "val_ids_hash": val_indices}
     # A file that cannot be read has an id, too, and makes all ids names if it has no number.
-    hashes, earlier_hashes = (
-        {key: hash_ids([each[i] for i in indices]) for key, indices in sides.items()}
-        for each in (choose_ids(names), ids)
-    )
-    hashes |= {"pixels_hash": image_set.pixels_hash, "labels_hash": hash_inputs(image_set)}
-    return Split(
-        train_indices,
-        val_indices,
-        reason,
-        f"{counts} {why}, such as {', '.join(printable(names[i]) for i in val_indices[:3])}{note}",
-        hashes,
-        earlier_hashes,
-    )
+    own_ids = choose_ids(names)
+    hashes = {
+        "labels_hash": hash_inputs(image_set),
+        "train_ids_hash": hash_ids([own_ids[i] for i in train_indices]),
+        "val_ids_hash": hash_ids([own_ids[i] for i in val_indices]),
+        "pixels_hash": image_set.pixels_hash,
+    }
+    examples = ", ".join(printable(names[i]) for i in val_indices[:3])
+    description = f"{counts} {why}, such as {examples}{note}"
+    return Split(train_indices, val_indices, reason, description, hashes)
 
 
 def hash_inputs(image_set: ImageSet) -> str:

@@ -2,7 +2,6 @@
 
 import errno
 import io
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,51 +22,28 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 MAX_PIXELS = 8192 * 8192
 
 
-# What Pillow raises for damaged images. Errors of types and attributes come from within its writer
-# of EXIF data, when an image is turned.
-PILLOW_ERRORS = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    LookupError,
-    OverflowError,
-    TypeError,
-    AttributeError,
-    struct.error,
-    Image.DecompressionBombError,
-)
-
-
 class BadImage(UserError):
     """An image, or an archive, cannot be used. The message gives the reason and names no file."""
 
 
-def is_own(error: Exception) -> bool:
-    """Return whether a line in data/ itself raised an error, such as one that misspells a call.
-
-    What a library says of a file comes from a line of the library.
-    """
-    *_, (frame, _) = walk_tb(error.__traceback__)
-    return Path(frame.f_code.co_filename).parent == Path(__file__).parent
-
-
 @contextmanager
-def parsing(verb: str, errors: tuple) -> Iterator[None]:
-    """Raise BadImage for a parser's errors. Only the parser is called in this context.
+def parsing(problem: str, own: type | None = None) -> Iterator[None]:
+    """Raise BadImage for a library's error about the data that it parses in this context.
 
-    Errors of the disk, and those of the call itself, are raised as they are.
+    Errors of the disk and of memory are raised as they are. So are those of the call: of a line in
+    data/ itself, such as one that misspells it, and of the type `own`.
     """
     try:
         yield
-    except errors as error:
-        if is_own(error):
-            raise
+    except Exception as error:
+        *_, (frame, _) = walk_tb(error.__traceback__)
+        is_own = Path(frame.f_code.co_filename).parent == Path(__file__).parent
         # An error of the disk has a number. That of a damaged file has none, or the one for a place
         # that no file has.
-        if getattr(error, "errno", None) not in (None, errno.EINVAL):
+        is_of_disk = getattr(error, "errno", None) not in (None, errno.EINVAL)
+        if is_own or is_of_disk or isinstance(error, MemoryError) or type(error) is own:
             raise
-        raise BadImage(f"cannot be {verb} ({type(error).__name__}: {printable(error)})") from error
+        raise BadImage(f"{problem} ({type(error).__name__}: {printable(error)})") from error
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -76,7 +52,7 @@ def open_image(data: bytes) -> Image.Image:
     Of an animation, the first frame is decoded. Raises BadImage for an image that is truncated,
     corrupt, larger than MAX_PIXELS, or none.
     """
-    with parsing("decoded", PILLOW_ERRORS):
+    with parsing("cannot be decoded"):
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         except UnidentifiedImageError as error:
@@ -87,7 +63,7 @@ def open_image(data: bytes) -> Image.Image:
             f"it has {image.width:,} x {image.height:,} pixels; images of at most "
             f"{MAX_PIXELS:,} can be read"
         )
-    with parsing("decoded", PILLOW_ERRORS):
+    with parsing("cannot be decoded"):
         image.load()
         return ImageOps.exif_transpose(image)
 

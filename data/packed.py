@@ -1,7 +1,7 @@
 """Decode and resize every image of a source once, into one packed file, and memory-map the file.
 
 <name>-<S>px.packed contains uint8 (N, S, S, 3), and <name>-<S>px-grey.packed (N, S, S, 1). The
-.json next to it has a key (`pack_key`) and, with a checksum, a record.
+.json next to it has a hash of all that decides the pixels, and, with a checksum, a record.
 """
 
 import hashlib
@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from threading import Lock
 
@@ -18,6 +17,7 @@ import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
+from data.batches import batches_of
 from data.decode import BadImage, fit_square, open_image, to_pixels
 from data.pixels import picture_of
 from data.sources import Source
@@ -46,13 +46,11 @@ class ImageSet:
     names: list[str]
     # The rule of the split is that of its `Source`, and the sides are those of the members.
     rule: str
-    sides: Sequence[str] = ()
+    sides: Sequence[str | None] = ()
     # This hash shows whether two sets have the same pixels. A part of a pack has the pack's hash.
     pixels_hash: str = ""
     # The summary counts the images, those that were left out, and files that were ignored.
     summary: str = ""
-    # There is one [name, reason] for each image that was left out.
-    bad_images: list | tuple = ()
     # What the network gets beside x_t and t: (N, ...) by the names of its arguments.
     inputs: dict[str, np.ndarray] = field(default_factory=dict)
     # What is saved about these with a model: lists by name, such as `label_names`.
@@ -105,32 +103,42 @@ def open_packed(source: Source, shape: Shape, max_bad_images: int) -> ImageSet:
     changes. Raises UserError when no image is usable, or more than max_bad_images are not, and
     OSError when an image cannot be read, or the file cannot be written.
     """
-    key = pack_key(source, shape)
+    channels, image_size, _ = shape
+    # A pack's content depends on these, and on the names and stamps of the images.
+    facts = [FORMAT_VERSION, image_size, channels]
+    facts += [member[:2] for member in source.members.values()]
+    key = sha256(json.dumps(facts))
     path = pack_path(source, shape)
-    pack = read_pack(path, key, source)
-    if pack is None:
+    record = read_record(path, key)
+    if record is None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
             # Another process may have made it while this one waited for the lock.
-            pack = read_pack(path, key, source) or write_pack(path, key, source, shape)
+            record = read_record(path, key) or write_pack(path, key, source, shape)
 
-    bad_count = len(pack.bad_images)
-    if bad_count > max_bad_images:
-        first = ", ".join(f"{printable(name)} ({reason})" for name, reason in pack.bad_images[:3])
+    bad_images = record["bad_images"]
+    if len(bad_images) > max_bad_images:
+        first = ", ".join(f"{printable(name)} ({reason})" for name, reason in bad_images[:3])
         raise UserError(
-            f"{source.path}: {bad_count} unusable image(s), {max_bad_images} allowed: {first}. "
-            f"{path}.json lists all; fix or remove them, or let train.py leave them out: "
-            f"--diffusion.max-bad-images {bad_count}. Deleting {path} reads them again"
+            f"{source.path}: {len(bad_images)} unusable image(s), {max_bad_images} allowed: "
+            f"{first}. {path}.json lists all; fix or remove them, or let train.py leave them out: "
+            f"--diffusion.max-bad-images {len(bad_images)}. Deleting {path} reads them again"
         )
-    return pack
-
-
-def pack_key(source: Source, shape: Shape) -> str:
-    """Return a hash of everything that a pack's content depends on."""
-    channels, image_size, _ = shape
-    facts = [FORMAT_VERSION, image_size, channels]
-    facts += [member[:2] for member in source.members.values()]
-    return sha256(json.dumps(facts))
+    # Ignored files may come and go, and the pack stays.
+    summary = record["summary"] + source.describe_ignored()
+    if bad_images:
+        summary += f"; deleting {path} reads those left out again"
+    members = [source.members[i] for i in record["ids"]]
+    return ImageSet(
+        name=path.name,
+        images=np.memmap(path, np.uint8, "r", shape=tuple(record["shape"])),
+        ids=record["ids"],
+        names=[member.name for member in members],
+        rule=source.rule,
+        sides=[member.side for member in members],
+        pixels_hash=record["pixels_hash"],
+        summary=summary,
+    )
 
 
 def pack_path(source: Source, shape: Shape) -> Path:
@@ -151,8 +159,8 @@ def pack_path(source: Source, shape: Shape) -> Path:
     return Path(cache, "ddpm-packed-images", sha256(ascii(path))[:8], name)
 
 
-def read_pack(path: Path, key: str, source: Source) -> ImageSet | None:
-    """Map a packed file, or return None if it is missing, outdated, or not whole by its hashes."""
+def read_record(path: Path, key: str) -> dict | None:
+    """Return a pack's record, or None if it is missing, outdated, or not whole by its hashes."""
     try:
         file = read_json(Path(f"{path}.json"))
     except CheckpointError:
@@ -160,34 +168,15 @@ def read_pack(path: Path, key: str, source: Source) -> ImageSet | None:
     record = file.get("record")
     if file.get("key") != key or file.get("sha256") != sha256(json.dumps(record)):
         return None
-    if not path.is_file() or path.stat().st_size != prod(record["shape"]):
+    if not path.is_file():
         return None
-    pack = map_pack(path, record, source)
-    is_whole = hashlib.sha256(pack.images).hexdigest()[:16] == pack.pixels_hash
-    return pack if is_whole else None
+    with open(path, "rb") as pixels:
+        digest = hashlib.file_digest(pixels, "sha256").hexdigest()
+    return record if digest.startswith(record["pixels_hash"]) else None
 
 
-def map_pack(path: Path, record: dict, source: Source) -> ImageSet:
-    """Map a packed file with its record."""
-    # Ignored files may come and go, and the pack stays.
-    summary = record["summary"] + source.describe_ignored()
-    if record["bad_images"]:
-        summary += f"; deleting {path} reads those left out again"
-    return ImageSet(
-        name=path.name,
-        images=np.memmap(path, np.uint8, "r", shape=tuple(record["shape"])),
-        ids=record["ids"],
-        names=[source.members[i].name for i in record["ids"]],
-        rule=source.rule,
-        sides=[source.members[i].side for i in record["ids"]],
-        pixels_hash=record["pixels_hash"],
-        summary=summary,
-        bad_images=record["bad_images"],
-    )
-
-
-def write_pack(path: Path, key: str, source: Source, shape: Shape) -> ImageSet:
-    """Write the pixels of all usable images to a packed file, and its record; map it.
+def write_pack(path: Path, key: str, source: Source, shape: Shape) -> dict:
+    """Write the pixels of all usable images to a packed file, and its record, which is returned.
 
     Prints a summary.
     """
@@ -209,9 +198,8 @@ def write_pack(path: Path, key: str, source: Source, shape: Shape) -> ImageSet:
         # Half a pack would only fill the disk.
         if not record_path.exists():
             path.unlink(missing_ok=True)
-    pack = map_pack(path, record, source)
-    print(pack.summary)
-    return pack
+    print(record["summary"])
+    return record
 
 
 def write_images(path: Path, source: Source, shape: Shape) -> dict:
@@ -276,8 +264,7 @@ def map_images(source: Source, shape: Shape) -> Iterator[tuple[np.ndarray, int] 
         pixels = to_pixels(image, shape[0])
         return fit_square(pixels, shape[1]), min(pixels.shape[:2])
 
-    members = [*source.members.values()]
     # Threads are enough, because Pillow releases the GIL while it decodes.
     with ThreadPoolExecutor() as executor:
-        for start in range(0, len(members), CHUNK):
-            yield from executor.map(prepare, members[start : start + CHUNK])
+        for members in batches_of([*source.members.values()], CHUNK):
+            yield from executor.map(prepare, members)

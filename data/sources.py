@@ -6,16 +6,13 @@ are read by torchvision, which can also download them.
 """
 
 import json
-import lzma
 import os
 import re
-import struct
-import tokenize
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from itertools import zip_longest
 from pathlib import Path, PurePosixPath
@@ -24,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.lib.npyio import NpzFile
 
-from data.decode import BadImage, is_own, parsing
+from data.decode import BadImage, parsing
 from functions.support.errors import UserError, printable
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
@@ -39,33 +36,6 @@ TORCHVISION = {
     "MNIST": "MNIST/raw, a folder with its four files, such as train-images-idx3-ubyte",
 }
 
-# What zipfile, NumPy and torchvision raise for files that are damaged, or none of theirs.
-ZIP_ERRORS = (
-    zipfile.BadZipFile,
-    OSError,
-    EOFError,
-    RuntimeError,
-    # Any other ValueError is about arguments.
-    UnicodeError,
-    OverflowError,
-    struct.error,
-    lzma.LZMAError,
-    zlib.error,
-)
-NPZ_ERRORS = (*ZIP_ERRORS, ValueError, tokenize.TokenError)
-TORCHVISION_ERRORS = (
-    OSError,
-    EOFError,
-    RuntimeError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AssertionError,
-)
-
-# The file with which sample.py marks a folder whose pictures are no data, and a text in it
-MANIFEST, MANIFEST_TEXT = "samples.json", '"sampler": "'
-
 
 class Member(NamedTuple):
     """One image of a source."""
@@ -77,8 +47,8 @@ class Member(NamedTuple):
     stamp: int | tuple[int, int]
     # The function returns a file's bytes, or uint8 (H, W, C).
     read: Callable[[], bytes | np.ndarray]
-    # The side of a split that its folders name: "train", or one such as "val"; "" if none does.
-    side: str = ""
+    # The side of a split that its folders name: "train", or one such as "val"; None if none does.
+    side: str | None = None
     # The label, or a function that reads that of a row; None without one.
     label: str | Callable[[], str | None] | None = None
 
@@ -104,23 +74,19 @@ class Source:
 def find_source(path: str | os.PathLike, rule: str = "name") -> Source:
     """Find the images at a path, sort them by their ids, and decide their sides and labels.
 
-    `rule` is that of `Source`; "name" is replaced if folders such as train/ and val/ decide. Raises
+    `rule` is that of `Source`. With "name", folders train/ and one of HELD_OUT_FOLDERS decide the
+    split if there are both; images elsewhere are then counted as ignored. The nearest other folder
+    that is no archive is the label of an image, unless its row has one. FFHQ has no labels. Raises
     UserError when there is no image, or an archive is damaged, and OSError when the disk cannot be
     read.
     """
-    path = Path(os.path.expanduser(path))
+    source = Source(Path(os.path.expanduser(path)), {}, Counter(), rule)
+    path, ignored = source.path, source.ignored
     members = []
-    ignored = Counter()
     if path.is_dir():
         members = list_folder(path, ignored)
     elif path.is_file() and path.suffix.lower() in ARCHIVES:
         members = list_archives([path], path, ignored)
-    # A zip may have two files of one name. As when it is unpacked, the last one counts.
-    by_name = {member.name: member for member in members}
-    ignored += Counter({"of a repeated name": len(members) - len(by_name)})
-    ids = choose_ids([*by_name])
-    # No two ids are equal, so only ids are compared.
-    source = Source(path, dict(sorted(zip(ids, by_name.values(), strict=True))), ignored, rule)
     if not members:
         problem = "contains no image that can be read" if path.exists() else "does not exist"
         raise UserError(
@@ -128,7 +94,27 @@ def find_source(path: str | os.PathLike, rule: str = "name") -> Source:
             f"({', '.join(IMAGE_EXTENSIONS)}), or one of {', '.join(ARCHIVES)}; a tar must be "
             "unpacked (tar xf)."
         )
-    return decided(source)
+    # A zip may have two files of one name. As when it is unpacked, the last one counts.
+    by_name = {member.name: member for member in members}
+    ignored += Counter({"of a repeated name": len(members) - len(by_name)})
+
+    places = sides_of([*by_name])
+    sides = {side for _, side in places}
+    if rule == "name" and "train" in sides:
+        source.rule = next((side for side in HELD_OUT_FOLDERS if side in sides), rule)
+    images = zip(choose_ids([*by_name]), by_name.values(), places, strict=True)
+    # No two ids are equal, so only ids are compared.
+    for image_id, member, (level, side) in sorted(images):
+        folders = member.name.split("/")[:-1]
+        if source.rule in HELD_OUT_FOLDERS:
+            if side not in ("train", source.rule):
+                ignored[f"in {side or '/'.join(folders) or '.'}/"] += 1
+                continue
+            del folders[level]
+        labels = [member.label, *(name for name in folders if kind_of(name) not in ARCHIVES)]
+        label = None if rule == "FFHQ" else member.label or labels[-1]
+        source.members[image_id] = member._replace(side=side, label=label)
+    return source
 
 
 def list_folder(path: Path, ignored: Counter) -> list[Member]:
@@ -174,9 +160,10 @@ def files_below(folder: Path, ignored: Counter, above: tuple = ()) -> Iterator[P
     place = folder.resolve()
     if place in above:
         return
-    manifest = folder / MANIFEST
-    # A folder of samples may be named itself, to be measured.
-    if above and manifest.is_file() and MANIFEST_TEXT in manifest.read_text(errors="replace"):
+    # The manifest with which sample.py marks its pictures. They may be named themselves, to be
+    # measured.
+    manifest = folder / "samples.json"
+    if above and manifest.is_file() and '"sampler": "' in manifest.read_text(errors="replace"):
         ignored["folder of samples"] += 1
         return
     for path in folder.iterdir():
@@ -213,9 +200,6 @@ def list_archives(archives: list[Path], root: Path, ignored: Counter) -> list[Me
                 f"{archive} {error}. Either its download was cut short, or it is no "
                 f"{archive.suffix} file."
             ) from error
-        except OSError as error:
-            error.filename = error.filename or str(archive)
-            raise
         shard = f"{archive.relative_to(root).as_posix()}/" if archive != root else ""
         for name, *others in found:
             # Rows are numbered through all shards.
@@ -228,11 +212,11 @@ def list_archives(archives: list[Path], root: Path, ignored: Counter) -> list[Me
 
 def list_zip(path: Path) -> list[Member]:
     """List the files in a zip."""
-    with parsing("read", ZIP_ERRORS):
+    with parsing("cannot be read", own=ValueError):
         archive = zipfile.ZipFile(path)
 
     def read(info):
-        with parsing("read", ZIP_ERRORS):
+        with parsing("cannot be read"):
             return archive.read(info)
 
     return [
@@ -245,7 +229,7 @@ def list_zip(path: Path) -> list[Member]:
 
 def list_npz(path: Path) -> list[Member]:
     """List the rows of the one uint8 array (N, H, W, 3) or (N, H, W, 1). All is kept in memory."""
-    with parsing("read", NPZ_ERRORS):
+    with parsing("cannot be read"):
         values = [*NpzFile(path).values()]
     arrays = [
         array
@@ -264,12 +248,10 @@ def list_npz(path: Path) -> list[Member]:
 def list_parquet(path: Path) -> list[Member]:
     """List the rows of the one column of encoded images, as Hugging Face's `Image` stores them."""
     try:
-        from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise UserError(f"{path} needs pyarrow: python -m pip install pyarrow") from error
-    errors = (ArrowException, OSError, ValueError, LookupError)
-    with parsing("read", errors):
+    with parsing("cannot be read"):
         file = ParquetFile(path)
         paths = [column.path for column in file.schema]
     # Such a column is a struct of `bytes` and `path`. That of a list of images has a longer path.
@@ -278,39 +260,35 @@ def list_parquet(path: Path) -> list[Member]:
         raise UserError(f"{path} has {len(columns)} columns of encoded images, and must have one.")
 
     def read(i):
-        with parsing("read", errors):
+        with parsing("cannot be read"):
             row = read_column(file, columns[0])[i].as_py()
-        # A column of this name may hold something else.
-        data = row["bytes"] if isinstance(row, dict) else None
+        # A row may be empty, and a column of this name may hold something else.
+        data = row and row["bytes"]
         return data if isinstance(data, bytes) else b""
 
+    # Only a set with labels reads them, by the names of Hugging Face's metadata, if any.
+    @cache
+    def labels():
+        schema = file.schema_arrow
+        if "label" not in schema.names:
+            return [None] * file.metadata.num_rows
+        with parsing(f"{path}: the labels cannot be read"):
+            values = file.read(["label"]).column(0).to_pylist()
+            feature = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        # Anything else on the way to the names means that there are none.
+        for key in ("info", "features", "label", "names"):
+            feature = feature.get(key) if isinstance(feature, dict) else None
+        names = dict(enumerate(feature or []))
+        # Hugging Face has -1 where there is no label. A list of several is none.
+        return [
+            str(names.get(value, value)) if isinstance(value, (int, str)) and value != -1 else None
+            for value in values
+        ]
+
     stamp = stamp_of(path)
-    # Only a set with labels reads them.
-    labels = cache(partial(class_column, file, errors))
     return [
         Member(None, stamp, partial(read, i), label=lambda i=i: labels()[i])
         for i in range(file.metadata.num_rows)
-    ]
-
-
-def class_column(file: Any, errors: tuple) -> list[str | None]:
-    """Return the labels of a `ParquetFile`, by the names of Hugging Face's metadata, if any.
-
-    Raises BadImage for `errors` of the parser.
-    """
-    if "label" not in file.schema_arrow.names:
-        return [None] * file.metadata.num_rows
-    with parsing("read", (*errors, RecursionError)):
-        values = file.read(["label"]).column(0).to_pylist()
-        feature = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
-    # Anything else on the way to the names means that there are none.
-    for key in ("info", "features", "label", "names"):
-        feature = feature.get(key) if isinstance(feature, dict) else None
-    names = dict(enumerate(feature if isinstance(feature, list) else []))
-    # Hugging Face has -1 where there is no label. A list of several is none.
-    return [
-        str(names.get(value, value)) if isinstance(value, (int, str)) and value != -1 else None
-        for value in values
     ]
 
 
@@ -339,55 +317,27 @@ def choose_ids(names: list[str]) -> list[int] | list[str]:
 
 # Beside train/, the first of these folders that a set has is held out.
 HELD_OUT_FOLDERS = ("val", "valid", "validation", "test")
-# The folder or shard of a side, as train/, training/, val2017/ or train-00000-of-00002.parquet.
+# The folder or shard of a side, as train/, training/, val2017/ or train-00000-of-00002.parquet; or
+# any other, whose first group is None.
 SIDE = re.compile(
     rf"(train|{'|'.join(HELD_OUT_FOLDERS)})(ing)?([-_]?\d\w*(-of-\d+(-\w+)?)?)?"
-    rf"({'|'.join(map(re.escape, ARCHIVES))})?"
+    rf"({'|'.join(map(re.escape, ARCHIVES))})?|[^/]*"
 )
 
 
-def decided(source: Source) -> Source:
-    """Return the source whose members have the sides and the labels that their folders say.
-
-    With the rule "name", folders train/ and one of HELD_OUT_FOLDERS decide the split if there are
-    both; images elsewhere are then counted as ignored. The nearest other folder that is no archive
-    is the label of an image, unless its row has one. FFHQ has no labels.
-    """
-    places = sides_of([member.name for member in source.members.values()])
-    sides = {side for _, side in places}
-    held_out = [side for side in HELD_OUT_FOLDERS if side in sides]
-    by_folders = source.rule == "name" and "train" in sides and held_out
-    result = replace(source, members={}, rule=held_out[0] if by_folders else source.rule)
-    for (image_id, member), (level, side) in zip(source.members.items(), places, strict=True):
-        folders = member.name.split("/")[:-1]
-        if by_folders:
-            if side not in ("train", result.rule):
-                result.ignored[f"in {side or '/'.join(folders) or '.'}/"] += 1
-                continue
-            del folders[level]
-        labels = [name for name in folders if not name.lower().endswith((*ARCHIVES,))]
-        label = None if source.rule == "FFHQ" else member.label or (labels or [None])[-1]
-        result.members[image_id] = member._replace(side=side, label=label)
-    return result
-
-
-def sides_of(names: Sequence[str]) -> list[tuple[int, str]]:
-    """Return which side of a split the folders of each image name, or "", and at which level.
+def sides_of(names: Sequence[str]) -> list[tuple[int, str | None]]:
+    """Return at which level of folders each image's side of a split is named, and which it is.
 
     The first level of folders that has both sides counts, as the second one where test/ has train/
     and val/. Without such a level, the first folder that names a side counts.
     """
-    folders = [[side_of(folder) for folder in name.split("/")[:-1]] for name in names]
-    for level, sides in enumerate(zip_longest(*folders, fillvalue="")):
+    folders = [
+        [SIDE.fullmatch(folder.lower())[1] for folder in name.split("/")[:-1]] for name in names
+    ]
+    for level, sides in enumerate(zip_longest(*folders)):
         if "train" in sides and not {*HELD_OUT_FOLDERS}.isdisjoint(sides):
             return [(level, side) for side in sides]
-    return [next(filter(lambda place: place[1], enumerate(sides)), (-1, "")) for sides in folders]
-
-
-def side_of(folder: str) -> str:
-    """Return which side of a split a folder names, or ""."""
-    match = SIDE.fullmatch(folder.lower())
-    return match[1] if match else ""
+    return [next(filter(lambda place: place[1], enumerate(sides)), (0, None)) for sides in folders]
 
 
 def kind_of(name: str) -> str:
@@ -396,7 +346,7 @@ def kind_of(name: str) -> str:
     It is "hidden" for a hidden file and for macOS's metadata of another one.
     """
     path = PurePosixPath(name)
-    if any(part.startswith(".") or part == "__MACOSX" for part in path.parts):
+    if any(part.startswith((".", "__MACOSX")) for part in path.parts):
         return "hidden"
     return path.suffix.lower() or "without an ending"
 
@@ -415,24 +365,21 @@ def read_torchvision_set(name: str, folder: Path, download: bool = False) -> Sou
 
     dataset = getattr(datasets, name)
     try:
-        train, test = (dataset(folder, train, download=download) for train in (True, False))
-    except TORCHVISION_ERRORS as error:
-        if is_own(error):
-            raise
+        with parsing("cannot be read"):
+            train, test = (dataset(folder, train, download=download) for train in (True, False))
+    except BadImage as error:
         raise UserError(
-            f"{name} cannot be read from {folder} ({printable(error)}). Delete a damaged copy, and "
-            f"put there {TORCHVISION[name]}; python data/prepare.py {name} --download does so, "
-            "where there is a network."
+            f"{name} {error}. Delete a damaged copy, and put into {folder} {TORCHVISION[name]}; "
+            f"python data/prepare.py {name} --download does so, where there is a network."
         ) from error
 
-    images = np.concatenate([train.data, test.data])
-    labels = np.concatenate([train.targets, test.targets])
-    # MNIST has no dimension for its one channel, and calls its classes "5 - five".
-    images = images.reshape(*images.shape[:3], -1)
-    names = [name.partition(" - ")[0] for name in train.classes]
-    sides = ["train"] * len(train) + ["test"] * len(test)
-    members = {
-        i: Member(f"{side}/{i}", zlib.crc32(image.tobytes()), image.copy, side, names[label])
-        for i, (side, image, label) in enumerate(zip(sides, images, labels, strict=True))
-    }
-    return Source(folder / name, members, Counter(), "test")
+    source = Source(folder / name, {}, Counter(), "test")
+    for side, part in (("train", train), ("test", test)):
+        for image, target in zip(np.asarray(part.data), part.targets, strict=True):
+            i = len(source.members)
+            # MNIST has no dimension for its one channel, and calls its classes "5 - five".
+            pixels = image.reshape(*image.shape[:2], -1)
+            label = part.classes[target].partition(" - ")[0]
+            stamp = zlib.crc32(pixels.tobytes())
+            source.members[i] = Member(f"{side}/{i}", stamp, pixels.copy, side, label)
+    return source

@@ -288,7 +288,8 @@ def draw_people(run: Path) -> None:
     columns = {}
     for weight in WEIGHTS:
         denoiser = replace(drawing.models.denoiser, weight=weight)
-        columns[f"w = {weight:g}"] = draw_pixels(drawing.with_denoiser(denoiser), 8)
+        guided = replace(drawing, models=replace(drawing.models, denoiser=denoiser))
+        columns[f"w = {weight:g}"] = draw_pixels(guided, 8)
     save_strip(columns, FIGURES / "guidance.png")
 
     drawing = open_saved(run, f"--steps 250 {GUIDE}")

@@ -5,13 +5,12 @@
 
 import os
 import re
+import runpy
 import shutil
 import signal
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,32 +19,28 @@ from PIL import Image
 from playwright.sync_api import BrowserContext, Locator, Page, sync_playwright
 
 from tests.conftest import ROOT
-from tests.forked import wait_until
+from tests.forked import Program, wait_until
 
 UNPAINTED = "choose an image and paint over a part of it"
 
 
+def demo_script() -> None:
+    runpy.run_path(str(ROOT / "demo.py"), run_name="__main__")
+
+
 @contextmanager
-def served(printed: Path, *flags: object) -> Iterator[str]:
+def served(printed: Path, *flags: object, act: Callable[[], None] = demo_script) -> Iterator[str]:
     """Run demo.py in a process of its own, printing to a file; yield the page's address.
 
     At the end it is stopped as Ctrl-C stops it, and its exit status is checked.
     """
-    command = [sys.executable, ROOT / "demo.py", "--device", "cpu", *flags]
-    command = [str(argument) for argument in command]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    with open(printed, "w") as file:
-        # Shells let background processes ignore Ctrl-C; demo.py shall hear it in such tests, too.
-        hear_ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-        process = subprocess.Popen(
-            command, env=environment, stdout=file, stderr=file, preexec_fn=hear_ctrl_c
-        )
+    program = Program(printed, *flags, "--device cpu", act=act)
     try:
-        wait_until(lambda: "URL: " in printed.read_text(), lambda: process.poll() is None)
-        yield re.search("URL: *(.*)", printed.read_text())[1] + "/"
+        wait_until(lambda: "URL: " in program.printed, program.is_alive)
+        yield re.search("URL: *(.*)", program.printed)[1] + "/"
     finally:
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130, printed.read_text()
+        os.kill(program.pid, signal.SIGINT)
+        assert program.wait() == 130, program.printed
 
 
 @contextmanager
@@ -59,19 +54,17 @@ def browser() -> Iterator[BrowserContext]:
         chromium.close()
 
 
-def control(page: Page, name: str) -> Locator:
-    """Return the visible input of this name, which for a slider is its number."""
-    label = page.get_by_label(re.compile(f"^(number input for )?{name}$"))
-    return label.and_(page.locator("input")).locator("visible=true")
-
-
 def fill(page: Page, **values: object) -> None:
-    """Give the visible controls of these names a value, such as Seed=3.
+    """Give the visible controls of these names a value, such as Seed=3; of sliders, the number.
 
     A tab that has just opened may give its controls their defaults once more, some milliseconds
     later, so this is repeated until the values stay.
     """
-    fields = {control(page, name.replace("_", " ")): str(value) for name, value in values.items()}
+    fields = {}
+    for name, value in values.items():
+        label = re.compile(f"^(number input for )?{name.replace('_', ' ')}$")
+        inputs = page.get_by_label(label).and_(page.locator("input"))
+        fields[inputs.locator("visible=true")] = str(value)
     for _ in range(10):
         for field, value in fields.items():
             field.fill(value)
@@ -108,37 +101,23 @@ def inpaint(page: Page) -> np.ndarray:
     """Draw a broad line across the image in the tab Paint, inpaint it, and return the picture.
 
     There must be no earlier picture. Nothing in the page says when it has the image and the line,
-    so this is tried again when the page answers that nothing is painted over.
+    so they are drawn as long as the page answers with an error that nothing is painted over, as it
+    does at first.
     """
+    canvas = page.locator("canvas").locator("visible=true").first
+    start, end = {"x": 150, "y": 250}, {"x": 350, "y": 250}
+    error = page.get_by_test_id("toast-body").filter(has_text=UNPAINTED).first
     for _ in range(5):
-        box = page.locator("canvas").locator("visible=true").first.bounding_box()
-        x = box["x"] + box["width"] / 2
-        y = box["y"] + box["height"] / 2
-        page.mouse.move(x - 120, y)
-        page.mouse.down()
-        page.mouse.move(x + 120, y, steps=5)
-        page.mouse.up()
-        page.wait_for_timeout(1000)
-
         submit(page)
-        download_link(page).or_(toast(page, UNPAINTED)).first.wait_for()
+        download_link(page).or_(error).first.wait_for()
         if download_link(page).is_visible():
             break
-        sentence(page, UNPAINTED)
+        # It is closed, so that it can come anew. It vanishes by itself, too.
+        page.get_by_test_id("toast-close").evaluate_all("all => all.forEach(one => one.click())")
+        error.wait_for(state="hidden")
+        canvas.drag_to(canvas, source_position=start, target_position=end)
+        page.wait_for_timeout(1000)
     return picture(page)
-
-
-def toast(page: Page, text: str) -> Locator:
-    """Return the error of this text in the page."""
-    return page.get_by_test_id("toast-body").filter(has_text=text).first
-
-
-def sentence(page: Page, text: str) -> None:
-    """Wait for an error of this text in the page, and close it, so that it can come anew."""
-    toast(page, text).wait_for()
-    # Errors vanish by themselves, too, so there may be none to close any more.
-    page.get_by_test_id("toast-close").evaluate_all("all => all.forEach(one => one.click())")
-    toast(page, text).wait_for(state="hidden")
 
 
 def main() -> None:

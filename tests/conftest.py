@@ -80,21 +80,9 @@ SMALL_MODEL = {
 
 # Drawing the curves takes a third of the time of a tiny training, so only `tiny_run` does it.
 no_curves = mock.patch.object(recorder, "plot_losses", lambda metrics, path, title: path.touch())
-
-
-def pytest_sessionstart():
-    """Let PyTorch use one thread, for the runs too that a whole session shares."""
-    # Tests are small, and more threads than cores would only wait for each other.
-    torch.set_num_threads(1)
-    no_curves.start()
-
-
-@pytest.fixture(autouse=True)
-def few_threads():
-    """Let PyTorch use one thread again after a test that has set another number."""
-    # Runs that a whole session shares may be trained before the next test's fixtures.
-    yield
-    torch.set_num_threads(1)
+no_curves.start()
+# Tests are small, and more threads than cores would only wait for each other.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -121,10 +109,8 @@ def draw_pictures(folder: Path) -> Path:
     y, x = np.mgrid[:20, :20]
     for i in range(50):
         background, disc = rng.integers(0, 256, (2, 3))
-        center_y = rng.uniform(7, 13)
-        center_x = rng.uniform(7, 13)
-        radius = rng.uniform(3, 8)
-        inside = (y - center_y) ** 2 + (x - center_x) ** 2 < radius**2
+        center_y, center_x, radius = rng.uniform((7, 7, 3), (13, 13, 8))
+        inside = np.hypot(y - center_y, x - center_x) < radius
         image = np.where(inside[..., None], disc, background).astype(np.uint8)
         Image.fromarray(image).save(folder / f"{i:05d}.png")
     return folder
@@ -323,10 +309,10 @@ def unfinished(stopped_run, tmp_path):
     return shutil.copytree(stopped_run, tmp_path / "runs" / stopped_run.name)
 
 
-def during(step, act, name="update_ema"):
-    """Return a context in which `act()` precedes the `step`-th call of train.py's `name`."""
+def during(step, act, name="update_ema", owner=train):
+    """Return a context in which `act()` precedes the `step`-th call of a function of `owner`."""
     calls = []
-    original = getattr(train, name)
+    original = getattr(owner, name)
 
     def acting(*args, **kwargs):
         calls.append(1)
@@ -334,7 +320,7 @@ def during(step, act, name="update_ema"):
             act()
         return original(*args, **kwargs)
 
-    return mock.patch.object(train, name, acting)
+    return mock.patch.object(owner, name, acting)
 
 
 interrupt = mock.Mock(side_effect=KeyboardInterrupt)

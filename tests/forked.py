@@ -12,13 +12,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from tests.conftest import ROOT, words
 
 if os.name == "posix":
     SERVER = multiprocessing.get_context("forkserver")
-    SERVER.set_forkserver_preload(["tests.conftest"])
+    # A training imports the second one, which takes longer than all else in its start.
+    SERVER.set_forkserver_preload(["tests.conftest", "torch._inductor"])
     # The server keeps the environment of its start, so it starts here and not in a test. Its
     # processes import this file, too, but have other names.
     if multiprocessing.current_process().name == "MainProcess":
@@ -69,9 +68,7 @@ class Program(SERVER.Process):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         # Each line is there as soon as it is printed, also when the process is killed.
         sys.stdout.reconfigure(line_buffering=True)
-        for name, value in self.environment.items():
-            os.environ[name] = str(value)
-        torch.set_num_threads(1)
+        os.environ.update({name: str(value) for name, value in self.environment.items()})
         sys.argv = ["train.py", *words(*self.arguments)]
         self.act()
 

@@ -11,33 +11,29 @@ import tempfile
 import time
 from pathlib import Path
 
-from functions.saved import run_folder
+from functions.saved.run_folder import checkpoints_of, runs_of
 from functions.training.metrics import read_metrics
-from tests.conftest import ONE_LEVEL, TINY, draw_pictures, load_checkpoint, newest
+from tests.conftest import ONE_LEVEL, TINY, draw_pictures, load_checkpoint, newest, only_in
 from tests.forked import Program, wait_until
 from tests.small_training import same
 
 # So few steps lie between two checkpoints that many a kill meets the writing of one.
 EVERY = 2
-# From a start to its kill there are fewer steps than this.
-STEPS_A_KILL = 8
-# The run has more steps for each kill, as it may come late.
-MARGIN = 10
+# Each kill comes within this time of a start; some ten steps take as long.
+SECONDS = 0.4
 
 
-def kill_and_resume(folder: Path, times: int, seed: int = 0) -> str:
+def kill_and_resume(folder: Path, times: int) -> str:
     """Train a tiny run without a pause, and another that is killed `times` times; compare them.
 
     There are fewer kills when the run ends before one. Returns what happened. Raises AssertionError
     when the two differ, or when nothing was killed.
     """
-    # An epoch has five steps.
-    epochs = (times + 1) * (STEPS_A_KILL + MARGIN) // 5
-    pictures = draw_pictures(folder / "pictures")
-    # One level makes steps short, and most of the time writes.
-    flags = ["faces", TINY, ONE_LEVEL, "--diffusion.dataset-name", pictures]
+    # One level makes steps short, and most of the time writes. An epoch has five steps.
+    flags = ["faces", TINY, ONE_LEVEL]
+    flags += ["--diffusion.dataset-name", draw_pictures(folder / "pictures")]
     flags.append(f"""
-        --diffusion.epochs {epochs}
+        --diffusion.epochs {3 * (times + 1)}
         --diffusion.checkpoint-every {EVERY}
         --diffusion.log-every 1
         --diffusion.validate-every 20
@@ -49,23 +45,22 @@ def kill_and_resume(folder: Path, times: int, seed: int = 0) -> str:
     assert straight.wait() == 0, straight.printed
 
     flags += ["--resume auto --runs", folder / "killed"]
-    rng = random.Random(seed)
+    rng = random.Random(0)
     kills = 0
     kills_in_a_write = 0
-    status = -signal.SIGKILL
-    while kills < times:
+    while True:
         program = Program(folder / "killed.txt", *flags)
-        steps = rng.randrange(STEPS_A_KILL)
-        run = kill(program, folder / "killed", steps, rng.uniform(0, 0.05))
-        status = program.wait()
-        if status == 0:
+        if kills < times:
+            kill(program, rng.uniform(0, SECONDS))
+        if program.wait() == 0:
             break
-        assert status == -signal.SIGKILL, program.printed
+        assert program.wait() == -signal.SIGKILL, program.printed
         kills += 1
-        kills_in_a_write += any(run.rglob(".*tmp*"))
 
+        [run] = runs_of(folder / "killed")
+        kills_in_a_write += any(run.rglob(".*tmp*"))
         # Each checkpoint is read as a whole here, so none may be damaged.
-        saved = [load_checkpoint(path)["run"]["step"] for path in run_folder.checkpoints_of(run)]
+        saved = [load_checkpoint(path)["run"]["step"] for path in checkpoints_of(run)]
         logged = [row["step"] for row in read_metrics(run / "metrics.csv")]
         lost = max(logged, default=0) - max(saved, default=0)
         assert lost <= EVERY, f"{lost} steps are lost, with a checkpoint every {EVERY}"
@@ -75,62 +70,42 @@ def kill_and_resume(folder: Path, times: int, seed: int = 0) -> str:
             shutil.rmtree(run)
 
     assert kills > 0, "the run was over before it was killed"
-    if status:
-        last = Program(folder / "killed.txt", *flags)
-        assert last.wait() == 0, last.printed
-    (undisturbed,) = run_folder.runs_of(folder / "straight")
-    (killed,) = run_folder.runs_of(folder / "killed")
-    assert_same_run(undisturbed, killed)
+    assert_same_run(only_in(folder / "straight"), only_in(folder / "killed"))
     return f"killed {kills} times, {kills_in_a_write} of them while a file was being written"
 
 
-def kill(program: Program, runs: Path, steps: int, seconds: float) -> Path:
-    """Kill a training so many steps and seconds after its start, and return the run's folder."""
+def kill(program: Program, seconds: float) -> None:
+    """Kill a training so many seconds after its start."""
     wait_until(lambda: "goes to" in program.printed, program.is_alive)
-    (run,) = run_folder.runs_of(runs)
-
-    metrics = run / "metrics.csv"
-    rows = len(read_metrics(metrics)) + steps
-
-    # If this process stalls, the run may be over before it has so many more rows.
-    def reached():
-        return len(read_metrics(metrics)) >= rows or not program.is_alive()
-
-    wait_until(reached, lambda: True)
-
-    # After the wait the program is within a step, or within what follows it.
     time.sleep(seconds)
     program.kill()
-    return run
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    """Assert that two runs are equal bit for bit in all but speed.
-
-    This compares weights, moments, EMA, counters, sample grids, and the numbers of metrics.csv.
-    """
-    first = newest(a)
-    second = newest(b)
+    """Assert that two runs are equal bit for bit in all but speed."""
+    first = results_of(a)
+    second = results_of(b)
     assert first.keys() == second.keys()
-    for part in first:
-        assert same(first[part], second[part]), f"another {part}"
+    for what in first:
+        assert same(first[what], second[what]), f"another {what}"
 
-    assert sample_grids(b) == sample_grids(a)
-    assert same(rows_without_speed(a), rows_without_speed(b))
+
+def results_of(run: Path) -> dict:
+    """Return weights, moments, EMA, counters, snapshots, grids, and the numbers of metrics.csv."""
+    return {
+        **newest(run),
+        "snapshots": [load_checkpoint(path) for path in checkpoints_of(run, "snapshots")],
+        "grids": sample_grids(run),
+        "rows": [{**row, "images_per_second": 0} for row in read_metrics(run / "metrics.csv")],
+    }
 
 
 def sample_grids(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (run / "samples").glob("*.png")}
 
 
-def rows_without_speed(run: Path) -> list[dict[str, float | None]]:
-    return [{**row, "images_per_second": 0} for row in read_metrics(run / "metrics.csv")]
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--times", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        print(kill_and_resume(Path(temporary), args.times, args.seed))
+        print(kill_and_resume(Path(temporary), parser.parse_args().times))

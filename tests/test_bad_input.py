@@ -7,7 +7,6 @@ import runpy
 import sys
 
 import pytest
-import torch
 
 from tests.conftest import ROOT
 
@@ -22,7 +21,6 @@ COMMANDS = {
     "train.py --resume": "no unfinished run",
     "train.py --resume {run} --init {run}": "--init starts a new run, but --resume continues one",
     "{init} --model.image-size 64": "image_size is 64; it must be 16 or 32 for the weights of",
-    "{init} --model.image-size 8": "image_size is 8; it must be 16 or 32 for the weights of",
     "{init} --model.image-size 16 --model.base-dim 16": "base_dim is 8 for the weights of",
     "{init} --model.image-size 16 --diffusion.objective v": "objective is eps for the weights of",
     "{init} --model.image-size 32 --diffusion.log-snr-shift 0": "and grow to 32; it cannot be",
@@ -30,43 +28,35 @@ COMMANDS = {
     "{init} --model.image-size 32 --model.dim-multiply 1,2": "leave it as it is for the weights",
     "train.py --init {root}/pretrained/people.toml": "people.toml is a recipe, and no model",
     "train.py --device gpu": "'gpu'",
+    "train.py --device cuda:99": "PyTorch must have it",
     "train.py fases": "invalid choice: 'fases' (choose from",
     "sample.py --n 0": "--n/-n: n is 0; it must be 1 or more",
-    "sample.py --eta 2": "argument --eta: eta is 2; it must be from 0 to 1",
+    "sample.py --label a,": "argument --label: label is",
     "sample.py {run} --sampler dpm++ --eta 0 --temperature 0.5": "and these add none (--eta)",
     "sample.py {run} --sampler ddim --variance large": "--sampler ddim are --spacing and --eta",
     "sample.py {run} --n 101": "a grid shows up to 100 images; for 101 add --individual",
-    "sample.py --indices 3,-7": "indices is [3, -7]; it must be 0 or more",
     "sample.py {root}/README.md": "README.md: the file is truncated, damaged or not a checkpoint",
     "sample.py {run} --guidance 1.5": "needs a --guide",
-    "sample.py {run} --guide=": "guide is ''; it must be an integer or a name or a path",
-    "sample.py {run} --guide 5 --guidance nan": "guidance is 'nan'; it must be a number",
     "sample.py {run} --label 2": "--label: the model was trained without labels",
     "sample.py {run} --label 2 --cfg 2 --guide 30": "--cfg and --guide exclude each other",
     "sample.py {run} --enlarge {run} --enlarge {run}": "samples it must draw (3, 32, 32)",
     "sample.py none.toml": "none.toml: there is no such file",
     "sample.py runs/faces-20260101-120000": "faces-20260101-120000: there is no such file",
     "sample.py {run} --steps 101": "steps is 101; a model with 100 timesteps takes 1 to 100",
-    "edit.py interpolate 1 2 --depths 0.5,2": "depths is [0.5, 2]; it must be from 0 to 1",
     "sample.py --n 36 --indices 3,7": "--indices: not allowed with --n",
     "edit.py interpolate 1 2 --exact --depths 1": "--depths: not allowed with --exact",
     "edit.py invert 1 {run} --sampler dpm++": "--sampler: an inversion is that of ddim",
-    "edit.py invert 1 {run} --sampler ddim --eta 1": "--eta: an inversion is that of ddim",
     "edit.py vary 1 {run} --label 2,blue": "an edit has one --label",
-    "edit.py invert 1 {run} --guide 4": "--guide: an inversion is that of ddim",
     "edit.py invert 1 {run} --precision bfloat16": "--precision: an inversion is that of ddim",
     "edit.py inpaint a.png {run} --sampler dpm++": "depend on earlier steps",
     "edit.py inpaint a.png {run} --temperature 0.5": "with --temperature 1",
     "edit.py vary {root}/README.md {run}": "README.md: not a PNG",
     "edit.py interpolate no.png 1 {run}": "no.png: No such file",
-    "evaluate.py {run} --guide 4": "unrecognized arguments: --guide 4",
     "evaluate.py {run} --images 1 --out {empty}": "needs two held-out images or more; there are 1",
     # The folder is an error before the measurement, which may take hours, shows its bar.
     "evaluate.py {run} --t-stride 100 --out {empty}/notes.txt/out": "notes.txt",
     "evaluate.py distance": "required: DATA (see evaluate.py distance --help)",
 }
-if not torch.cuda.is_available():
-    COMMANDS["train.py --device cuda"] = "PyTorch must have it"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -76,9 +66,11 @@ def test_errors_are_one_line_and_leave_nothing(
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "notes.txt").write_text("not an image")
-    folders = {"empty": empty, "pictures": pictures, "root": ROOT, "run": tiny_run}
-    folders["init"] = f"train.py --init {tiny_run} --diffusion.dataset-name {pictures}"
-    name, *arguments = command.format(**folders).split()
+    init = f"train.py --init {tiny_run} --diffusion.dataset-name {pictures}"
+    command_line = command.format(
+        empty=empty, pictures=pictures, root=ROOT, run=tiny_run, init=init
+    )
+    name, *arguments = command_line.split()
     monkeypatch.setattr(sys, "argv", [name, *arguments, "--runs", str(tmp_path / "runs")])
     monkeypatch.chdir(tmp_path)
     before = {*tiny_run.rglob("*")}

@@ -1,11 +1,11 @@
-"""The page of demo.py in a real browser.
-
-It shows what sample.py and edit.py write, and answers bad input with a sentence.
-"""
+"""The page of demo.py, also in a real browser: it shows what sample.py and edit.py write."""
 
 import importlib.util
+import itertools
 import shutil
 import socket
+from argparse import ArgumentTypeError
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -14,16 +14,15 @@ import torch
 from numpy.testing import assert_array_equal
 from PIL import Image
 
-import edit
 import sample
 from data.decode import fit_image, open_image_file
 from data.pixels import picture_of, to_uint8
+from edit import InpaintFlags
+from figures.saved_model import open_saved
 from functions.samplers import SAMPLERS
-from functions.sampling.editing import interpolate_images
-from functions.sampling.generation import generate, open_drawing
-from functions.sampling.settings import DrawingConfig, add_sampling_flags, settings_of
-from functions.support.command_line import Parser
-from tests.conftest import call, changed, pixels_of, train_tiny, words
+from functions.sampling.editing import inpaint_image, interpolate_images
+from functions.sampling.generation import generate
+from tests.conftest import call, changed, pixels_of, refused, train_tiny
 
 pytest.importorskip("playwright", reason="requirements-dev.txt is not installed")
 # Gradio takes seconds to import, which tests that are not slow need not wait for.
@@ -35,119 +34,88 @@ pytestmark = [
 ]
 
 from tests import browser
-from tests.browser import UNPAINTED, fill, inpaint, picture, sentence, served, submit, tab
+from tests.browser import fill, inpaint, picture, served, submit, tab
 
-# Images of so many pixels are not enlarged in grids.
-SIZE = 96
-FLAGS = f"""
-    --model.image-size {SIZE}
-    --model.lowest-resolution-size 12
-    --model.dim-multiply 1,1,1,1
-    --model.transformer-layers 3
-    --diffusion.epochs 1
-    --diffusion.checkpoint-every 2
-"""
+FLAGS = "--seed 2 --sampler dpm++ --spacing trailing --guide 5 --guidance 3"
+# The run's images have so many pixels, and grids do not enlarge them here.
+SIZE = 16
+small_grids = mock.patch("functions.support.pictures.MIN_SIDE", SIZE)
 
 
-@pytest.fixture(scope="module")
-def run(pictures, tmp_path_factory):
-    """Return a run of 5 steps on images of SIZE, with checkpoints of steps 2, 4 and 5."""
-    return train_tiny(pictures, tmp_path_factory.mktemp("runs"), FLAGS)
+@small_grids
+def serve_small_grids():
+    browser.demo_script()
 
 
 @pytest.fixture(scope="module")
-def served_run(run, tmp_path_factory):
-    """Yield the address of a page for the run; at the end, Ctrl-C ends it."""
-    log = tmp_path_factory.mktemp("printed") / "log"
-    with served(log, "--runs", run.parent) as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    """Yield one browser for all tests here."""
-    with browser.browser() as chromium:
-        yield chromium
-
-
-@pytest.fixture
-def page(chromium, served_run):
-    """Yield a new page of the run; then check that it asked no other machine."""
+def page(tiny_run, tmp_path_factory):
+    """Yield the page of a run; at the end, Ctrl-C ends it, and it has asked no other machine."""
     urls = []
-    with chromium.new_page() as page:
+    printed = tmp_path_factory.mktemp("printed") / "log"
+    with (
+        served(printed, tiny_run, FLAGS, act=serve_small_grids) as address,
+        browser.browser() as chromium,
+        chromium.new_page() as page,
+    ):
         page.on("request", lambda request: urls.append(request.url))
-        page.goto(served_run)
+        page.goto(address)
         yield page
     assert urls
-    assert [url for url in urls if not url.startswith((served_run, "data:", "blob:"))] == []
+    assert all(url.startswith((address, "data:", "blob:")) for url in urls)
 
 
 def cut(grid):
     """Return the images of a grid, row by row."""
+    pixels = np.asarray(grid)
     # There are 2 pixels between images, and around them.
-    step = SIZE + 2
-    height, width = grid.shape[:2]
-    return [
-        grid[y : y + SIZE, x : x + SIZE]
-        for y in range(2, height - SIZE, step)
-        for x in range(2, width - SIZE, step)
-    ]
+    places = [range(2, length, SIZE + 2) for length in pixels.shape[:2]]
+    return [pixels[y : y + SIZE, x : x + SIZE] for y, x in itertools.product(*places)]
 
 
-def opened(run, *flags):
-    """Return the `Drawing` that sample.py has for these flags."""
-    parser = Parser()
-    add_sampling_flags(parser)
-    args = parser.parse_args(words(run, "--device cpu", *flags))
-    return open_drawing(args, settings_of(args))
-
-
-def test_draw_is_the_grid_of_the_script_with_the_flags_of_the_page(chromium, run, tmp_path):
+@small_grids
+def test_draw_is_the_grid_of_the_script_with_the_flags_of_the_page(page, tiny_run, tmp_path):
     """To the bit, as it is downloaded; the fields begin with the values of flags."""
-    flags = "--seed 2 --sampler dpm++ --spacing trailing --guide 2 --guidance 3"
-    with served(tmp_path / "log", run, *words(flags)) as address, chromium.new_page() as page:
-        page.goto(address)
-        fill(page, Seed=3, How_many=2, Steps=5)
-        submit(page)
-        grid = picture(page)
-    call(sample, run, flags, "--seed 3 --steps 5 --n 2 --device cpu --out", tmp_path / "out")
-    assert_array_equal(grid, pixels_of(tmp_path / "out" / "grid.png"))
+    fill(page, Seed=3, How_many=2, Steps=5)
+    submit(page)
+    grid = picture(page)
+    call(sample, tiny_run, FLAGS, "--seed 3 --steps 5 --n 2 --device cpu --out", tmp_path)
+    assert_array_equal(grid, pixels_of(tmp_path / "grid.png"))
 
 
 def test_mix_in_the_page_shows_an_upload(page, pictures):
     """At depth 0 it comes back."""
     tab(page, "Mix")
     fill(page, Depth=0, Share=1, Steps=5)
+    file = pictures / "00003.png"
     panel = page.get_by_role("tabpanel").locator("visible=true")
-    panel.locator("input[type=file]").last.set_input_files(pictures / "00003.png")
+    panel.locator("input[type=file]").last.set_input_files(file)
     # The picture is shown when the upload is complete.
     panel.locator("img").last.wait_for()
     submit(page)
-    photo = fit_image(open_image_file(pictures / "00003.png"), (3, SIZE, SIZE))
-    _, mixture, second = cut(picture(page))
-    assert_array_equal(second, photo)
-    assert_array_equal(mixture, photo)
+    photo = fit_image(open_image_file(file), (3, SIZE, SIZE))
+    assert_array_equal(cut(picture(page))[1:], [photo, photo])
 
 
-def test_mix_is_that_of_edits(run):
+@small_grids
+def test_mix_is_that_of_edits(tiny_run):
     from demo import mix  # This imports Gradio.
 
-    drawing = opened(run, "--seed 3 --sampler dpm++ --steps 5")
+    drawing = open_saved(tiny_run, "--seed 3 --sampler dpm++ --steps 5 --device cpu")
     ends = generate(changed(drawing, batch_size=1), [0, 12])
     mixture = interpolate_images(drawing, ends, drawing.time_at(0.5), torch.tensor([0.3]))
     expected = to_uint8(torch.stack([ends[0], mixture[0], ends[1]]))
-    assert_array_equal(cut(np.asarray(mix(drawing, 0.5, 0.3, 0, None, 12, None))), expected)
+    assert_array_equal(cut(mix(drawing, 0.5, 0.3, 0, None, 12, None)), expected)
 
 
-def test_paint_in_the_page_shows_in_grey_what_is_painted_over(page, run):
-    """It begins with image 0 of the flags' seed, enlarged and then reduced again."""
+def test_paint_in_the_page_shows_in_grey_what_is_painted_over(page, tiny_run):
+    """It begins with image 0 of the flags' seed, enlarged and then reduced again.
+
+    As long as nothing is painted over, it says so.
+    """
     tab(page, "Paint")
     fill(page, Seed=3, Steps=4)
-    # Nothing is painted over yet.
-    submit(page)
-    sentence(page, UNPAINTED)
     image, kept, *answers = cut(inpaint(page))
-    drawing = opened(run, "--sampler dpm++ --steps 20")
+    drawing = open_saved(tiny_run, f"{FLAGS} --steps 20 --device cpu")
     first = picture_of(to_uint8(generate(drawing, [0]))[0]).resize((512, 512))
     assert_array_equal(image, fit_image(first, drawing.models.shape))
     painted = (kept == 128).all(axis=2)
@@ -156,25 +124,33 @@ def test_paint_in_the_page_shows_in_grey_what_is_painted_over(page, run):
         assert_array_equal(answer[~painted], image[~painted])
 
 
-def test_paint_is_that_of_edits(run, pictures, tmp_path):
+def test_mix_and_paint_have_one_label(tiny_run):
+    from demo import mix, paint
+
+    drawing = changed(open_saved(tiny_run, "--device cpu"), label=("a", "b"))
+    for work, values in ((mix, (0.5, 0.3, 0, None, 1, None)), (paint, (1, {}))):
+        with refused("an edit has one --label"):
+            work(drawing, *values)
+
+
+@small_grids
+def test_paint_is_that_of_edits(tiny_run, pictures):
+    """With the defaults of edit.py, whose tests are in tests/functions/sampling."""
     from demo import paint
 
-    mask = np.zeros((SIZE, SIZE), np.uint8)
-    mask[20:50] = 255
+    mask = np.zeros((SIZE, SIZE), bool)
+    mask[4:9] = True
     photo = Image.open(pictures / "00003.png").resize((SIZE, SIZE))
-    photo.save(tmp_path / "image.png")
-    Image.fromarray(mask).save(tmp_path / "mask.png")
-    flags = "--steps 4 --seed 3 --sampler ddpm"
-    files = [tmp_path / "image.png", run, "--mask", tmp_path / "mask.png", "--out", tmp_path]
-    call(edit, "inpaint", *files, flags, "--n 2 --device cpu")
-    layer = np.dstack([mask] * 4)
-    edited = paint(opened(run, flags), 2, {"background": photo, "layers": [layer]})
-    assert_array_equal(cut(np.asarray(edited)), cut(pixels_of(tmp_path / "inpainting-image.png")))
+    drawing = open_saved(tiny_run, "--steps 4 --seed 3 --sampler ddpm --device cpu")
+    layer = np.dstack([np.uint8(255) * mask] * 4)
+    edited = paint(drawing, 2, {"background": photo, "layers": [layer]})
+    expected = inpaint_image(drawing, np.array(photo), mask, InpaintFlags.resample, 2)
+    assert_array_equal(cut(edited), expected)
 
 
-def test_it_listens_to_this_machine_alone(served_run):
+def test_it_listens_to_this_machine_alone(page):
     """On Linux 127.0.0.2 is this machine, too; who listens to other machines answers there."""
-    port = int(served_run.strip("/").split(":")[-1])
+    port = int(page.url.strip("/").split(":")[-1])
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.2", port))
 
@@ -212,23 +188,23 @@ def test_a_model_of_few_timesteps_begins_with_all_of_them(trained, shown, monkey
     assert [steps for _, _, steps, *_ in shown] == [11] * 3
 
 
-def test_flags_of_one_sampler_leave_the_others_as_they_are(run, shown):
-    begun = opened(run, "--sampler dpm++ --steps 4 --eta 0.5 --temperature 0.5")
+def test_flags_of_one_sampler_leave_the_others_as_they_are(tiny_run, shown):
+    begun = open_saved(tiny_run, "--sampler dpm++ --steps 4 --eta 0.5 --temperature 0.5")
     submit = drawing_tab(begun)
     assert submit(None, 0, "dpm++", 4).config == begun.config
-    plain = DrawingConfig(model=begun.config.model, sampler="ddim", steps=3)
+    plain = replace(begun.config.alone(), sampler="ddim", steps=3)
     assert submit(None, 0, "ddim", 3).config == plain
 
 
 def test_a_model_with_labels_has_fields_for_them(labelled_pictures, tmp_path, shown):
-    """An empty label draws without one, and then the weight has no effect."""
+    """They begin as the flags are, and are read as these. An empty field is none."""
     labels = "--diffusion.labels true --diffusion.epochs 1"
     run = train_tiny(labelled_pictures, tmp_path, labels)
-    submit = drawing_tab(opened(run, "--sampler dpm++ --steps 4 --label b --cfg 2"))
-    assert shown == [[0, "dpm++", 4, "b", 2.0]]
-    drawing = submit(None, 0, "dpm++", 4, "a", 3)
-    guided = drawing.models.denoiser
-    assert guided.weight == 3
-    assert guided.model.inputs["label"].tolist() == [0]
-    plain = submit(None, 0, "dpm++", 4, "", 3)
-    assert plain.models.denoiser.inputs == {}
+    submit = drawing_tab(open_saved(run, "--sampler dpm++ --steps 4 --label b --cfg 2"))
+    assert shown == [[0, "dpm++", 4, "b", "2.0"]]
+    config = submit(None, 0, "dpm++", 4, "a,b", "3").config
+    assert (config.label, config.cfg) == (("a", "b"), 3)
+    config = submit(None, 0, "dpm++", 4, "", "").config
+    assert (config.label, config.cfg) == ((), None)
+    with pytest.raises(ArgumentTypeError, match="cfg is 'much'; it must be a number"):
+        submit(None, 0, "dpm++", 4, "a", "much")

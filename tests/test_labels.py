@@ -200,7 +200,6 @@ def test_guidance_by_the_label_is_that_of_the_same_network_without_it():
     """tests/functions/test_guidance.py has what a guide does."""
     drawing = drawing_of(UNet(**SMALL_MODEL, label_count=2), label=("b", "a"), cfg=2.5)
     guided = given(changed(drawing, {"facts": {"label_names": ["b", "a"]}}), [0, 1, 2])
-    guided = guided.models.denoiser
     assert isinstance(guided, Guided)
     assert guided.weight == 2.5
     assert guided.model.inputs["label"].tolist() == [0, 1, 0]

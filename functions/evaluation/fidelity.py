@@ -174,10 +174,8 @@ def frechet_distance(features: Tensor) -> float:
     """Return the distance of images with these features, (N, DIMENSIONS), from the real ones.
 
     It is |m|^2 + tr(C + I - 2 C^(1/2)), because the features of the real images have mean 0 and
-    covariance I (`features_beside`). Raises UserError for fewer than two images.
+    covariance I (`features_beside`). There must be two images or more.
     """
-    if len(features) < 2:
-        raise UserError("a distance compares variances, so it needs two images or more")
     # Rounding can leave an eigenvalue below zero.
     variances = torch.linalg.eigvalsh(features.T.cov()).clamp(min=0)
     differences = torch.cat([features.mean(0), variances.sqrt() - 1])

@@ -12,9 +12,8 @@ RePaint's jumps back have length 10, for 250 steps.
 All of this happens at the size of the model. What the enlargers then draw is shown.
 """
 
-import itertools
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -26,51 +25,80 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.batches import batches_of
+from data.conditions import Given
 from data.decode import fit_image, fit_mask, open_image_file, to_pixels
 from data.pixels import to_model_range, to_uint8
 from functions.enlarging import Keeping, Known
 from functions.samplers import ddim_invert, ddim_sample
 from functions.sampling.generation import (
     Drawing,
-    denoise,
+    Noise,
     enlarge_images,
     generate,
+    given,
     step_bar,
     take_steps,
 )
 from functions.sampling.samples_folder import manifest_of, new_samples_folder, open_folder
-from functions.sampling.settings import OF_SAMPLER, Use
+from functions.sampling.settings import OF_SAMPLER, DrawingConfig
 from functions.support.errors import UserError
 from functions.support.pictures import save_grid, save_strip
 
-# A row of a figure has this many mixtures, from the first image to the second.
-MIXTURE_COUNT = 9
+# A row of a figure has mixtures with these weights of the second image, between both.
+WEIGHTS = torch.linspace(0, 1, 9)
+MIXTURE_TITLES = ["A", *(f"{weight:.3g}" for weight in WEIGHTS), "B"]
 # A row of a figure has this many variations, after the image itself.
 VARIATION_COUNT = 8
-# An inpainting has this many steps, or all if there are fewer, unless --steps says otherwise.
+# An inpainting, and an inversion
 INPAINTING_STEPS = 50
-# An inversion has this many steps, or all if there are fewer.
 EXACT_STEPS = 200
-# What the verbs use of the settings
-INPAINTING = Use(OF_SAMPLER, {"sampler": "ddpm"}, OF_SAMPLER | {"sampler"}, steps=INPAINTING_STEPS)
-INVERSION = Use(
-    OF_SAMPLER | {"guide", "guidance", "cfg", "enlarge"},
-    {"sampler": "ddim", "eta": 0.0, "precision": "float32"},
-    frozenset(("steps", "spacing")),
-    EXACT_STEPS,
-    "an inversion is that of ddim with eta 0 in float32, without other models; use --steps and "
-    "--spacing alone",
-)
+INPAINTING = {"sampler": "ddpm", **OF_SAMPLER}
+INVERSION = {
+    "sampler": "ddim",
+    **OF_SAMPLER,
+    "eta": 0.0,
+    "precision": "float32",
+    "guide": None,
+    "guidance": None,
+    "cfg": None,
+    "enlarge": (),
+}
 # Grey that fills the mask in the picture of the known pixels.
 GREY = 128
-# It returns a free path for a picture of this kind.
-NewPath = Callable[[str], Path]
+
+
+def check_edit(verb: str, config: DrawingConfig) -> None:
+    """Raise UserError for settings that a verb cannot use."""
+    for name in vars(Given()):
+        value = getattr(config, name)
+        if isinstance(value, tuple) and len(value) > 1:
+            raise UserError(f"an edit has one --{name}")
+    if verb == "invert":
+        for name, value in INVERSION.items():
+            if getattr(config, name) != value and name not in ("steps", "spacing"):
+                raise UserError(
+                    f"--{name}: an inversion is that of ddim with eta 0 in float32, without other "
+                    "models; use --steps and --spacing alone"
+                )
+    full = config.sampler == "ddpm" or (config.sampler, config.eta) == ("ddim", 1.0)
+    if verb == "inpaint" and not (full and config.temperature == 1):
+        raise UserError(
+            "inpaint needs --sampler ddpm, or ddim --eta 1, with --temperature 1: others add too "
+            "little noise, or depend on earlier steps, which inpainting undoes"
+        )
+
+
+def denoise(drawing: Drawing, x_t: Tensor, t: int, noise: Noise) -> Tensor:
+    """Denoise states (B, C, H, W) at t, one of the sampler's timesteps, to images."""
+    times = [s for s in drawing.times if s <= t]
+    return take_steps(drawing, given(drawing, [0]), x_t, times, noise)
 
 
 def interpolate_images(drawing: Drawing, ends: Tensor, t: int, weights: Tensor) -> Tensor:
-    """Noise two images to timestep t, interpolate linearly, and denoise: (L, C, H, W) images.
+    """Noise two images to timestep t, interpolate linearly, denoise and enlarge: (L, C, H, W).
 
-    `ends` are (2, C, H, W). `weights`, (L,), are the weights of the second end.
+    `ends` are (2, C, H, W). `weights`, (L,), are the weights of the second end. The images are on
+    the CPU.
     """
     # An end may have been sampled from the noise of image 0. The purpose makes this noise differ
     # from that of image 0.
@@ -79,18 +107,21 @@ def interpolate_images(drawing: Drawing, ends: Tensor, t: int, weights: Tensor) 
     first, second = drawing.scheduler.q_sample(ends, t, noise())
     w = weights.view(-1, 1, 1, 1)
     x_t = (1 - w) * first + w * second
-    # The noise of a step is the same for all mixtures, too.
-    return denoise(drawing, x_t, t, lambda: noise().expand_as(x_t))
+    # The noise of a step, and that of the details, is the same for all mixtures, too.
+    images = denoise(drawing, x_t, t, noise)
+    return enlarge_images(drawing, images, [0], "interpolation details")
 
 
 def variations(drawing: Drawing, x_0: Tensor, t: int, indices: Sequence[int]) -> Tensor:
-    """Noise x_0 (C, H, W) to timestep t with different noise, and denoise: (N, C, H, W) images.
+    """Noise x_0 (C, H, W) to t with different noise, denoise and enlarge: (N, C, H, W).
 
-    For the same x_0 and t, each variation depends only on the seed and its index.
+    For the same x_0 and t, each variation depends only on the seed and its index. The images are on
+    the CPU.
     """
     noise = drawing.noise(indices, "variation")
     x_t = drawing.scheduler.q_sample(x_0, t, noise())
-    return denoise(drawing, x_t, t, noise)
+    images = denoise(drawing, x_t, t, noise)
+    return enlarge_images(drawing, images, indices, "variation details")
 
 
 def interpolate_exactly(drawing: Drawing, ends: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,7 +130,7 @@ def interpolate_exactly(drawing: Drawing, ends: Tensor, weights: Tensor) -> tupl
     `ends` are (2, C, H, W), or (1, C, H, W) for an image that is mixed with itself. `weights`,
     (L,), are the weights of the second end.
     """
-    denoiser = drawing.models.denoiser
+    denoiser = given(drawing, [0])
     times = drawing.times
     with step_bar(drawing, len(ends) + len(weights), True) as bar:
 
@@ -138,7 +169,7 @@ def inpaint(drawing: Drawing, known: Known, resample: int, indices: Sequence[int
     """
     x_0, mask = known.at_size()
     # Of an image that is larger, pixels at the edge of the mask are known in part.
-    keeping = drawing.with_denoiser(Keeping(drawing.models.denoiser, known))
+    keeping = Keeping(given(drawing, [0]), known)
     scheduler = drawing.scheduler
     # A step leads from timestep t to s.
     steps = list(pairwise(drawing.times))
@@ -151,7 +182,7 @@ def inpaint(drawing: Drawing, known: Known, resample: int, indices: Sequence[int
             if repeat > 0:
                 beta = scheduler.step_beta(t, s)
                 x = (1 - beta) ** 0.5 * x + beta**0.5 * noise()
-            unknown = take_steps(keeping, x, [t, s], noise)
+            unknown = take_steps(drawing, keeping, x, [t, s], noise)
             # At s = -1, the clean image, this is x_0 itself.
             x = torch.where(mask, unknown, scheduler.q_sample(x_0, s, noise()))
     return x
@@ -211,82 +242,60 @@ def inpaint_image(
     return np.concatenate([[image, pixels_left], *results])
 
 
-def save_mixtures(args: Namespace, drawing: Drawing, new_path: NewPath) -> None:
-    """Save a figure of mixtures of two images: a row for each depth, or with --exact of noises."""
+def save_mixtures(args: Namespace, drawing: Drawing) -> None:
+    """Save a figure of mixtures of two images, with a row for each depth."""
     (first, shown_first), (second, shown_second) = (
         read_image(drawing, text) for text in args.images
     )
     ends = torch.stack([first, second])
-    path = new_path("interpolation")
-    weights = torch.linspace(0, 1, MIXTURE_COUNT, device=drawing.models.device)
+    path = edited_path(args, drawing, "interpolation")
+    batches = WEIGHTS.to(ends.device).split(drawing.batch_size)
     rows = {}
-    if args.exact:
-        _, mixtures = interpolate_exactly(drawing, ends, weights)
-        print_errors(mixtures[[0, -1]] - ends)
-        rows[drawing.times[0]] = mixtures
-    else:
-        for t in tqdm(times_of(drawing, args.depths), "interpolation", unit="row"):
-            batches = weights.split(drawing.batch_size)
-            rows[t] = torch.cat([mixtures_at(drawing, ends, t, batch) for batch in batches])
-    rows = {t: torch.cat([shown_first, row.cpu(), shown_second]) for t, row in rows.items()}
-    save_rows(rows, ["A", *(f"{weight:.3g}" for weight in weights), "B"], path)
+    for t in times_of(args, drawing):
+        mixtures = [interpolate_images(drawing, ends, t, batch) for batch in batches]
+        rows[t] = [shown_first, *mixtures, shown_second]
+    save_rows(rows, MIXTURE_TITLES, path)
 
 
-def mixtures_at(drawing: Drawing, ends: Tensor, t: int, weights: Tensor) -> Tensor:
-    """Return `interpolate_images`, enlarged with the same noise: (L, C, H, W), on the CPU."""
-    images = interpolate_images(drawing, ends, t, weights)
-    return enlarge_images(drawing, images, [0], "interpolation details")
-
-
-def save_inversion(args: Namespace, drawing: Drawing, new_path: NewPath) -> None:
-    """Save a figure of an image, its noise, and what is sampled from this noise."""
-    x_0 = read_image(drawing, args.images[0])[0][None]
-    path = new_path("inversion")
-    noise, again = interpolate_exactly(drawing, x_0, x_0.new_zeros(1))
-    print_errors(again - x_0)
-    row = torch.cat([x_0, noise, again])
-    save_rows({drawing.times[0]: row}, ["A", "its noise", "its way back"], path)
-
-
-def print_errors(differences: Tensor) -> None:
-    """Print by how much A and B, (B, C, H, W), change on the way to their noise and back."""
-    errors = differences.square().mean((1, 2, 3)).sqrt()
-    for name, error in zip("AB", errors, strict=False):
+def save_inversion(args: Namespace, drawing: Drawing) -> None:
+    """Save a figure of mixtures of the noise of two images; or of one, its noise and way back."""
+    ends = torch.stack([read_image(drawing, text)[0] for text in args.images])
+    path = edited_path(args, drawing, "inversion")
+    weights = WEIGHTS if len(ends) == 2 else WEIGHTS[:1]
+    noise, images = interpolate_exactly(drawing, ends, weights.to(ends.device))
+    for name, end, again in zip("AB", ends, images[[0, -1]], strict=False):
+        error = (again - end).square().mean().sqrt()
         # From -1 to 1 there are 255 levels.
         print(f"{name} comes back {127.5 * error:.2f} of 255 levels off (RMS)")
+    if len(ends) == 2:
+        row, titles = [ends[:1], images, ends[1:]], MIXTURE_TITLES
+    else:
+        row, titles = [ends, noise, images], ["A", "its noise", "its way back"]
+    save_rows({drawing.times[0]: row}, titles, path)
 
 
-def save_variations(args: Namespace, drawing: Drawing, new_path: NewPath) -> None:
+def save_variations(args: Namespace, drawing: Drawing) -> None:
     """Save a figure of an image and its variations, with a row for each depth."""
     x_0, shown = read_image(drawing, args.images[0])
-    path = new_path("variations")
+    path = edited_path(args, drawing, "variations")
+    batches = batches_of(range(VARIATION_COUNT), drawing.batch_size)
     rows = {}
-    for t in tqdm(times_of(drawing, args.depths), "variations", unit="row"):
-        results = []
-        for indices in batches_of(range(VARIATION_COUNT), drawing.batch_size):
-            images = variations(drawing, x_0, t, indices)
-            results.append(enlarge_images(drawing, images, indices, "variation details"))
-        rows[t] = torch.cat([shown, *results])
+    for t in times_of(args, drawing):
+        rows[t] = [shown, *(variations(drawing, x_0, t, batch) for batch in batches)]
     save_rows(rows, ["A", *map(str, range(VARIATION_COUNT))], path)
 
 
-def times_of(drawing: Drawing, depths: list[float]) -> list[int]:
-    """Return the sampler's timesteps nearest to these depths, each once."""
-    return list(dict.fromkeys(map(drawing.time_at, depths)))
+def times_of(args: Namespace, drawing: Drawing) -> Iterable[int]:
+    """Return the sampler's timesteps nearest to --depths, each once, with a progress bar."""
+    times = dict.fromkeys(map(drawing.time_at, args.depths))
+    return tqdm(times, args.verb, unit="row")
 
 
-def save_inpaintings(args: Namespace, drawing: Drawing, new_path: NewPath) -> None:
+def save_inpaintings(args: Namespace, drawing: Drawing) -> None:
     """Save a grid of an image, its known pixels, and its inpaintings."""
-    config = drawing.config
-    full = config.sampler == "ddpm" or (config.sampler, config.eta) == ("ddim", 1.0)
-    if not full or config.temperature != 1:
-        raise UserError(
-            "inpaint needs --sampler ddpm, or ddim --eta 1, with --temperature 1: others add too "
-            "little noise, or depend on earlier steps, which inpainting undoes"
-        )
-    shape = drawing.models.enlarged_shape()
+    shape = drawing.models.enlarged_shape
     image, mask = read_with_mask(args.images[0], args.mask, shape)
-    path = new_path("inpainting")
+    path = edited_path(args, drawing, "inpainting")
     pictures = inpaint_image(drawing, image, mask, args.resample, args.n)
     save_grid(pictures, path, columns=min(len(pictures), 8))
     print(f"wrote {path}")
@@ -315,41 +324,36 @@ def read_image(drawing: Drawing, text: str) -> tuple[Tensor, Tensor]:
 
 
 def edited_path(args: Namespace, drawing: Drawing, kind: str) -> Path:
-    """Return a free path for a picture of the images, in --out or in a new folder with a manifest.
-
-    The drawing is as it was opened.
-    """
+    """Return a free path for a picture of the images, in --out or a new folder with a manifest."""
     folder = args.out
-    if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-    else:
+    if not folder:
         folder = new_samples_folder(args.checkpoint, drawing.models.saved)
         open_folder(folder, manifest_of(drawing))
+    folder.mkdir(parents=True, exist_ok=True)
     # A file name has at most 255 bytes, and a letter up to four.
     name = "-".join([kind, *(Path(text).stem[:25] for text in args.images)])
-    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-    return next(path for name in names if not (path := folder / f"{name}.png").exists())
+    path = folder / f"{name}.png"
+    number = 1
+    while path.exists():
+        number += 1
+        path = folder / f"{name}-{number}.png"
+    return path
 
 
-def save_rows(rows: dict[int, Tensor], titles: list[str], path: Path) -> None:
-    """Save a figure with a row of images (B, C, H, W) for each timestep, and print its path."""
-    images = np.stack([to_uint8(row) for row in rows.values()], axis=1)
+def save_rows(rows: dict[int, list[Tensor]], titles: list[str], path: Path) -> None:
+    """Save a figure with a row of images, (B, C, H, W) each, for a timestep, and print its path."""
+    images = np.stack([to_uint8(torch.cat(row)) for row in rows.values()], axis=1)
     # The titles give the paper's t, which is 0 for a clean image.
     row_titles = [f"t = {t + 1}" for t in rows]
     save_strip(dict(zip(titles, images, strict=True)), path, row_titles)
     print(f"wrote {path}")
 
 
+# What saves the picture of a verb, the settings that it has whatever a recipe says, and its number
+# of steps, or all if there are fewer, unless --steps says otherwise
 VERBS = {
-    "interpolate": save_mixtures,
-    "invert": save_inversion,
-    "vary": save_variations,
-    "inpaint": save_inpaintings,
+    "interpolate": (save_mixtures, {}, None),
+    "invert": (save_inversion, INVERSION, EXACT_STEPS),
+    "vary": (save_variations, {}, None),
+    "inpaint": (save_inpaintings, INPAINTING, INPAINTING_STEPS),
 }
-
-
-def use_of(verb: str, exact: bool = False) -> Use:
-    """Return what a verb can use of the settings; `exact` is that flag of interpolate."""
-    if verb == "invert" or exact:
-        return INVERSION
-    return INPAINTING if verb == "inpaint" else Use()

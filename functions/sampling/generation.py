@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.batches import batches_of
-from data.conditions import CONDITIONS, chosen_inputs
+from data.conditions import chosen_inputs
 from functions.denoiser import Predictor
 from functions.enlarging import Known, enlarge, enlarging_times
 from functions.guidance import Guided
@@ -57,17 +57,15 @@ class Drawing:
     def settings(self) -> dict[str, Any]:
         """All that determines the pixels, with digests in place of models, for manifests."""
         config, models = self.config, self.models
-        hidden = fields_with(DrawingConfig, "no_pixels")
-        values = {name: value for name, value in vars(config).items() if name not in hidden}
-        values |= config.arguments
+        values = vars(config) | config.arguments
         values |= {"precision": models.precision, "steps": self.step_count}
         if config.guide is not None:
             values |= {"guide": models.guide_digest[:16], "guidance": config.guide_weight}
-        values["enlarge"] = tuple(enlarger.digest[:16] for enlarger in models.enlargers)
-        if not models.clip_x_0:
-            values["clip_x_0"] = False
-        given = {name: value for name, value in values.items() if value not in (None, ())}
-        return {"seed": self.seed, **given}
+        values["enlarge"] = tuple(each.saved.digest[:16] for each in models.enlargers)
+        values["clip_x_0"] = None if models.clip_x_0 else False
+        without = fields_with(DrawingConfig, "no_pixels")
+        without |= {name for name, value in values.items() if value in (None, ())}
+        return {"seed": self.seed} | {name: values[name] for name in values if name not in without}
 
     @property
     def scheduler(self) -> NoiseScheduler:
@@ -97,15 +95,9 @@ class Drawing:
         """Return the sampler's timestep nearest to `depth`, from 0 (the image) to 1 (noise)."""
         return min(self.times, key=lambda t: abs(t + 1 - depth * self.scheduler.timesteps))
 
-    def with_denoiser(self, denoiser: Predictor) -> "Drawing":
-        """Return the drawing by another denoiser of the same images, which has all conditions."""
-        models = replace(self.models, denoiser=denoiser, facts={}, inputs={})
-        return replace(self, models=models, config=self.config.unconditional())
-
-    def noise(self, indices: Sequence[int], purpose: str = "image", enlargements: int = 0) -> Noise:
+    def noise(self, indices: Sequence[int], purpose: str = "image") -> Noise:
         """Return what draws the noise of these images: first x_T, then that of the steps."""
-        shape = self.models.enlarged_shape(enlargements)
-        return image_noise(self.seed, indices, shape, self.models.device, purpose)
+        return image_noise(self.seed, indices, self.models.shape, self.models.device, purpose)
 
 
 def open_drawing(args: Namespace, config: DrawingConfig, most_steps: int | None = None) -> Drawing:
@@ -125,10 +117,10 @@ def open_drawing(args: Namespace, config: DrawingConfig, most_steps: int | None 
     return Drawing(models, config, args.seed)
 
 
-def given(drawing: Drawing, indices: Sequence[int]) -> Drawing:
-    """Return the drawing whose denoiser has the inputs of its network for these images, if any.
+def given(drawing: Drawing, indices: Sequence[int]) -> Predictor:
+    """Return the denoiser with the inputs of its network for these images, if any.
 
-    With `cfg` it is guided by itself without any condition. A single index is for all images.
+    With `cfg` it is guided by itself without these. A single index is for all images.
     """
     models, config = drawing.models, drawing.config
     inputs = {
@@ -137,19 +129,23 @@ def given(drawing: Drawing, indices: Sequence[int]) -> Drawing:
     chosen = chosen_inputs(config, models.facts, indices, config.cfg)
     inputs |= {name: values.to(models.device) for name, values in chosen.items()}
     denoiser = models.denoiser.given(**inputs)
-    if config.cfg is not None:
-        others = {name: values for name, values in inputs.items() if name not in CONDITIONS}
-        denoiser = Guided(denoiser, models.denoiser.given(**others), config.cfg)
-    return drawing.with_denoiser(denoiser)
+    if config.cfg is None:
+        return denoiser
+    return Guided(denoiser, models.denoiser, config.cfg)
 
 
 def take_steps(
-    drawing: Drawing, x: Tensor, times: list[int], noise: Noise, on_step: OnStep | None = None
+    drawing: Drawing,
+    denoiser: Predictor,
+    x: Tensor,
+    times: list[int],
+    noise: Noise,
+    on_step: OnStep | None = None,
 ) -> Tensor:
     """Run the sampler on states (B, C, H, W) from times[0] to times[-1] (descending).
 
-    `noise()` draws a step's noise. The temperature scales it in steps that end above
-    TEMPERATURE_MIN_LOG_SNR.
+    The denoiser is that of `given`, or what wraps it. `noise()` draws a step's noise. The
+    temperature scales it in steps that end above TEMPERATURE_MIN_LOG_SNR.
     """
     config = drawing.config
 
@@ -158,7 +154,7 @@ def take_steps(
         return (config.temperature if cooled else 1.0) * noise()
 
     return SAMPLERS[config.sampler].function(
-        drawing.models.denoiser,
+        denoiser,
         x,
         times,
         **config.arguments,
@@ -166,11 +162,6 @@ def take_steps(
         step_noise=step_noise,
         on_step=on_step,
     )
-
-
-def denoise(drawing: Drawing, x_t: Tensor, t: int, noise: Noise) -> Tensor:
-    """Denoise states (B, C, H, W) at t, one of the sampler's timesteps, to images."""
-    return take_steps(drawing, x_t, [s for s in drawing.times if s <= t], noise)
 
 
 def sample_batch(
@@ -188,7 +179,8 @@ def sample_batch(
             on_step(*step)
 
     noise = drawing.noise(indices)
-    images = take_steps(given(drawing, indices), noise(), drawing.times, noise, after_step)
+    denoiser = given(drawing, indices)
+    images = take_steps(drawing, denoiser, noise(), drawing.times, noise, after_step)
     return enlarge_images(drawing, images, indices, on_step=lambda *_: bar.update(len(indices)))
 
 
@@ -210,8 +202,8 @@ def enlarge_images(
     enlargers = drawing.models.enlargers
     known = known or [None] * len(enlargers)
     for k, (model, kept) in enumerate(zip(enlargers, known, strict=True), start=1):
-        details = drawing.noise(indices, f"{purpose} {k}", k)
-        images = enlarge(model.denoiser, images, details, kept, on_step, model.clip_x_0)
+        noise = image_noise(drawing.seed, indices, model.shape, model.device, f"{purpose} {k}")
+        images = enlarge(model.denoiser, images, noise, kept, on_step, model.clip_x_0)
     return images.cpu()
 
 
@@ -232,7 +224,7 @@ def generate(
 
 def step_bar(drawing: Drawing, count: int, shown: bool) -> tqdm:
     """Return a progress bar for the steps of `count` images."""
-    schedulers = [enlarger.denoiser.scheduler for enlarger in drawing.models.enlargers]
-    details = sum(len(enlarging_times(scheduler)) - 1 for scheduler in schedulers)
+    enlargers = drawing.models.enlargers
+    details = sum(len(enlarging_times(each.denoiser.scheduler)) - 1 for each in enlargers)
     total = count * (drawing.step_count + details)
     return tqdm(desc="sampling", total=total, unit="step", unit_scale=True, disable=not shown)

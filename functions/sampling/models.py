@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,18 +18,9 @@ from functions.support.device import choose_device, set_deterministic
 from functions.support.errors import UserError
 
 
-class Enlarger(NamedTuple):
-    """A model that draws images at twice their size (functions/enlarging.py)."""
-
-    denoiser: Predictor
-    # False for a few models from diffusers folders.
-    clip_x_0: bool = True
-    digest: str = ""
-
-
 @dataclass(frozen=True)
 class Models:
-    """What was loaded: models, facts about them, and the device on which they are."""
+    """A model that was loaded, with what draws beside it, or one of these."""
 
     denoiser: Predictor
     shape: tuple[int, int, int]  # (C, H, W)
@@ -39,8 +29,8 @@ class Models:
     precision: str = "float32"
     # False for a few models from diffusers folders.
     clip_x_0: bool = True
-    # Each of them draws the images at twice their size.
-    enlargers: tuple[Enlarger, ...] = ()
+    # Each of them draws the images at twice their size (functions/enlarging.py).
+    enlargers: tuple["Models", ...] = ()
     guide_digest: str = ""
     # What is known of the model (data/conditions.py)
     facts: dict = field(default_factory=dict)
@@ -50,11 +40,10 @@ class Models:
     # Where the denoiser comes from; a training, which draws grids, has not saved it.
     saved: SavedModel | None = None
 
-    def enlarged_shape(self, count: int | None = None) -> tuple[int, int, int]:
-        """Return the shape of images after so many enlargements, by default all."""
-        factor = 2 ** (len(self.enlargers) if count is None else count)
-        channels, height, width = self.shape
-        return channels, height * factor, width * factor
+    @property
+    def enlarged_shape(self) -> tuple[int, int, int]:
+        """The shape of the images that all enlargers have enlarged."""
+        return [self, *self.enlargers][-1].shape
 
 
 def open_models(config: DrawingConfig, device_name: str) -> Models:
@@ -66,19 +55,9 @@ def open_models(config: DrawingConfig, device_name: str) -> Models:
     """
     device = choose_device(device_name)
     set_deterministic(False)
-    saved, denoiser = open_model(Path(config.model), device, config.precision)
-    processes.print_main(f"{saved.path}: {saved}")
+    models = opened(Path(config.model), device, config.precision)
     # This raises errors about conditions before other models are loaded.
-    chosen_inputs(config, saved.facts, [0], config.cfg)
-    models = Models(
-        denoiser,
-        saved.model.image_shape,
-        device,
-        str(denoiser.precision).removeprefix("torch."),
-        clips_x_0(saved),
-        facts=saved.facts,
-        saved=saved,
-    )
+    chosen_inputs(config, models.facts, [0], config.cfg)
     if config.guide is not None:
         models = guided(models, config)
     for path in config.enlarge:
@@ -86,9 +65,19 @@ def open_models(config: DrawingConfig, device_name: str) -> Models:
     return models
 
 
-def clips_x_0(saved: SavedModel) -> bool:
-    """Return whether samplers clip a model's x_0: always, but for a few of diffusers."""
-    return saved.config["diffusion"].get("clip_x_0", True)
+def opened(path: Path, device: torch.device, precision: str, role: str = "") -> Models:
+    """Load one model, and print what it is, after its role."""
+    saved, denoiser = open_model(path, device, precision)
+    processes.print_main(f"{role}{saved.path}: {saved}")
+    return Models(
+        denoiser,
+        saved.model.image_shape,
+        device,
+        str(denoiser.precision).removeprefix("torch."),
+        saved.config["diffusion"].get("clip_x_0", True),
+        facts=saved.facts,
+        saved=saved,
+    )
 
 
 def guided(models: Models, config: DrawingConfig) -> Models:
@@ -97,23 +86,21 @@ def guided(models: Models, config: DrawingConfig) -> Models:
     Raises UserError for a guide with another noise schedule, shape of images or condition.
     """
     # The guide keeps its own objective, and its network may have another size.
-    model, saved = models.denoiser, models.saved
-    path = processes.on_main(guide_path, config.guide, saved)
-    saved_guide, guide = open_model(path, models.device, models.precision)
-    processes.print_main(f"guide {saved_guide.path}: {saved_guide}")
+    path = processes.on_main(guide_path, config.guide, models.saved)
+    guide = opened(path, models.device, models.precision, "guide ")
+    refusal = f"{guide.saved.path} cannot guide {models.saved.path}"
     for name, row in CONDITIONS.items():
-        if getattr(config, name) and row.known(saved_guide.facts) != row.known(saved.facts):
-            raise UserError(f"{saved_guide.path} cannot guide {saved.path}: other {row.switch}")
+        if getattr(config, name) and row.known(guide.facts) != row.known(models.facts):
+            raise UserError(f"{refusal}: other {row.switch}")
     # Both networks get the same x_t and t, so t must mean the same amount of noise to both.
-    same_shape = saved_guide.model.image_shape == models.shape
-    alphas_cumprod = model.scheduler.alphas_cumprod
-    if not same_shape or not torch.equal(guide.scheduler.alphas_cumprod, alphas_cumprod):
+    schedules = [each.denoiser.scheduler.alphas_cumprod for each in (models, guide)]
+    if guide.shape != models.shape or not torch.equal(*schedules):
         raise UserError(
-            f"{saved_guide.path} cannot guide {saved.path}: it has another shape of images, or "
-            "another noise schedule (the number of timesteps, or the betas)"
+            f"{refusal}: it has another shape of images, or another noise schedule (the number of "
+            "timesteps, or the betas)"
         )
-    denoiser = Guided(model, guide, config.guide_weight)
-    return replace(models, denoiser=denoiser, guide_digest=saved_guide.digest)
+    denoiser = Guided(models.denoiser, guide.denoiser, config.guide_weight)
+    return replace(models, denoiser=denoiser, guide_digest=guide.saved.digest)
 
 
 def guide_path(guide: int | str, saved: SavedModel) -> Path:
@@ -143,13 +130,12 @@ def enlarged(models: Models, path: Path) -> Models:
     That model has its own schedule, and the precision of the first one (functions/enlarging.py).
     Raises UserError for a model of another size, and CheckpointError when there is none.
     """
-    saved, denoiser = open_model(path, models.device, models.precision)
-    processes.print_main(f"enlarged by {saved.path}: {saved}")
-    shape = models.enlarged_shape(len(models.enlargers) + 1)
-    if saved.model.image_shape != shape:
+    enlarger = opened(path, models.device, models.precision, "enlarged by ")
+    channels, height, width = models.enlarged_shape
+    shape = channels, 2 * height, 2 * width
+    if enlarger.shape != shape:
         raise UserError(
-            f"{saved.path} draws images of {saved.model.image_shape} (channels, height, width); "
+            f"{enlarger.saved.path} draws images of {enlarger.shape} (channels, height, width); "
             f"to enlarge these samples it must draw {shape}"
         )
-    enlarger = Enlarger(denoiser, clips_x_0(saved), saved.digest)
     return replace(models, enlargers=(*models.enlargers, enlarger))

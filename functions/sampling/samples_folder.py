@@ -32,8 +32,6 @@ MANIFEST = "samples.json"
 # These show several images. The manifest's SHOWN has their indices, or None without pictures.
 PICTURES = ("grid.png", "strip.png", "progressive.png", "denoising.gif")
 SHOWN = "grid"
-# What is in a manifest if nothing else is said.
-DEFAULTS = {"temperature": 1.0}
 # About this many steps are recorded for the figures. An animation shows all of them.
 RECORDED_STEPS = 40
 # A figure of the denoising has at most this many columns and rows.
@@ -101,8 +99,7 @@ def open_folder(folder: Path, settings: dict, shown: list[int] | None = None) ->
         changes = [
             f"{name} was {printable(earlier.get(name))}, is now {printable(manifest.get(name))}"
             for name in manifest | earlier
-            # An earlier version may not have had this setting.
-            if earlier.get(name, DEFAULTS.get(name)) != manifest.get(name)
+            if earlier.get(name) != manifest.get(name)
             # Only pictures have this.
             and not (name == SHOWN and earlier.get(name) is None)
         ]

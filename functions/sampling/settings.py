@@ -7,7 +7,7 @@ recipe's field.
 
 import tomllib
 from argparse import ArgumentParser, Namespace
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 
@@ -25,23 +25,8 @@ from functions.timesteps import SPACINGS
 
 # The default weight w of a guide. Samples are garish from 3 on.
 GUIDANCE = 1.5
-# Another --sampler than the recipe's begins with its own defaults of these fields.
-OF_SAMPLER = frozenset(("steps", "spacing", "eta", "variance", "temperature"))
-
-
-@dataclass(frozen=True)
-class Use:
-    """What a verb of edit.py can use of the settings of a drawing; by default all."""
-
-    # The fields that have the values `taken`, or their defaults, whatever a recipe says
-    reset: frozenset[str] = frozenset()
-    taken: dict = field(default_factory=dict)
-    # A flag may give other values of these fields.
-    free: frozenset[str] = frozenset()
-    # So many steps, or all if there are fewer, if no number is given.
-    steps: int | None = None
-    # The end of the sentence about another value.
-    reason: str = ""
+# Another --sampler than the recipe's begins with these defaults.
+OF_SAMPLER = {"steps": None, "spacing": None, "eta": None, "variance": None, "temperature": 1.0}
 
 
 def describe_samplers() -> str:
@@ -97,12 +82,11 @@ class DrawingConfig(Given):
         check_fields(self)
         own = SAMPLERS[self.sampler].options
         # Silently ignoring an option that the sampler does not have would mislead.
-        for option in self.arguments:
-            if option not in own:
-                flags = " and ".join(f"--{name}" for name in own)
-                raise ConfigError(
-                    f"--{option}: the options of --sampler {self.sampler} are {flags}"
-                )
+        if unknown := self.arguments.keys() - own.keys():
+            flags = " and ".join(f"--{name}" for name in own)
+            raise ConfigError(
+                f"--{min(unknown)}: the options of --sampler {self.sampler} are {flags}"
+            )
         adds_noise = "variance" in self.arguments or self.arguments.get("eta")
         if self.temperature != 1 and not adds_noise:
             raise ConfigError("--temperature scales the noise of steps, and these add none (--eta)")
@@ -124,33 +108,22 @@ class DrawingConfig(Given):
     def guide_weight(self) -> float:
         return GUIDANCE if self.guidance is None else self.guidance
 
-    def unconditional(self) -> "DrawingConfig":
-        """Return the settings without any condition."""
-        return replace(self, cfg=None, **vars(Given()))
-
     def alone(self) -> "DrawingConfig":
         """Return the settings of the model alone, without guide, enlargers and all else."""
         return DrawingConfig(model=self.model, precision=self.precision, batch_size=self.batch_size)
 
-    def override(self, given: dict, use: Use = Use()) -> "DrawingConfig":
-        """Return the settings with the given fields replaced, and without what these make void.
-
-        Raises UserError for a given value that the `use` does not accept.
-        """
-        void = set(use.reset)
+    def override(self, given: dict) -> "DrawingConfig":
+        """Return the settings with the given fields replaced, and without what these make void."""
+        values = {}
         if given.get("sampler", self.sampler) != self.sampler:
-            void |= OF_SAMPLER
+            values |= OF_SAMPLER
         if given.get("eta") == 0:
             # Without noise, there is none that a temperature could scale.
-            void |= {"temperature"}
+            values |= {"temperature": 1.0}
         if "cfg" in given:
-            void |= {"guide", "guidance"}
+            values |= {"guide": None, "guidance": None}
         if "guide" in given:
-            void |= {"cfg"}
-        values = {name: getattr(DrawingConfig, name) for name in void} | use.taken
-        for name in given.keys() & (use.reset | use.taken.keys()) - use.free:
-            if given[name] != values[name]:
-                raise UserError(f"--{name}: {use.reason}")
+            values |= {"cfg": None}
         return replace(self, **values | given)
 
 
@@ -159,51 +132,53 @@ def read_recipe(path: Path) -> DrawingConfig:
     check_file(path)
     try:
         # Editors on Windows may begin the file with a byte-order mark.
-        values = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        hint = "TOML in UTF-8 is needed, with / and not \\ in paths"
-        raise UserError(f"{path}: {printable(error)}; {hint}") from error
-    try:
+        values = tomllib.loads(path.read_text("utf-8-sig"))
         config = from_fields(
             DrawingConfig, {key.replace("-", "_"): value for key, value in values.items()}
         )
     except ConfigError as error:
         raise UserError(f"{path}: {printable(error)}") from error
-    guide = config.guide
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(
+            f"{path}: {printable(error)}; TOML in UTF-8 is needed, with / and not \\ in paths"
+        ) from error
+
+    def located(name):
+        """Return the path of a part, or its name on a model hub, or a guide's step."""
+        if not isinstance(name, str):
+            return name
+        part = path.parent / name
+        if part.exists():
+            return str(part)
+        if is_hub_name(Path(name)) and not part.parent.exists():
+            return name
+        raise UserError(f"{path}: there is no {printable(part)}")
+
     return replace(
         config,
-        model=located(path, "model", config.model),
-        guide=located(path, "guide", guide) if isinstance(guide, str) else guide,
-        enlarge=tuple(located(path, "enlarge", name) for name in config.enlarge),
+        model=located(config.model),
+        guide=located(config.guide),
+        enlarge=tuple(map(located, config.enlarge)),
     )
 
 
-def located(recipe: Path, key: str, name: str) -> str:
-    """Return the path of a part that a recipe names, or a name on a model hub."""
-    path = recipe.parent / name
-    if path.exists():
-        return str(path)
-    if is_hub_name(Path(name)) and not path.parent.exists():
-        return name
-    raise UserError(f"{recipe}: {key} is {printable(name)!r}, and there is no {printable(path)}")
-
-
 def settings_of(
-    args: Namespace, name_prefix: str = "", use: Use = Use(), **defaults: str
+    args: Namespace, name_prefix: str = "", taken: dict | None = None, **defaults: str
 ) -> DrawingConfig:
     """Return the settings that the flags of `add_sampling_flags` ask for.
 
     RUN, or without it the newest run whose name begins with `name_prefix`, is put into
-    `args.checkpoint`. If it is a recipe, a given flag replaces the recipe's field; if not, the
-    `defaults`. Raises UserError for a recipe that cannot be used, ConfigError for flags that do not
-    fit each other, and CheckpointError when there is no run.
+    `args.checkpoint`. A given flag replaces the field of a recipe; without a recipe, that of
+    `defaults`. What is `taken` replaces both, but no flag. Raises UserError for a recipe that
+    cannot be used, ConfigError for flags that do not fit each other, and CheckpointError when there
+    is no run.
     """
     args.checkpoint = args.checkpoint or processes.on_main(newest_run, args.runs, name_prefix)
     if is_recipe(args.checkpoint):
         config = read_recipe(args.checkpoint)
     else:
         config = DrawingConfig(model=str(args.checkpoint), **defaults)
-    return config.override(given_fields(args, DrawingConfig), use)
+    return replace(config, **taken or {}).override(given_fields(args, DrawingConfig))
 
 
 @dataclass(frozen=True)

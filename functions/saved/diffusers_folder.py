@@ -47,19 +47,11 @@ SUPPORTED = {
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
 
 
-def load_folder(path: Path) -> SavedModel:
-    """Load a folder: a DDPM or DDIM pipeline, or a checkpoint of diffusers' training script.
-
-    Raises CheckpointError for a folder that diffusers cannot read, or that we cannot sample from.
-    """
-    try:
-        return read_folder(path)
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: this model cannot be read: {printable(error)}") from error
-
-
 def read_folder(path: Path) -> SavedModel:
-    """Read a folder as `load_folder` does. Raises ConfigError for what we do not have."""
+    """Read a folder: a DDPM or DDIM pipeline, or a checkpoint of diffusers' training script.
+
+    Raises ConfigError for what diffusers cannot read, and for what we do not have.
+    """
     diffusers = import_diffusers()
     unet_folder, scheduler_folder = parts_of(path)
     with refusing_errors():

@@ -14,7 +14,7 @@ from data.conditions import network_fields, turned_on
 from data.datasets import ImageSet, Split, load_images, split_images
 from functions.denoiser import Denoiser
 from functions.saved.checkpoint import SavedModel, copy_tensors, load_weights
-from functions.saved.diffusers_folder import load_folder
+from functions.saved.diffusers_folder import read_folder
 from functions.saved.run_folder import RUN_NAME, RUNS, find_checkpoints, first_intact
 from functions.support import processes
 from functions.support.device import choose_precision, fast_layout
@@ -93,8 +93,16 @@ def downloaded(path: Path) -> Path:
 
 
 def load_model(path: Path) -> SavedModel:
-    """Load a checkpoint, an exported file or a diffusers folder."""
-    return load_folder(path) if path.is_dir() else load_weights(path)
+    """Load a checkpoint, an exported file or a diffusers folder.
+
+    Raises CheckpointError for one that cannot be read, or that we cannot sample from.
+    """
+    if not path.is_dir():
+        return load_weights(path)
+    try:
+        return read_folder(path)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: this model cannot be read: {printable(error)}") from error
 
 
 def rebuild(

@@ -50,7 +50,13 @@ def run_script(main: Callable[[], None], memory_advice: str = MEMORY_ADVICE) -> 
 
     Bugs keep their traceback. With DDPM_TRACEBACK=1 in the environment, all errors have one.
     """
-    make_output_safe()
+    # No output ends the script: neither a closed one nor one without the characters.
+    for name in ("stdout", "stderr"):
+        # After `2>&-` the stream is None. The null device takes the free descriptor, which a file
+        # of ours would otherwise get, and with it what libraries print.
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
+        stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, stream)
     try:
         main()
     except Exception as error:
@@ -67,16 +73,6 @@ def run_script(main: Callable[[], None], memory_advice: str = MEMORY_ADVICE) -> 
         print("interrupted", file=sys.stderr)
         # Shells use this status for Ctrl-C.
         sys.exit(130)
-
-
-def make_output_safe() -> None:
-    """Let no output end the script: neither a closed one nor one without the characters."""
-    for name in ("stdout", "stderr"):
-        # After `2>&-` the stream is None. The null device takes the free descriptor, which a file
-        # of ours would otherwise get, and with it what libraries print.
-        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
-        stream.reconfigure(errors="backslashreplace")
-        setattr(sys, name, stream)
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -129,10 +125,10 @@ def add_config_flags(
         )
 
 
-def add_flags(parser: ArgumentParser, flags_class: type, **defaults: Any) -> None:
+def add_flags(parser: ArgumentParser, flags_class: type) -> None:
     """Add the flags of a script, the fields of a dataclass; those not given have their defaults."""
     add_config_flags(parser, flags_class, "what this script does")
-    parser.set_defaults(**vars(flags_class()) | defaults)
+    parser.set_defaults(**vars(flags_class()))
 
 
 def parse_flag(field: Field, text: str) -> Any:
@@ -157,7 +153,7 @@ def parse_flag(field: Field, text: str) -> Any:
         if not isinstance(value, list) or not value:
             raise ArgumentTypeError(f"{text!r} is not a list of names such as a,b")
     try:
-        return checked(None, field, value)
+        return checked(field, value)
     except ConfigError as error:
         raise ArgumentTypeError(str(error)) from error
 

@@ -48,8 +48,7 @@ def save_image(image: np.ndarray, path: Path) -> None:
 def save_grid(images: np.ndarray, path: Path, columns: int | None = None) -> Image.Image:
     """Write the picture of `grid_of` as a PNG, and return the picture."""
     grid = grid_of(images, columns)
-    with replacing(path) as temporary:
-        grid.save(temporary, "PNG")
+    save_image(np.asarray(grid), path)
     return grid
 
 

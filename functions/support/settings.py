@@ -60,7 +60,7 @@ def fields_with(config_class: type, mark: str) -> set[str]:
 def check_fields(config: Any) -> None:
     """Convert each field to its annotated type, or raise ConfigError if it does not fit."""
     for each in fields(config):
-        value = checked(type(config), each, getattr(config, each.name))
+        value = checked(each, getattr(config, each.name))
         # A frozen dataclass can set its own fields only in this way.
         object.__setattr__(config, each.name, value)
 
@@ -71,14 +71,11 @@ def types_of(each: Field) -> tuple[list[type], bool]:
     return [kind for kind in kinds if kind not in (NoneType, Ellipsis)], Ellipsis in kinds
 
 
-def checked(config_class: type | None, each: Field, value: Any) -> Any:
-    """Return a value of a field as its annotated type. Raises ConfigError if it does not fit.
-
-    The error begins with the name of the class, if there is one.
-    """
+def checked(each: Field, value: Any) -> Any:
+    """Return a value of a field as its annotated type. Raises ConfigError if it does not fit."""
     if value is None and NoneType in get_args(each.type):
         return None
-    check = partial(require, config_class, each.name, value)
+    check = partial(require, each.name, value)
     if choices := each.metadata.get("choices"):
         check(value in tuple(choices), " or ".join(map(json.dumps, choices)))
 
@@ -105,11 +102,10 @@ def checked(config_class: type | None, each: Field, value: Any) -> Any:
     return float(value) if kinds == [float] else value
 
 
-def require(config_class: type | None, name: str, value: Any, fits: bool, requirement: str) -> None:
+def require(name: str, value: Any, fits: bool, requirement: str) -> None:
     """Raise ConfigError, which states the requirement, unless the field's value fits."""
     if not fits:
-        owner = f"{config_class.__name__}: " if config_class else ""
-        raise ConfigError(f"{owner}{name} is {value!r:.100}; it must be {requirement}")
+        raise ConfigError(f"{name} is {value!r:.100}; it must be {requirement}")
 
 
 def from_fields(config_class: type, values: dict) -> Any:

@@ -13,14 +13,14 @@ from data.packed import open_packed
 from data.sources import find_source
 
 
-def random_pixels(*shape, seed=0):
+def random_pixels(*shape):
     """Return random uint8 values of a shape."""
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
 IMAGES = random_pixels(10, 8, 8, 3)
 
-# This is FFHQ's own layout, with 4 images a folder instead of 1,000.
+# This is FFHQ's own layout, but the images of a folder do not follow each other.
 TREE = "{folder:05d}/{number:05d}.png"
 
 
@@ -33,43 +33,28 @@ def encoded(image, image_format="PNG", **options):
     return buffer.getvalue()
 
 
-def name_of(number, pattern):
-    """Return the file name of an image by its number; `{mixed}` is a folder out of order."""
-    return pattern.format(folder=number - number % 4, number=number, mixed=number % 4)
-
-
-def files_of(images, pattern, more):
-    """Yield names and bytes of the images' files, then those of `more`."""
-    # The last image comes first, so neither a directory's nor an archive's own order is right.
-    for number in reversed(range(len(images))):
-        name = name_of(number, pattern)
-        suffix = Path(name).suffix.lower()
-        image_format = Image.registered_extensions()[suffix]
-        yield name, encoded(images[number], image_format)
-    yield from dict(more).items()
-
-
-def write_folder(path, images=IMAGES, pattern="{number:05d}.png", more=()):
-    """Write the images and the files of `more` (bytes by name) to a folder; return its path."""
-    for name, data in files_of(images, pattern, more):
-        file = path / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(data)
+def write_zip(path, images=IMAGES, pattern="{number:05d}.png", more=(), method=zipfile.ZIP_STORED):
+    """Write the images and the files of `more` (bytes by name) to a zip; return its path."""
+    with zipfile.ZipFile(path, "w", method) as archive:
+        # The last image comes first, so neither a directory's nor an archive's own order is right.
+        for number, image in reversed([*enumerate(images)]):
+            name = pattern.format(folder=number % 4, number=number)
+            image_format = Image.registered_extensions()[Path(name).suffix.lower()]
+            archive.writestr(name, encoded(image, image_format))
+        for name, data in dict(more).items():
+            archive.writestr(name, data)
     return path
 
 
-def write_zip(path, images=IMAGES, pattern="{number:05d}.png", more=()):
-    """Write the images and the files of `more` (bytes by name) to a zip; return its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, data in files_of(images, pattern, more):
-            archive.writestr(name, data)
+def write_folder(path, images=IMAGES, pattern="{number:05d}.png", more=()):
+    """Unpack what `write_zip` writes to a folder; return its path."""
+    archive = write_zip(io.BytesIO(), images, pattern, more)
+    zipfile.ZipFile(archive).extractall(path)
     return path
 
 
 def write_npz(path, images=IMAGES):
     """Write the images as one array, beside labels and a text; return the file's path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(path, images, labels=np.arange(len(images)))
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("readme.txt", "These are images.")

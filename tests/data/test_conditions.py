@@ -46,7 +46,7 @@ def test_a_condition_is_a_row_that_is_read_dropped_and_chosen(monkeypatch):
     assert in_grids(inputs, on)["mean"] is inputs["mean"]
 
     given = SimpleNamespace(label=(), mean=0.25)
-    assert chosen_inputs(given, on, [5, 6], 2.0) == {"mean": torch.tensor([0.25])}
+    assert chosen_inputs(given, on, [5, 6], 2.0) == {"mean": 0.25}
     with refused("--mean: the model was trained without means"):
         chosen_inputs(given, {}, [5], None)
     given.mean = None

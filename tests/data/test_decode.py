@@ -6,60 +6,47 @@ from numpy.testing import assert_array_equal
 from PIL import Image
 
 from data.decode import BadImage, fit_square, open_image, to_pixels
+from tests.conftest import refused
 from tests.data.packing import encoded, random_pixels
 
 RGB = random_pixels(12, 16, 3)
-ONE_BIT = Image.fromarray(RGB[..., 0]).convert("1")
 
 # The three pixels are transparent, opaque, and opaque to a fifth.
 RGBA = np.uint8([[[10, 20, 30, 0], [10, 20, 30, 255], [0, 100, 200, 51]]])
-ALPHA = RGBA[..., 3:] / 255
-OVER_WHITE = RGBA[..., :3] * ALPHA + 255 * (1 - ALPHA)
-GREY_WITH_ALPHA = np.uint8([[[0, 0], [100, 255]]])
+OVER_WHITE = [[[255, 255, 255], [10, 20, 30], [204, 224, 244]]]
 
 # Values of 16 bits are scaled by 1 / 257; here are some on both sides of a half.
-GREY_16 = np.uint16([[0, 128, 129, 300, 257 * 100, 257 * 100 + 128, 257 * 100 + 129, 65535]])
+GREY_16 = np.uint16([[0, 128, 129, 300, 25_700, 25_828, 25_829, 65_535]])
 
 PALETTE = Image.new("P", (2, 1))
 PALETTE.putpalette([10, 20, 30, 200, 100, 50])
 PALETTE.putdata([1, 0])
 
-CYAN_INK = Image.new("CMYK", (16, 16), (255, 0, 0, 0))
-
 # A palette of 256 greys holds these.
-GREYS = RGB[..., :1]
-TWO_FRAMES = encoded(
-    GREYS[..., 0], "GIF", save_all=True, append_images=[Image.fromarray(255 - GREYS[..., 0])]
-)
-
-# Some cameras put a small preview behind the photo, as a second image of the file.
-PREVIEWED = encoded(
-    np.full((32, 32, 3), 80, np.uint8),
-    "MPO",
-    save_all=True,
-    append_images=[Image.new("RGB", (8, 8))],
-)
-
+GREYS = RGB[..., 0]
+SECOND = {"save_all": True, "append_images": [Image.new("L", (8, 8))]}
+TWO_FRAMES = encoded(GREYS, "GIF", **SECOND)
 
 # For each form: a file's bytes, the right pixels, and how far off these may be.
 FORMS = {
-    "one bit": (encoded(ONE_BIT), np.asarray(ONE_BIT)[..., None] * 255, 0),
     "16-bit grey, scaled and not clipped": (
         encoded(GREY_16),
         np.round(GREY_16[..., None] / 65535 * 255),
         0,
     ),
-    "palette": (encoded(PALETTE), [[[200, 100, 50], [10, 20, 30]]], 0),
     "transparent palette": (
         encoded(PALETTE, transparency=0),
         [[[200, 100, 50], [255, 255, 255]]],
         0,
     ),
-    "alpha": (encoded(RGBA), OVER_WHITE, 1),
-    "the first frame of a GIF": (TWO_FRAMES, GREYS, 0),
-    "grey with alpha": (encoded(GREY_WITH_ALPHA), [[[255], [100]]], 0),
-    "cmyk": (encoded(CYAN_INK, "JPEG", quality=100), np.full((16, 16, 3), [0, 255, 255]), 3),
-    "a photo with a preview behind it": (PREVIEWED, np.full((32, 32, 1), 80), 2),
+    "alpha": (encoded(RGBA), OVER_WHITE, 0),
+    "the first frame of a GIF": (TWO_FRAMES, GREYS[..., None], 0),
+    # Some cameras put a small preview behind the photo, as a second image of the file.
+    "a preview behind a photo": (
+        encoded(np.full((32, 32, 3), 80, np.uint8), "MPO", **SECOND),
+        np.full((32, 32, 1), 80),
+        2,
+    ),
 }
 
 
@@ -86,24 +73,18 @@ def test_exif_orientation_is_applied():
     assert_array_equal(open_image(encoded(RGB, exif=exif)), np.rot90(RGB, -1))
 
 
-def gif_of(width, height):
-    """Return a small GIF that says it is this large. It has no checksum."""
-    return TWO_FRAMES[:6] + np.uint16([width, height]).tobytes() + TWO_FRAMES[10:]
-
-
 @pytest.mark.parametrize(
-    "data, reason",
+    "size, reason",
     [
-        (encoded(RGB, "JPEG")[:500], "cannot be decoded"),
-        (encoded(RGB, "TIFF"), "not a"),
-        (gif_of(8192, 8193), "it has 8,192 x 8,193 pixels; images of at most 67,108,864"),
+        ([8192, 8193], "it has 8,192 x 8,193 pixels; images of at most 67,108,864"),
         # Pillow raises an error for over twice its limit of pixels.
-        (gif_of(20_000, 20_000), "DecompressionBomb"),
+        ([20_000, 20_000], "DecompressionBomb"),
     ],
 )
-def test_bad_images_are_refused_with_the_reason(data, reason):
-    with pytest.raises(BadImage, match=reason):
-        open_image(data)
+def test_images_of_too_many_pixels_are_refused_with_the_reason(size, reason):
+    # A GIF says how large it is, without a checksum.
+    with refused(reason, BadImage):
+        open_image(TWO_FRAMES[:6] + np.uint16(size).tobytes() + TWO_FRAMES[10:])
 
 
 @pytest.mark.parametrize("size, kernel", [(5, Image.LANCZOS), (25, Image.BICUBIC)])

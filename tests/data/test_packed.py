@@ -3,16 +3,14 @@
 import errno
 import hashlib
 import os
-import re
 import signal
 import zipfile
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
-import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
-from PIL import Image
 
 from data import decode, packed
 from data.decode import fit_square
@@ -25,16 +23,9 @@ from tests.data.packing import (
     packed_files,
     random_pixels,
     write_folder,
-    write_npz,
     write_zip,
 )
 from tests.forked import Program, wait_until
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Keep the tests out of the user's cache."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -43,45 +34,28 @@ def path(tmp_path):
     return write_folder(tmp_path / "set")
 
 
-@pytest.mark.parametrize(
-    ("write", "name"),
-    [
-        (write_folder, "set"),
-        (write_zip, "set.zip"),
-        (write_npz, "set.npz"),
-    ],
-)
+@pytest.mark.parametrize("write, name", [(write_folder, "set"), (write_zip, "set.zip")])
 def test_the_pack_holds_the_pixels_and_is_made_once(tmp_path, monkeypatch, write, name):
-    path = write(tmp_path / name)
+    before = tmp_path / "before"
+    before.mkdir()
+    path = write(before / name)
     pack = load(path)
-
-    assert_array_equal(pack.images, IMAGES)
-    assert isinstance(pack.images, np.memmap)
     assert not pack.images.flags.writeable
-    assert pack.ids == list(range(10))
 
     # The file holds the pixels and nothing else, and the hash is theirs.
     file = Path(pack.images.filename)
-    content = file.read_bytes()
-    assert content == IMAGES.tobytes()
-    assert pack.pixels_hash == hashlib.sha256(content).hexdigest()[:16]
-    assert packed_files(file.parent) == [
-        f"{name}-8px.packed",
-        f"{name}-8px.packed.json",
-        f"{name}-8px.packed.lock",
-    ]
+    assert file.read_bytes() == IMAGES.tobytes()
+    assert pack.pixels_hash == hashlib.sha256(IMAGES).hexdigest()[:16]
+    endings = ["", ".json", ".lock"]
+    assert packed_files(file.parent) == [f"{name}-8px.packed{ending}" for ending in endings]
 
     # Another size lies beside it. Both move with a folder or an archive. A zip is known by its
     # content and not by its time.
     assert_array_equal(load(path, 4).images, [fit_square(image, 4) for image in IMAGES])
-    moved = tmp_path / "elsewhere"
-    moved.mkdir()
-    for file in tmp_path.glob(f"{name}*"):
-        file.rename(moved / file.name)
-    if name == "set.zip":
-        os.utime(moved / name, ns=(1, 1))
+    moved = before.rename(tmp_path / "moved") / name
+    os.utime(moved, ns=(1, 1))
     forbid_decoding(monkeypatch)
-    assert_array_equal(load(moved / name).images, IMAGES)
+    assert_array_equal(load(moved).images, IMAGES)
 
 
 def test_what_changed_is_made_anew_in_the_same_place(path):
@@ -89,11 +63,9 @@ def test_what_changed_is_made_anew_in_the_same_place(path):
     files = packed_files(path)
 
     # A file is another one as soon as its time of modification is another.
-    changed = IMAGES.copy()
-    changed[3] = 255 - changed[3]
-    Image.fromarray(changed[3]).save(path / "00003.png")
-    os.utime(path / "00003.png", ns=(1, 1))
-    assert_array_equal(load(path).images, changed)
+    write_folder(path, 255 - IMAGES[:1])
+    os.utime(path / "00000.png", ns=(1, 1))
+    assert_array_equal(load(path).images, [255 - IMAGES[0], *IMAGES[1:]])
 
     # Who has the old pack open keeps it.
     assert_array_equal(before.images, IMAGES)
@@ -107,26 +79,16 @@ def test_what_changed_is_made_anew_in_the_same_place(path):
 def test_a_damaged_pack_is_made_anew(path, ending, capsys):
     damaged = Path(f"{load(path).images.filename}{ending}")
     whole = damaged.read_bytes()
-    contents = [b""]
-    if ending == ".json":
-        contents += [b"[]", b"{}", b"null"]
+    contents = [b"", b"[]", b"{}", b"null"]
     # A bit is another one.
-    for i in range(0, len(whole), 40):
+    for i in range(0, len(whole), len(whole) // 15):
         contents.append(whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :])
     for content in contents:
-        # Who has the old pack open keeps it, so this is another file.
-        damaged.unlink()
         damaged.write_bytes(content)
-        capsys.readouterr()
         assert_array_equal(load(path).images, IMAGES)
         assert damaged.read_bytes() == whole
-        said = capsys.readouterr().out
-        assert said.startswith(f"rebuilding {path / 'set-8px.packed'}: outdated or damaged")
-
-
-def typo(*_, **__):
-    """Raise what Python does for a name that an object lacks."""
-    return np.typo
+        said = f"rebuilding {path / 'set-8px.packed'}: outdated or damaged"
+        assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("function", ["to_pixels", "ImageSet"])
@@ -134,98 +96,83 @@ def test_an_error_of_our_own_is_neither_a_bad_image_nor_a_damaged_pack(path, mon
     if function == "ImageSet":
         load(path)
         forbid_decoding(monkeypatch)
-    monkeypatch.setattr(packed, function, typo)
-    with pytest.raises(AttributeError, match="typo"):
-        load(path, max_bad_images=10)
+    monkeypatch.setattr(packed, function, Mock(side_effect=AttributeError("typo")))
+    with refused("typo", AttributeError):
+        load(path)
 
 
-def test_a_pack_is_final_and_says_how_its_bad_images_are_read_again(tmp_path, capsys, monkeypatch):
-    """Among 100 images one is cut short, one is a web page, and one is for another Pillow."""
-    images = np.concatenate([IMAGES] * 10)
-    webp = encoded(IMAGES[0], "WEBP", lossless=True)
-    path = write_folder(tmp_path / "set", images, more={"100.webp": webp})
+def test_a_pack_is_final_and_says_how_its_bad_images_are_read_again(path, monkeypatch):
+    """Of the images one is cut short, one is a web page, and one is for another Pillow."""
+    (path / "00010.webp").write_bytes(encoded(IMAGES[0], "WEBP"))
     (path / "00002.png").write_bytes((path / "00002.png").read_bytes()[:100])
     (path / "00005.png").write_text("<html>quota exceeded</html>")
-    again = rf"eleting {path / 'set-8px.packed'} reads "
+    again = f"eleting {path / 'set-8px.packed'} reads "
     with monkeypatch.context() as patch:
         patch.setattr(decode, "FORMATS", ("PNG",))
-        named = r"00002\.png \(cannot be .*, 00005\.png \(not a .*, 100\.webp \(not a .*"
+        named = r"00002\.png \(cannot be .*, 00005\.png \(not a .*, 00010\.webp \(not a .*"
         with refused(rf"3 unusable.*2 allowed: {named}images 3\. D{again}them"):
             load(path, max_bad_images=2)
-    assert "98 images at 8x8, 3 left out; d" in capsys.readouterr().out
 
-    # Nothing is decoded again to allow them, or to refuse them.
-    with monkeypatch.context() as patch:
+        # Nothing is decoded again to allow them, or to refuse them.
         forbid_decoding(patch)
         pack = load(path, max_bad_images=3)
-        assert re.search(f"3 left out; d{again}those left out", pack.summary)
-        assert pack.ids == [number for number in range(100) if number not in (2, 5)]
-        assert_array_equal(pack.images, images[pack.ids])
+        assert f"8 images at 8x8, 3 left out; d{again}those left out" in pack.summary
+        assert pack.ids == [0, 1, 3, 4, 6, 7, 8, 9]
+        assert_array_equal(pack.images, IMAGES[pack.ids])
         with refused("3 unusable"):
             load(path)
     Path(pack.images.filename).unlink()
-    assert load(path, max_bad_images=2).ids == [*pack.ids, 100]
+    assert load(path, max_bad_images=2).ids == [*pack.ids, 10]
 
 
 def test_what_is_ignored_or_smaller_than_the_size_is_counted(tmp_path, capsys, monkeypatch):
-    images = [IMAGES[0], random_pixels(1, 1, 3), random_pixels(300, 7, 3), random_pixels(9, 300, 3)]
+    images = [random_pixels(1, 1, 3), random_pixels(300, 7, 3), random_pixels(9, 300, 3)]
     path = write_folder(tmp_path / "set", images, more={"a.TIF": b"", ".hidden.png": b"", "b": b""})
-    start = "set: 4 images at 8x8, 0 left out, 2 smaller than that; ignored: "
-    summary = f"{start}1 .tif, 1 hidden, 1 without an ending"
+    start = "set: 3 images at 8x8, 0 left out, 2 smaller than that"
+    summary = f"{start}; ignored: 1 .tif, 1 hidden, 1 without an ending"
     assert load(path).summary == summary
-    assert capsys.readouterr().out == f"{summary}\n"
+    assert capsys.readouterr().out == f"{start}\n"
 
     # A pack that was made before says the same, but of the files of now.
     forbid_decoding(monkeypatch)
     assert load(path).summary == summary
     (path / "b.tif").touch()
     (path / "b").unlink()
-    assert load(path).summary == f"{start}2 .tif, 1 hidden"
+    assert load(path).summary == f"{start}; ignored: 2 .tif, 1 hidden"
 
 
+# The errors of their parsers are of three classes.
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-@pytest.mark.parametrize("damage", ["changed", "short"])
-def test_a_damaged_member_of_a_zip_is_one_bad_image(tmp_path, method, damage):
-    path = tmp_path / "set.zip"
-    with zipfile.ZipFile(path, "w", method) as archive:
-        for number, image in enumerate(IMAGES):
-            archive.writestr(f"{number}.png", encoded(image))
-        offset = archive.getinfo("5.png").header_offset
-    content = bytearray(path.read_bytes())
-    if damage == "changed":
-        # The headers of the member and of LZMA have at most 44 bytes.
-        content[offset + 60 : offset + 70] = bytes(10)
-    else:
-        # The directory says how many bytes the member has.
-        header = content.rindex(b"5.png") - 46
-        content[header + 20 : header + 24] = (100).to_bytes(4, "little")
-    path.write_bytes(content)
-
-    with refused(r"set.zip: 1 unusable.* 5.png \(cannot be read \(\w+: "):
+def test_a_damaged_member_of_a_zip_is_one_bad_image(tmp_path, method):
+    path = write_zip(tmp_path / "set.zip", method=method)
+    offset = zipfile.ZipFile(path).getinfo("00005.png").header_offset
+    with open(path, "r+b") as file:
+        # The headers of the member and of LZMA have 48 bytes.
+        file.seek(offset + 60)
+        file.write(bytes(10))
+    with refused(r"set.zip: 1 unusable.* 00005.png \(cannot be read \(\w+: "):
         load(path)
     assert load(path, max_bad_images=1).ids == [0, 1, 2, 3, 4, 6, 7, 8, 9]
 
 
 def test_an_error_of_the_disk_names_the_archive_and_its_member(tmp_path, monkeypatch):
     path = write_zip(tmp_path / "set.zip")
-
-    def fail(archive, member):
-        raise OSError(errno.EIO, "Input/output error")
-
+    fail = Mock(side_effect=OSError(errno.EIO, "Input/output error"))
     monkeypatch.setattr(zipfile.ZipFile, "read", fail)
-    with pytest.raises(OSError, match=r"Input/output error: '.*set.zip: 0000\d.png'"):
-        load(path, max_bad_images=10)
+    with refused(r"Input/output error: '.*set.zip: 0000\d.png'", OSError):
+        load(path)
 
 
 def test_a_set_without_one_good_image_is_an_error(tmp_path):
     path = write_folder(tmp_path / "set", [], more={"\x1b.png": b""})
     # A name must not control the terminal.
     with refused(r"none of its images can be used: \\x1b.png: empty file"):
-        load(path, max_bad_images=5)
+        load(path)
     assert packed_files(path) == ["set-8px.packed.lock"]
 
 
 def test_read_only_data_go_to_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     # Two sets have the same name.
     paths = [write_folder(tmp_path / "data" / name / "set") for name in "12"]
     monkeypatch.setattr(os, "access", lambda path, mode: False)
@@ -237,23 +184,15 @@ def test_read_only_data_go_to_the_cache(tmp_path, monkeypatch):
     assert_array_equal(load(paths[0]).images, IMAGES)
 
 
-@pytest.mark.parametrize("synced_before", [0, 1], ids=["at the images", "at their record"])
+@pytest.mark.parametrize("synced_before", [0, 1])
 def test_a_disk_that_runs_full_leaves_nothing_wrong_behind(tmp_path, monkeypatch, synced_before):
-    path = write_zip(tmp_path / "set.zip")
-    load(path)
+    path = tmp_path / "set.zip"
+    load(write_zip(path))
     write_zip(path, 255 - IMAGES)
-
-    # Every write ends with an fsync, and the disk is full after so many of them.
-    synced = []
-
-    def full(file):
-        synced.append(file)
-        if len(synced) > synced_before:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    named = r"No space left on device: '.*set.zip-8px.packed"
-    with monkeypatch.context() as patch, pytest.raises(OSError, match=named):
-        patch.setattr(os, "fsync", full)
+    # That of the images and that of their record end with an fsync, where the disk is full.
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patch, refused(f"{full.strerror}: '.*set.zip-8px", OSError):
+        patch.setattr(os, "fsync", Mock(side_effect=[None] * synced_before + [full]))
         load(path)
     # Half a pack would keep the disk full.
     assert packed_files(tmp_path) == ["set.zip-8px.packed.lock"]
@@ -288,17 +227,15 @@ def test_of_two_processes_one_prepares_and_a_kill_leaves_nothing(path, tmp_path)
     assert killed.wait() == -signal.SIGKILL
 
     programs = [Program(tmp_path / name, act=partial(build, path, go)) for name in ("1", "2")]
-
-    def one_decodes():
-        return any("decoded" in program.printed for program in programs)
-
-    wait_until(one_decodes, lambda: all(program.is_alive() for program in programs))
+    wait_until(
+        lambda: any("decoded" in program.printed for program in programs),
+        lambda: all(program.is_alive() for program in programs),
+    )
     go.touch()
     for program in programs:
         assert program.wait() == 0
         assert f"sum {IMAGES.sum()}" in program.printed
 
     # Only the one that prepares reports what there is.
-    printed = "".join(program.printed for program in programs)
-    assert printed.count("10 images at 8x8") == 1
+    assert sum("10 images at 8x8" in program.printed for program in programs) == 1
     assert packed_files(path) == ["set-8px.packed", "set-8px.packed.json", "set-8px.packed.lock"]

@@ -1,4 +1,4 @@
-"""CIFAR-10 and MNIST by torchvision: what we add to its classes, for which others stand here."""
+"""What we add to CIFAR-10 and MNIST of torchvision, for whose classes others stand here."""
 
 import pytest
 from numpy.testing import assert_array_equal
@@ -7,78 +7,69 @@ from torchvision import datasets as torchvision_sets
 from data import datasets, prepare
 from data.datasets import load_images, split_images
 from tests.conftest import call, refused
-from tests.data.packing import random_pixels
+from tests.data.packing import random_pixels, write_folder
 
-DIGITS = random_pixels(47, 28, 28)
-PHOTOS = random_pixels(107, 32, 32, 3)
 # Of each image, the class
-LABELS = [3 * i % 10 for i in range(107)]
+LABELS = [3 * i % 10 for i in range(50)]
 
 
 @pytest.fixture(autouse=True)
 def data_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "DATA_FOLDER", tmp_path)
-    monkeypatch.setattr(prepare, "DATA_FOLDER", tmp_path)
+    for module in (datasets, prepare):
+        monkeypatch.setattr(module, "DATA_FOLDER", tmp_path)
     return tmp_path
 
 
-def stand_in(images, train_count, classes):
-    """Return a class with what torchvision's sets have, of images (N, ...) and LABELS."""
+class Stand:
+    """What torchvision's sets have, of which the last 10 of 50 images are the test set's."""
 
-    class Set:
-        def __init__(self, root, train, download):
-            if download:
-                raise OSError(f"no network for {root}")
-            part = slice(train_count) if train else slice(train_count, len(images))
-            self.data, self.targets, self.classes = (
-                images[part],
-                LABELS[: len(images)][part],
-                classes,
-            )
+    images = random_pixels(50, 32, 32, 3)
+    classes = tuple(f"kind {i}" for i in range(10))
 
-        def __len__(self):
-            return len(self.data)
+    def __init__(self, root, train, download):
+        if download:
+            raise OSError(f"no network for {root}")
+        part = slice(40) if train else slice(40, None)
+        self.data, self.targets = self.images[part], LABELS[part]
 
-    return Set
+    def __len__(self):
+        return len(self.data)
+
+
+class Digits(Stand):
+    images = random_pixels(50, 28, 28)
+    classes = tuple(f"{i} - digit" for i in range(10))
 
 
 @pytest.mark.parametrize(
-    "name, images, train_count, classes",
-    [
-        ("MNIST", DIGITS, 40, [f"{i} - digit" for i in range(10)]),
-        ("CIFAR10", PHOTOS, 100, [f"kind {i}" for i in range(10)]),
-    ],
+    "name, stand, size, channels, label",
+    [("CIFAR10", Stand, 32, 3, "kind 3"), ("MNIST", Digits, 28, 1, "3")],
 )
 def test_images_come_as_they_were_and_those_of_the_test_files_validate(
-    name, images, train_count, classes, monkeypatch
+    name, stand, size, channels, label, monkeypatch
 ):
-    monkeypatch.setattr(torchvision_sets, name, stand_in(images, train_count, classes))
-    size, channels = images.shape[1], images[..., None].shape[3]
-
+    monkeypatch.setattr(torchvision_sets, name, stand)
     image_set = load_images(name, size, channels=channels, inputs=["label"])
-    assert_array_equal(image_set.images, images.reshape(len(images), size, size, channels))
-    assert image_set.inputs["label"].tolist() == LABELS[: len(images)]
-    assert image_set.facts["label_names"][3] == classes[3].removesuffix(" - digit")
-    assert image_set.ids == list(range(len(images)))
-    for split_name in ("reference", "official"):
-        split = split_images(image_set, split_name)
-        assert split.train_indices.tolist() == list(range(train_count))
-        assert split.val_indices.tolist() == list(range(train_count, len(images)))
-        assert "its test images" in split.description
+    assert_array_equal(image_set.images.squeeze(), stand.images)
+    assert image_set.inputs["label"].tolist() == LABELS
+    assert image_set.facts["label_names"][3] == label
+    split = split_images(image_set, "official")
+    assert split.val_indices.tolist() == list(range(40, 50))
+    assert split.rule == "its test images"
 
     # Other images under the same names are noticed, as those of FashionMNIST are.
-    monkeypatch.setattr(torchvision_sets, name, stand_in(255 - images, train_count, classes))
-    assert (load_images(name, size, channels=channels).images == 255 - image_set.images).all()
+    monkeypatch.setattr(stand, "images", 255 - stand.images)
+    again = load_images(name, size, channels=channels)
+    assert_array_equal(again.images, 255 - image_set.images)
 
 
 def test_a_missing_set_is_one_sentence_and_downloaded_only_if_asked_for(data_folder, monkeypatch):
-    (data_folder / "cifar-10-batches-py").mkdir()
-    (data_folder / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"damaged")
+    write_folder(data_folder / "cifar-10-batches-py", [], more={"data_batch_1": b"damaged"})
     with refused(r"CIFAR10 cannot .* Delete a damaged .* binary version is not read.*download"):
         load_images("CIFAR10", 32)
     with refused("MNIST cannot be read .* --download"):
         load_images("MNIST", 28)
-    monkeypatch.setattr(torchvision_sets, "CIFAR10", stand_in(PHOTOS, 100, []))
+    monkeypatch.setattr(torchvision_sets, "CIFAR10", Stand)
     with refused(f"no network for {data_folder}"):
         call(prepare, "CIFAR10 --download")
     with refused("only CIFAR10 and MNIST can"):

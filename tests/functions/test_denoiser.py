@@ -1,22 +1,17 @@
-"""Denoisers: objective v beside eps, and one that a test registers, x_0.
-
-The truths are the formulas of the papers, and diffusers.
-"""
+"""Denoisers: objective v beside eps, and one that a test registers, x_0."""
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
 from torch import nn
 from torch.testing import assert_close
 
 from functions.denoiser import OBJECTIVES, Denoiser, Objective
 from functions.losses import denoising_loss, eps_errors
-from functions.noise_scheduler import BETA_SCHEDULES, NoiseScheduler
-from functions.samplers import ddim_sample
+from functions.noise_scheduler import NoiseScheduler
 from tests.conftest import normal, refused, small_unet
 from tests.functions.known_denoisers import exact
 
-SCHEDULERS = {name: NoiseScheduler(1000, beta_schedule=name) for name in BETA_SCHEDULES}
+SCHEDULER = NoiseScheduler(1000)
 # The timesteps of a batch of five images include both ends.
 T = torch.tensor([0, 1, 200, 700, 999])
 
@@ -37,7 +32,7 @@ def third_objective(monkeypatch):
 
 def test_an_unknown_objective_is_refused():
     with refused(r"it can be eps or v.* or x_0", ValueError):
-        Denoiser(None, SCHEDULERS["linear"], objective="noise")
+        Denoiser(None, SCHEDULER, objective="noise")
 
 
 def images(seed):
@@ -51,7 +46,7 @@ def test_v_keeps_the_digits_of_x_0_that_eps_would_lose():
     x_t and v are given in float32, as to any network. By way of eps, x_0 would be divided by
     sqrt(alpha_bar), which is 5e-5 here.
     """
-    scheduler = SCHEDULERS["cosine"]
+    scheduler = NoiseScheduler(1000, beta_schedule="cosine")
     truths = images(1), images(2)
     x_0, noise = truths
     v = scheduler.v(x_0, 999, noise).float()
@@ -62,59 +57,19 @@ def test_v_keeps_the_digits_of_x_0_that_eps_would_lose():
         assert (found - truth).norm() < 1e-7 * truth.norm()
 
 
-@pytest.mark.parametrize("schedule", SCHEDULERS)
 @pytest.mark.parametrize("objective", ["eps", "v", "x_0"])
-def test_losses_are_squared_errors_of_the_target_and_convert_into_those_of_eps(objective, schedule):
-    """The next test compares v and the predicted eps with those of diffusers."""
-    scheduler = SCHEDULERS[schedule]
+def test_losses_are_squared_errors_of_the_target_and_convert_into_those_of_eps(objective):
+    """tests/functions/test_sampler_diffusers.py compares the predicted x_0 and eps."""
     x_0, noise, output = (images(seed) for seed in (1, 2, 3))
-    denoiser = exact(lambda x_t, t: output, scheduler, objective)
+    denoiser = exact(lambda x_t, t: output, SCHEDULER, objective)
     losses = denoising_loss(denoiser, x_0, T, noise)
-    target = {"eps": noise, "v": scheduler.v(x_0, T, noise), "x_0": x_0}[objective]
+    target = {"eps": noise, "v": SCHEDULER.v(x_0, T, noise), "x_0": x_0}[objective]
     assert_close(losses, (output - target).square().mean((1, 2, 3)))
 
-    _, eps = denoiser.predict(scheduler.q_sample(x_0, T, noise), T)
+    _, eps = denoiser.predict(SCHEDULER.q_sample(x_0, T, noise), T)
     assert_close(eps_errors(denoiser, losses, T), (eps - noise).square().mean((1, 2, 3)))
 
 
-@pytest.mark.parametrize("objective", ["v", "x_0"])
-@pytest.mark.parametrize(
-    "schedule, theirs",
-    [
-        ("linear", "linear"),
-        ("cosine", "squaredcos_cap_v2"),
-    ],
-)
-def test_objectives_are_those_of_diffusers(schedule, theirs, objective):
-    """Compare with their `get_velocity`, with the x_0 that `step` assumes, and with DDIM's step."""
-    ours = SCHEDULERS[schedule]
-    word = {"v": "v_prediction", "x_0": "sample"}[objective]
-    theirs = DDIMScheduler(1000, beta_schedule=theirs, prediction_type=word)
-    # Theirs would be in float32.
-    theirs.alphas_cumprod = ours.alphas_cumprod
-    theirs.set_timesteps(20)
-
-    x_0 = images(1).clamp(-1, 1)
-    noise = images(2)
-    assert_close(ours.v(x_0, T, noise), theirs.get_velocity(x_0, noise, T))
-
-    # Our network and theirs say the same, whatever it is.
-    output = images(3)
-    denoiser = exact(lambda x_t, t: output, ours, objective)
-    for t in (950, 500, 50):
-        x_t = ours.q_sample(x_0, t, noise)
-        for clip in (True, False):
-            theirs.register_to_config(clip_sample=clip)
-            step = theirs.step(output, t, x_t)
-            predicted, _ = denoiser.predict(x_t, t, clip)
-            assert_close(predicted, step.pred_original_sample)
-
-        # The last step was without clipping.
-        x_s = ddim_sample(denoiser, x_t, [t, t - 50], clip_x_0=False)
-        assert_close(x_s, step.prev_sample)
-
-
-SCHEDULER = NoiseScheduler(1000)
 X_T = normal(0, 2, 3, 16, 16)
 
 

@@ -1,7 +1,7 @@
 """The forward process.
 
-The truths are closed forms and step-by-step recursions in NumPy float64, diffusers' schedules, and
-the numbers that are known of the paper's schedule.
+The truths are recursions and Bayes' rule in NumPy float64, diffusers' cosine schedule, and the
+numbers that are known of the paper's schedule.
 """
 
 import math
@@ -13,8 +13,9 @@ from diffusers import DDPMScheduler
 from torch.testing import assert_close
 
 from functions.noise_scheduler import BETA_SCHEDULES, NoiseScheduler
+from tests.conftest import normal
 
-schedules = pytest.mark.parametrize("timesteps, rescale", [(1000, True), (200, False)])
+schedules = pytest.mark.parametrize("timesteps, rescale", [(500, True), (200, False)])
 
 
 def numpy_betas(timesteps, rescale):
@@ -39,14 +40,9 @@ def test_noising_at_once_is_noising_step_by_step(timesteps, rescale):
         expected.append((signal, np.sqrt(variance)))
 
     # The first pixel is all image and the second all noise, so x_t shows the two factors.
-    x_0, noise = torch.eye(2, dtype=torch.float64)
-    t = torch.arange(timesteps)
-    x_t = scheduler.q_sample(x_0.expand(timesteps, 2), t, noise.expand(timesteps, 2))
+    x_0, noise = torch.eye(2, dtype=torch.float64).expand(timesteps, 2, 2).unbind(1)
+    x_t = scheduler.q_sample(x_0, torch.arange(timesteps), noise)
     assert_close(x_t.numpy(), np.array(expected), rtol=1e-11, atol=0)
-
-    # Images of float32 stay float32, though the schedule is computed in float64.
-    x_t = scheduler.q_sample(x_0[None].float(), torch.tensor([9]), noise[None].float())
-    assert x_t.dtype == torch.float32
 
 
 @schedules
@@ -58,12 +54,10 @@ def test_the_posterior_is_bayes_rule(timesteps, rescale):
     """
     scheduler = NoiseScheduler(timesteps, rescale_betas=rescale)
     alphas = 1 - numpy_betas(timesteps, rescale)
-    x_0, x_t = np.random.default_rng(0).standard_normal((2, 3, 4, 4))
-    images = torch.from_numpy(x_0), torch.from_numpy(x_t)
-    half = timesteps // 2
+    x_0, x_t = normal(0, 2, 3, 4, 4, dtype=torch.float64)
     last = timesteps - 1
 
-    for t, s in ((1, 0), (half, half - 1), (last, last - 1), (half, 0), (last, half)):
+    for t, s in ((1, 0), (last, last - 1), (last, 50)):
         # q(x_t | x_s) has the alpha of all steps between, and q(x_s | x_0) that of all before.
         a = alphas[s + 1 : t + 1].prod()
         a_s = alphas[: s + 1].prod()
@@ -74,29 +68,20 @@ def test_the_posterior_is_bayes_rule(timesteps, rescale):
 
         # Samplers have one timestep for all images, and training has one for each.
         for times in ((t, s), torch.tensor([[t], [s]])):
-            mean, variance = scheduler.q_posterior(*images, *times)
-            assert_close(mean.numpy(), expected, rtol=1e-9, atol=1e-9)
+            mean, variance = scheduler.q_posterior(x_0, x_t, *times)
+            assert_close(mean, expected, rtol=1e-9, atol=1e-9)
             assert float(variance) == pytest.approx(1 / precision, rel=1e-9)
 
     # A step to the clean image, s = -1, ends exactly there.
-    for t in (0, half):
-        mean, variance = scheduler.q_posterior(*images, t, -1)
-        assert_close(mean, images[0], rtol=1e-10, atol=1e-10)
-        assert variance == 0
+    mean, variance = scheduler.q_posterior(x_0, x_t, last, -1)
+    assert_close(mean, x_0, rtol=1e-10, atol=1e-10)
+    assert variance == 0
 
 
 @pytest.mark.parametrize("timesteps", [2, 50, 5000])
-def test_cosine_betas_are_those_of_the_paper_and_of_diffusers(timesteps):
-    """The truths are Eq. 17 of Nichol and Dhariwal, alpha_bar_t = f(t) / f(0), and diffusers."""
+def test_cosine_betas_are_those_of_diffusers(timesteps):
+    """Theirs are float32: the ratio of neighbouring alpha_bar, near 1, is rounded by 6e-8."""
     ours = NoiseScheduler(timesteps, beta_schedule="cosine")
-    t = np.arange(timesteps + 1)
-    f = np.cos((t / timesteps + 0.008) / 1.008 * np.pi / 2) ** 2
-    expected = f[1:] / f[0]
-    # The formula ends at 0, where nothing of the image is left. So the paper caps the last beta.
-    expected[-1] = 0.001 * expected[-2]
-    assert_close(ours.alphas_cumprod.numpy(), expected, rtol=1e-9, atol=0)
-
-    # Diffusers has float32. It rounds the ratio of neighbouring alpha_bar, near 1, by 6e-8.
     theirs = DDPMScheduler(timesteps, beta_schedule="squaredcos_cap_v2")
     assert_close(ours.betas.float(), theirs.betas, rtol=1e-6, atol=1e-8)
 
@@ -121,11 +106,8 @@ def test_a_shift_gives_a_shrunk_image_the_noise_of_a_small_one(name):
     ],
 )
 def test_terminal_signal_is_what_is_known_of_these_schedules(timesteps, rescale, snr):
-    """The truths are known numbers: sqrt(alpha_bar_T), and the signal-to-noise ratio of x_T."""
     scheduler = NoiseScheduler(timesteps, rescale_betas=rescale)
     assert scheduler.terminal_snr == pytest.approx(snr, rel=0.07)
-    a = np.prod(1 - numpy_betas(timesteps, rescale))
-    assert scheduler.terminal_snr == pytest.approx(a / (1 - a), rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -137,8 +119,7 @@ def test_terminal_signal_is_what_is_known_of_these_schedules(timesteps, rescale,
         ({"timesteps": 1000, "beta_start": 0.03}, "0 < beta_start"),
         # No comparison with nan is true, so a check must not ask whether the betas are wrong.
         ({"timesteps": 1000, "beta_end": float("nan")}, "0 < beta_start"),
-        # The product of the alphas is 0, or so small that it has few digits.
-        ({"timesteps": 1000, "beta_end": 0.95}, "alpha_bar underflows"),
+        # The product of the alphas is so small that it has few digits.
         ({"timesteps": 100_000, "rescale_betas": False}, "alpha_bar underflows"),
         ({"timesteps": 3, "betas": [0.1, 0.2]}, "2 betas; they must be 3, one for each"),
         ({"timesteps": 2, "betas": torch.tensor([0.1, 1.0])}, "timestep, and between 0 and 1"),

@@ -39,17 +39,8 @@ class SmallExtractor(FeatureExtractorBase):
 torch_fidelity.register_feature_extractor("small", SmallExtractor)
 
 
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    """Let evaluate.py use the small network, and return the folder in which PyTorch keeps files."""
-    monkeypatch.setattr(fidelity, "EXTRACTOR", "small")
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    return tmp_path / "home"
-
-
 def evaluated(capsys, *arguments):
-    """Return the numbers that evaluate.py prints, by name, and all that it prints."""
-    capsys.readouterr()
+    """Return the numbers that evaluate.py prints, by name, and all that is printed."""
     call(evaluate, "images", *arguments, "--device cpu")
     printed = capsys.readouterr()
     lines = [line.split() for line in printed.out.splitlines()]
@@ -77,8 +68,12 @@ def by_hand(samples, real, subset):
 
 
 @pytest.mark.slow
-def test_samples_are_compared_as_torch_fidelity_does(home, grey_run, pictures, tmp_path, capsys):
+def test_samples_are_compared_as_torch_fidelity_does(
+    grey_run, pictures, tmp_path, monkeypatch, capsys
+):
     """The truth is torch-fidelity, called by hand on the same arrays."""
+    monkeypatch.setattr(fidelity, "EXTRACTOR", "small")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     folders = [tmp_path / "a", tmp_path / "b"]
     for seed, folder in enumerate(folders):
         call(sample, grey_run, FAST, "--n 8 --seed", seed, "--out", folder)
@@ -94,21 +89,20 @@ def test_samples_are_compared_as_torch_fidelity_does(home, grey_run, pictures, t
     numbers, printed = evaluated(capsys, folders[0], pictures)
     assert numbers == by_hand(first, grey[TRAINED], 4)
     assert f"8 images of {folders[0]}, and 46 of {pictures}" in printed
-    assert "46 images train, 4 validate" in printed
     assert '"sampler": "ddim", "steps": 1' in printed
+    assert '"split": "reference"' in printed
     assert "WARNING: ONLY 8 SAMPLES" in printed
     for part, real, subset in (("val", grey[HELD_OUT], 2), ("all", grey, 4)):
         numbers, _ = evaluated(capsys, folders[0], pictures, "--part", part)
         assert numbers == by_hand(first, real, subset)
 
     # Nothing is kept, so that other pixels under the same name are measured anew.
-    assert not home.exists()
+    assert not (tmp_path / "home").exists()
 
     with refused("--part is for a data set"):
         evaluated(capsys, *folders, "--part val")
     file = folders[1] / "00003.png"
-    data = file.read_bytes()
-    file.write_bytes(data[:-40])
+    file.write_bytes(file.read_bytes()[:-40])
     with refused(r"b/00003\.png: cannot be decoded"):
         evaluated(capsys, *folders)
     Image.new("L", (20, 16)).save(file)

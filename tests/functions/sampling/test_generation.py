@@ -3,7 +3,6 @@
 test_bad_input.py has what is refused.
 """
 
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -15,24 +14,18 @@ import sample
 import train
 from data.pixels import to_uint8
 from functions.samplers import SAMPLERS, Sampler, ddim_sample
-from functions.sampling.generation import Drawing, generate
-from functions.sampling.models import Models
-from functions.sampling.samples_folder import generate_frames, image_indices, image_path
+from functions.sampling.generation import generate
+from functions.sampling.samples_folder import generate_frames
 from functions.sampling.settings import DrawingConfig
-from functions.saved.loading import load_denoiser
 from functions.support.command_line import run_script
-from functions.support.pictures import grid_of
 from functions.support.settings import ConfigError
 from models.unet import UNet
 from tests.conftest import (
-    CPU,
     LittleMemory,
     call,
     changed,
     drawing_of,
-    pixels_of,
     refused,
-    samples_of,
 )
 from tests.functions.training.test_objectives_trained import assert_samples_are_the_grid
 
@@ -44,7 +37,7 @@ def test_an_image_does_not_depend_on_its_batch(network, sampler):
     limited = LittleMemory(network, 1)
     drawing = drawing_of(limited, 24, seed=7, sampler=sampler, steps=5, batch_size=1)
     one_by_one = generate(drawing, range(4))
-    for images, batch_size in ((range(4), 3), (range(4), 4), ([3, 1], 2)):
+    for images, batch_size in ((range(4), 3), ([3, 1], 2)):
         limited.most = batch_size
         other = generate(changed(drawing, batch_size=batch_size), images)
         assert (other - one_by_one[images]).abs().max() * 127.5 < 1
@@ -72,63 +65,32 @@ def test_frames_are_evenly_spaced_and_end_with_the_image(network):
     drawing = drawing_of(network, 60, batch_size=2)
     samples, states, estimates = generate_frames(drawing, range(3))
     assert torch.equal(samples, generate(drawing, range(3)))
-    assert list(states) == [*range(60, 1, -2), 1, 0]
     assert list(estimates) == [*range(60, 1, -2), 1]
-    noise = drawing.noise(range(3))()
-    assert np.array_equal(states[60], to_uint8(noise))
-    # The last x_0 is the image; the first is another.
+    assert list(states) == [*estimates, 0]
     images = to_uint8(samples)
-    assert np.array_equal(states[0], images)
-    assert np.array_equal(estimates[1], images)
+    for frame, expected in (
+        (states[60], to_uint8(drawing.noise(range(3))())),
+        (states[0], images),
+        (estimates[1], images),
+    ):
+        assert np.array_equal(frame, expected)
+    # The first x_0 is another image.
     assert abs(estimates[60].astype(float) - images).mean() > 10
 
 
-@pytest.mark.slow
-def test_indices_are_images_of_the_seed(tiny_run, tmp_path):
-    """In a batch of the same size an image has the same bits, whatever the others are."""
-    folder = tmp_path / "all"
-    common = [tiny_run, "--steps 5 --batch-size 4 --device cpu --out"]
-    call(sample, *common, folder, "--individual --n 8")
-    call(sample, *common, tmp_path / "grid", "--indices 6,1,7,3")
-    in_order = np.stack([pixels_of(image_path(folder, i)) for i in (6, 1, 7, 3)])
-    assert np.array_equal(pixels_of(tmp_path / "grid" / "grid.png"), np.asarray(grid_of(in_order)))
-
-    # Only the image that is missing is added to the others.
-    call(sample, *common, folder, "--individual --indices 9,1")
-    assert image_indices(folder) == {*range(8), 9}
-
-
-def test_flags_give_the_images_of_their_options(tiny_run, tmp_path, capsys):
-    flags = "--temperature 0.5 --steps 100 --variance large --seed 3 --n 2 --individual --out"
-    call(sample, tiny_run, flags, tmp_path)
-    settings = "sampler ddpm, steps 100, spacing trailing, variance large, temperature 0.5"
-    assert f"seed 3, precision float32, {settings}" in capsys.readouterr().out
-
-    # The files are compared with what these options give in memory.
-    config = DrawingConfig(model="run", steps=100, variance="large", temperature=0.5)
-    drawing = Drawing(Models(load_denoiser(tiny_run), (3, 16, 16), CPU), config, seed=3)
-    assert np.array_equal(samples_of(tmp_path), to_uint8(generate(drawing, range(2))))
-
-
 def test_the_temperature_scales_the_noise_of_later_steps_alone(network, monkeypatch):
-    drawn = []
+    def all_noise(denoiser, x_T, times, step_noise, **options):
+        return torch.stack([x_T, *map(step_noise, range(len(times) - 1))])
 
-    def record(denoiser, x_T, times, step_noise, **options):
-        drawn.append(torch.stack([x_T, *(step_noise(k) for k in range(len(times) - 1))]))
-        return x_T
-
-    monkeypatch.setitem(SAMPLERS, "ddpm", replace(SAMPLERS["ddpm"], function=record))
-    for temperature in (1.0, 0.25):
-        drawing = drawing_of(network, steps=10, temperature=temperature)
-        generate(drawing, [0, 1])
-    alpha_bar = [drawing.scheduler.alpha_bar(t) for t in drawing.times[1:]]
-    # The log-SNR is log(alpha_bar / (1 - alpha_bar)). The noise of x_T comes first.
-    late = [False, *(a > (1 - a) / math.e for a in alpha_bar)]
-    assert 2 < sum(late) < 9
-    scales = torch.where(torch.tensor(late), 0.25, 1.0).view(-1, 1, 1, 1, 1)
-    assert_close(drawn[1], scales * drawn[0])
-    with refused("temperature is nan; it must be finite", ConfigError):
-        DrawingConfig(model="run", temperature=math.nan)
+    monkeypatch.setitem(SAMPLERS, "ddpm", replace(SAMPLERS["ddpm"], function=all_noise))
+    drawing = drawing_of(network, steps=10)
+    alpha_bar = torch.tensor([drawing.scheduler.alpha_bar(t) for t in drawing.times[1:]])
+    late = torch.logit(alpha_bar) > -1
+    assert 2 < late.sum() < 9
+    # The noise of x_T comes first.
+    scales = torch.tensor([1.0, *torch.where(late, 0.25, 1.0)]).view(-1, 1, 1, 1, 1)
+    cooled = generate(changed(drawing, temperature=0.25), [0, 1])
+    assert_close(cooled, scales * generate(drawing, [0, 1]))
 
 
 def test_a_new_sampler_is_a_function_and_a_row(unfinished, tmp_path, monkeypatch, capsys):
@@ -141,8 +103,6 @@ def test_a_new_sampler_is_a_function_and_a_row(unfinished, tmp_path, monkeypatch
     assert "euler is Euler's method" in " ".join(capsys.readouterr().out.split())
     with refused("the options of --sampler euler are --spacing", ConfigError):
         DrawingConfig(model="run", sampler="euler", eta=0.5)
-    with refused("these add none", ConfigError):
-        DrawingConfig(model="run", sampler="euler", temperature=0.5)
 
     call(train, "--resume", unfinished, "--diffusion.grid-sampler euler")
     assert_samples_are_the_grid(unfinished, "euler", tmp_path)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageSequence
 
 import edit
 import evaluate
@@ -54,33 +54,26 @@ def settings(recipe, flags="", **defaults):
     return vars(settings_of(parser.parse_args([str(recipe), *words(flags)]), **defaults))
 
 
-def test_a_recipe_draws_what_its_flags_draw(recipe, monkeypatch, capsys):
+def test_a_recipe_draws_what_its_flags_draw(recipe, monkeypatch):
     """So it does without a run, too, and the manifest does not have its name."""
-    folder = recipe.parent
-    parts = ["--guide", folder / "guides" / "early.safetensors", "--enlarge", folder / "large"]
-    call(sample, folder / "model.safetensors", FLAGS, *parts, FEW, "--out flags")
+    parts = "mine/model.safetensors --guide mine/guides/early.safetensors --enlarge mine/large"
+    call(sample, parts, FLAGS, FEW, "--out flags")
     call(sample, recipe, FEW, "--out recipe")
     by_flags, by_recipe = Path("flags"), Path("recipe")
     for name in ("grid.png", "samples.json"):
         assert (by_recipe / name).read_bytes() == (by_flags / name).read_bytes()
-    assert "people" not in (by_recipe / "samples.json").read_text()
 
     # Samples of the recipe in the box go into the working directory, under its name.
     monkeypatch.setattr(run_folder, "PRETRAINED", recipe)
     call(sample, FEW, "--gif")
     [of_the_box] = Path("samples").glob("people-*/grid.png")
     assert of_the_box.read_bytes() == (by_flags / "grid.png").read_bytes()
-    assert "no run with a checkpoint here yet; using pretrained/" in capsys.readouterr().out
-    # The animation has the size of the enlarged images, which the last frame shows.
+    # The animation has the size of the enlarged images, which the last frame shows. Its palette
+    # has few of these colours.
     with Image.open(of_the_box.parent / "denoising.gif") as animation:
-        assert animation.n_frames == 5
-        first = np.asarray(animation.convert("RGB"))
-        animation.seek(4)
-        last = np.asarray(animation.convert("RGB")).astype(float)
-    grid = pixels_of(of_the_box)
-    assert first.shape == last.shape == grid.shape
-    # The palette of the animation has few of these colours.
-    assert np.abs(last - grid).mean() < 12 < np.abs(first - grid).mean() / 2
+        *others, last = ImageSequence.all_frames(animation)
+    assert len(others) == 4
+    assert np.abs(last.convert("RGB") - pixels_of(of_the_box).astype(float)).mean() < 12
 
 
 def test_a_run_of_ones_own_comes_before_the_recipe(recipe, tiny_run, monkeypatch, capsys):
@@ -100,10 +93,8 @@ def test_a_run_of_ones_own_comes_before_the_recipe(recipe, tiny_run, monkeypatch
         ("--sampler dpm++ --temperature 1", {"temperature": 1.0}),
         # Another sampler drops what was meant for the recipe's.
         ("--sampler=ddpm --steps=9", OTHER | {"sampler": "ddpm", "steps": 9}),
-        ("--eta 0.5", {"eta": 0.5}),
         ("--eta 0", {"eta": 0.0, "temperature": 1.0}),
         ("--enlarge a --enlarge b", {"enlarge": ("a", "b")}),
-        ("--guide 3", {"guide": 3}),
         ("--guide ./3 --guidance -1", {"guide": "./3", "guidance": -1.0}),
         # Names with commas are quoted, as some of ImageNet's.
         (
@@ -113,40 +104,38 @@ def test_a_run_of_ones_own_comes_before_the_recipe(recipe, tiny_run, monkeypatch
     ],
 )
 def test_a_given_flag_wins_and_takes_along_what_it_makes_void(recipe, flags, changed):
-    plain = settings(recipe)
-    assert plain["model"] == str(recipe.parent / "model.safetensors")
-    assert (plain["sampler"], plain["steps"], plain["guidance"]) == ("dpm++", 4, 2.0)
-    assert plain["enlarge"] == (str(recipe.parent / "large"),)
-    assert settings(recipe, flags) == plain | changed
+    assert settings(recipe, flags) == settings(recipe) | changed
 
 
-def test_edits_use_what_has_a_meaning_for_them(recipe, monkeypatch, pictures):
-    shown = []
-    for name in edit.VERBS:
-        monkeypatch.setitem(edit.VERBS, name, lambda args, drawing, new_path: shown.append(drawing))
-    cooled = {"sampler": "dpm++", "steps": 4, "spacing": "trailing", "eta": 1.0, "temperature": 0.5}
-    painted = {"sampler": "ddpm", "steps": 50, "spacing": "trailing", "variance": "small"}
-    inverted = {"sampler": "ddim", "steps": 100, "spacing": "trailing", "eta": 0.0}
-    for command, expected in {
-        "vary 0": cooled,
-        "interpolate 0 1": cooled,
-        "inpaint a.png": painted,
-        "inpaint --steps 7 a.png": painted | {"steps": 7},
-        "inpaint --sampler ddim --eta 1 a.png": inverted | {"steps": 50, "eta": 1.0},
-        "invert 0": inverted,
-        "interpolate --exact 0 1": inverted,
-    }.items():
-        call(edit, command, recipe, "--device cpu")
-        drawing = shown.pop()
-        assert drawing.settings.items() >= expected.items()
-        alone = "invert" in command or "--exact" in command
-        assert len(drawing.models.enlargers) == (0 if alone else 1)
-        assert drawing.config.guidance == (None if alone else 2.0)
+@pytest.mark.parametrize(
+    "command, settings",
+    [
+        ("vary 0", "dpm++, steps 4, spacing trailing, eta 1.0, temperature 0.5, guide"),
+        ("inpaint 0", "ddpm, steps 50, spacing trailing, variance small, temperature 1.0, guide"),
+        ("inpaint --sampler ddim --eta 1 --steps 7 0", "ddim, steps 7, spacing trailing, eta 1.0"),
+        ("invert 0", "ddim, steps 100, spacing trailing, eta 0.0, temperature 1.0\n"),
+        (
+            "interpolate --exact 0 1",
+            "ddim, steps 100, spacing trailing, eta 0.0, temperature 1.0\n",
+        ),
+    ],
+)
+def test_edits_use_what_has_a_meaning_for_them(command, settings, recipe, monkeypatch, capsys):
+    """An inversion uses the model alone, and the others the guide and the enlarger, too."""
+    for verb in edit.VERBS:
+        monkeypatch.setitem(edit.VERBS, verb, (lambda *_: None, *edit.VERBS[verb][1:]))
+    call(edit, command, recipe, "--device cpu")
+    printed = capsys.readouterr().out
+    assert f"float32, sampler {settings}" in printed
+    assert ("guidance 2.0, enlarge (" in printed) == ("eta 0.0" not in settings)
 
 
-def test_export_and_evaluation_use_the_model_alone(recipe, tiny_run, capsys):
+def test_export_and_evaluation_use_the_model_alone(recipe, monkeypatch, capsys):
+    """Without a run, it is evaluated, too."""
     call(sample, recipe, "--export exported.safetensors")
-    call(evaluate, "bits", recipe, "--images 2 --t-stride 100 --device cpu")
+    monkeypatch.setattr(run_folder, "PRETRAINED", recipe)
+    call(evaluate, "--images 2 --t-stride 100 --device cpu")
+    assert [*Path("evaluation").glob("model-bpd-*.json")]
     printed = capsys.readouterr().out
     assert printed.count(f"{recipe.parent / 'model.safetensors'}: EMA weights") == 2
     assert "guide" not in printed
@@ -157,23 +146,15 @@ def test_export_and_evaluation_use_the_model_alone(recipe, tiny_run, capsys):
     "old, new, sentence",
     [
         ('model = "model.safetensors"', "", r"missing, or unknown to this version .*: model"),
-        ("model.safetensors", "other.safetensors", "model is 'other.safetensors', and there is no"),
-        ('["large"]', '["large", "large/run"]', "enlarge is 'large/run', and there is no"),
+        ('["large"]', '["large", "large/run"]', "there is no .*mine/large/run"),
         ('["large"]', '["large", ""]', "and not empty"),
         # Backslashes in double quotes are a page break, and nothing that TOML has.
-        ("'guides/early.safetensors'", r'"runs\faces"', "guide is .*, and there is no"),
+        ("'guides/early.safetensors'", r'"runs\faces"', "there is no .*mine/runs"),
         ("'guides/early.safetensors'", r'"guides\early.safetensors"', r"with / and not \\ in"),
         ("steps = 4", "steps = = 4", r"Invalid value \(at line 6"),
         ("steps", "st\udcffeps", "'utf-8' codec can't decode"),
         ("steps = 4", "steps = 1.5", "steps is 1.5; it must be an integer"),
-        ("steps = 4", 'steps = "4"', "steps is '4'; it must be an integer"),
-        ("steps = 4", "steps = true", "steps is True; it must be an integer"),
-        ("steps = 4", "seed = 3", r"missing, or unknown to this version .*: seed"),
-        ("steps = 4", '"label=x" = 3', r"missing, or unknown to this version .*: label=x"),
-        ("steps = 4", 'label = ""', "and not empty"),
         ("model.safetensors", "people.toml", "people.toml is a recipe, and no model; name one"),
-        ("guides/early.safetensors", "people.toml", "people.toml is a recipe, and no model"),
-        ('"large"', '"people.toml"', "people.toml is a recipe, and no model"),
     ],
 )
 def test_a_broken_recipe_is_one_sentence(recipe, old, new, sentence):
@@ -184,27 +165,14 @@ def test_a_broken_recipe_is_one_sentence(recipe, old, new, sentence):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "flag, value", [("label", ""), ("label", "a,"), ("steps", "0"), ("eta", "x")]
-)
-def test_a_value_that_a_flag_cannot_have_is_one_sentence_with_its_name(flag, value, capsys):
-    parser = Parser()
-    add_sampling_flags(parser)
-    with pytest.raises(SystemExit, match="2"):
-        parser.parse_args([f"--{flag}", value])
-    [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: argument --{flag}: ")
-
-
 def test_a_byte_order_mark_and_what_is_no_file_are_read(recipe):
     """The guide is a step of the model's own run, and another model is on a hub."""
     recipe.write_bytes(b"\xef\xbb\xbf" + TEXT.replace("'guides/early.safetensors'", "5").encode())
     assert settings(recipe)["guide"] == 5
     recipe.write_text('model = "google/ddpm-cifar10-32"\nenlarge = "large"\nbatch-size = 3')
-    assert settings(recipe)["model"] == "google/ddpm-cifar10-32"
     # A text is a list of one, and - and _ are equal in keys.
-    assert settings(recipe)["enlarge"] == (str(recipe.parent / "large"),)
-    assert settings(recipe)["batch_size"] == 3
+    expected = {"model": "google/ddpm-cifar10-32", "batch_size": 3}
+    expected |= {"enlarge": (str(recipe.parent / "large"),), "sampler": "ddpm"}
     # The page has another default sampler than a recipe without one.
-    assert settings(recipe, sampler="dpm++")["sampler"] == "ddpm"
+    assert settings(recipe, sampler="dpm++").items() >= expected.items()
     assert settings(recipe.parent / "large", sampler="dpm++")["sampler"] == "dpm++"

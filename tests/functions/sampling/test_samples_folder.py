@@ -8,20 +8,21 @@ import re
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-import edit
 import sample
-from functions.sampling import generation
+from functions.sampling.generation import Drawing
 from functions.sampling.samples_folder import image_path
-from functions.saved import run_folder
-from tests.conftest import call, posix, refused
+from functions.support.pictures import grid_of
+from tests.conftest import call, pixels_of, posix, refused, samples_of
 from tests.forked import Program
 from tests.functions.support.test_processes import two
 
 TIME = r"\d{8}-\d{6}"
-FLAGS = "--individual -n 22 --batch-size 4 --steps 4 --device cpu --guide 5"
+FEW = "--batch-size 4 --steps 4 --device cpu --guide 5"
+FLAGS = f"{FEW} --individual -n 22"
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +34,12 @@ def whole(tiny_run, tmp_path_factory):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.glob("*.png")}
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def written(folder):
-    """Return of each single image what changes when its file is written again."""
-    stats = {path.name: path.stat() for path in folder.glob("0*.png")}
-    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}
+    """Return of each single image when its file was written."""
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("0*.png")}
 
 
 def sample_until_a_write_kills():
@@ -57,73 +57,57 @@ def sample_until_a_write_kills():
 
 @posix
 @pytest.mark.slow
-def test_after_a_kill_only_what_is_missing_is_made(whole, tiny_run, tmp_path, capsys):
-    """The images are then, bit for bit, those that were made in one go."""
-    command = [tiny_run, FLAGS, "--out", tmp_path]
+def test_after_a_kill_two_processes_make_only_what_is_missing(whole, tiny_run, tmp_path, capsys):
+    """The images are then, bit for bit, those that one process made in one go."""
+    folder = tmp_path / "samples"
+    command = [tiny_run, FLAGS, "--out", folder]
     program = Program(tmp_path / "printed", *command, act=sample_until_a_write_kills)
     assert program.wait() == -signal.SIGKILL, program.printed
-    kept = written(tmp_path)
+    kept = written(folder)
+    # Of a batch only a part is there.
     assert len(kept) == 9
     # A power cut may leave an empty file.
-    image_path(tmp_path, 9).touch()
+    image_path(folder, 9).touch()
 
-    # The second time there is nothing to do.
-    for count in (14, 0):
-        call(sample, *command)
-        assert f"sampling {count} of 22 images" in capsys.readouterr().out
-        assert kept.items() <= written(tmp_path).items()
-        assert contents(tmp_path) == contents(whole)
-
-
-@posix
-@pytest.mark.slow
-def test_two_processes_make_the_images_of_one(whole, tiny_run, tmp_path):
-    """They go on with what one process began, and the images are, bit for bit, those of one.
-
-    What it began are fewer images, of which one was lost, so that of a batch only a part is there.
-    """
-    call(sample, tiny_run, FLAGS, "-n 8 --out", tmp_path)
-    image_path(tmp_path, 5).unlink()
-    kept = written(tmp_path)
-    folder = tmp_path.with_name("printed")
-    folder.mkdir()
-    programs = two(folder, tiny_run, FLAGS, "--out", tmp_path, act=sample.main)
+    programs = two(tmp_path, *command, act=sample.main)
     assert [program.wait() for program in programs] == [0, 0], programs[1].printed
-
     # Rank 0 alone speaks, and has the one bar.
     printed = "".join(program.printed for program in programs)
-    assert printed.count("all 22 images are in") == 1
-    assert printed.count("\nguide ") == 1
-    assert printed.count(" 0.00/") == 1
+    for text in ("sampling 14 of 22 images", "all 22 images are in", "\nguide ", " 0.00/"):
+        assert printed.count(text) == 1
+    # Now there is nothing to do.
+    call(sample, *command)
+    assert "sampling 0 of 22 images" in capsys.readouterr().out
+    assert kept.items() <= written(folder).items()
+    assert contents(folder) == contents(whole)
 
-    assert kept.items() <= written(tmp_path).items()
-    assert contents(tmp_path) == contents(whole)
-    manifests = [(folder / "samples.json").read_bytes() for folder in (whole, tmp_path)]
-    assert manifests[0] == manifests[1]
+
+def test_indices_are_images_of_the_seed(whole, tiny_run, tmp_path):
+    """In a batch of the same size an image has the same bits, whatever the others are."""
+    call(sample, tiny_run, FEW, "--indices 6,1,7,3 --out", tmp_path)
+    expected = grid_of(samples_of(whole)[[6, 1, 7, 3]])
+    assert np.array_equal(pixels_of(tmp_path / "grid.png"), expected)
 
 
 def test_a_folder_of_other_settings_is_refused(tiny_run, tmp_path):
-    """Whether it has single images or pictures, and even if nothing is in it yet."""
+    """Whether it has single images or pictures, and whichever are asked for."""
     common = "-n 2 --steps 5 --device cpu --out"
     single, pictures = (tmp_path / name for name in ("single", "pictures"))
     call(sample, tiny_run, "--individual", common, single)
     call(sample, tiny_run, common, pictures, "--strip")
     before = [contents(single), contents(pictures)]
     early = "checkpoints/step-00000005.safetensors"
-    for run, flags, changed in (
-        (early, "--seed 1 --precision bfloat16", "checkpoint seed precision"),
-        ("", "--sampler ddim", "sampler eta variance"),
-        ("", "--steps 4 --spacing logsnr", "steps spacing first_log_snr"),
-        ("", "--guide 5", "guide guidance"),
+    for folder, run, flags, changed in (
+        (single, early, "--seed 1 --precision bfloat16", "checkpoint seed precision"),
+        (pictures, "", "--sampler ddim --individual", "sampler eta variance"),
+        (single, "", "--steps 4 --spacing logsnr --individual", "steps spacing first_log_snr"),
+        (pictures, "", "--guide 5", "guide guidance"),
+        # Pictures of other images are refused, too, but not single images of the same settings.
+        (pictures, "", "-n 3", "grid"),
     ):
-        for folder in (single, pictures):
-            for kind in ("", "--individual"):
-                with refused("of other settings") as error:
-                    call(sample, tiny_run / run, common, folder, kind, flags)
-                assert re.findall(r"(\w+) was ", str(error.value)) == changed.split()
-    # Pictures of other images are refused, too, but not single images of the same settings.
-    with refused(r"grid was \[0, 1\], is now \[0, 1, 2\]"):
-        call(sample, tiny_run, common, pictures, "-n 3")
+        with refused("of other settings") as error:
+            call(sample, tiny_run / run, common, folder, flags)
+        assert re.findall(r"(\w+) was ", str(error.value)) == changed.split()
     assert [contents(single), contents(pictures)] == before
     call(sample, tiny_run, "--individual", common, pictures, "-n 3")
     call(sample, tiny_run, common, pictures, "--progressive")
@@ -137,31 +121,18 @@ def test_samples_without_a_folder_go_into_a_new_one_named_by_the_time(
 ):
     """In the run, beside an exported file, and for a recipe, under its name, here."""
     monkeypatch.chdir(tmp_path)
-    few = "--device cpu --steps 2 -n 1"
     call(sample, tiny_run, "--export", "there/x.safetensors")
-    recipe = tmp_path / "mine.toml"
-    recipe.write_text(f"model = {str(tiny_run)!r}")
+    Path("mine.toml").write_text(f"model = {str(tiny_run)!r}")
     for run, folder, name in (
         (unfinished, unfinished / "samples", TIME),
         ("there/x.safetensors", Path("there/samples"), f"x-{TIME}"),
-        (recipe, Path("samples"), f"{recipe.stem}-{TIME}"),
+        ("mine.toml", Path("samples"), f"mine-{TIME}"),
     ):
         before = {*folder.glob("*")}
-        for _ in range(2):
-            call(sample, run, few)
-        call(edit, "vary 0", run, few.replace("-n 1", "--depths 0"))
-        new = {*folder.glob("*")} - before
-        assert all(re.fullmatch(name, path.name) for path in new)
-        names = sorted(file.name for path in new for file in path.glob("*.png"))
-        assert names == ["grid.png", "grid.png", "variations-0.png"]
-        assert len([*folder.glob("*/samples.json")]) == 3
-
-
-def test_samples_into_a_link_that_leads_nowhere_are_refused(tiny_run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("samples").symlink_to("away")
-    with refused("samples is a link to away, which is not there"):
-        run_folder.new_folder(Path("samples/inner"), "people")
+        call(sample, run, "--device cpu --steps 2 --n 1")
+        [new] = {*folder.glob("*")} - before
+        assert re.fullmatch(name, new.name)
+        assert {path.name for path in new.iterdir()} == {"grid.png", "samples.json"}
 
 
 @pytest.mark.parametrize("kind", ["--individual", "--gif"])
@@ -169,29 +140,26 @@ def test_two_commands_that_start_at_once_do_not_mix_their_samples(
     kind, tiny_run, tmp_path, monkeypatch
 ):
     """The second replaces the manifest before the first has written an image."""
-    command = [tiny_run, kind, "--steps 2 --n 4 --batch-size 2 --out", tmp_path]
-    step_bar = generation.step_bar
+    manifest = tmp_path / "samples.json"
+    noise = Drawing.noise
 
     def replace_the_manifest(*args):
-        path = tmp_path / "samples.json"
-        path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
-        return step_bar(*args)
+        manifest.write_text(manifest.read_text().replace('"seed": 0', '"seed": 1'))
+        return noise(*args)
 
-    monkeypatch.setattr(sample, "step_bar", replace_the_manifest)
-    monkeypatch.setattr(generation, "step_bar", replace_the_manifest)
+    monkeypatch.setattr(Drawing, "noise", replace_the_manifest)
     with refused(r"other settings \(seed was 1, is now 0\)"):
-        call(sample, *command)
-    assert [path.name for path in tmp_path.iterdir()] == ["samples.json"]
+        call(sample, tiny_run, kind, "--steps 2 --n 4 --batch-size 2 --out", tmp_path)
+    assert [*tmp_path.iterdir()] == [manifest]
 
 
 @pytest.mark.parametrize("name", ["00003.png", "strip.png"])
 def test_images_of_unknown_origin_are_not_gone_on_with(name, tiny_run, tmp_path):
     """Without a manifest, or with one that is cut short, nobody knows what they are."""
     Image.new("RGB", (16, 16)).save(tmp_path / name)
-    with refused(r"samples\.json: there is no such file"):
-        call(sample, tiny_run, FLAGS, "--out", tmp_path)
-    for text in ('{"sampler": ', "[]"):
-        (tmp_path / "samples.json").write_text(text)
-        with refused(r"samples\.json: cannot be read"):
+    for text, reason in (("", "there is no such file"), ("[]", "cannot be read")):
+        if text:
+            (tmp_path / "samples.json").write_text(text)
+        with refused(rf"samples\.json: {reason}"):
             call(sample, tiny_run, FLAGS, "--out", tmp_path)
     assert [path.name for path in tmp_path.glob("*.png")] == [name]

@@ -3,18 +3,16 @@
 import pytest
 import torch
 
-import train
-from functions.saved import checkpoint
 from functions.saved.checkpoint import load_weights, verify_checkpoint, write_tensors
 from functions.saved.loading import rebuild
-from functions.support.errors import CheckpointError, UserError
-from tests.conftest import CPU, call
-from tests.small_training import checkpoint_parts, stepped_run
+from functions.support.errors import CheckpointError
+from tests.conftest import CPU
+from tests.small_training import stepped_run, training_run
 
 
-def refusal(path, read=verify_checkpoint, error=CheckpointError):
+def refusal(path, read=verify_checkpoint):
     """Return what is said of a file, which is one short line that begins with its name."""
-    with pytest.raises(error) as caught:
+    with pytest.raises(CheckpointError) as caught:
         read(path)
     message = str(caught.value)
     assert message.startswith(f"{path}: ")
@@ -23,23 +21,25 @@ def refusal(path, read=verify_checkpoint, error=CheckpointError):
     return message.removeprefix(f"{path}: ")
 
 
+@pytest.fixture
+def saved(path):
+    """Write a checkpoint; return its parts and contents, as `write_tensors` takes them."""
+    stepped_run().save(path)
+    file = verify_checkpoint(path)
+    return {part: file.tensors(part) for part in file.digests}, file.contents
+
+
 def resume(path):
     """Let a training take a checkpoint over."""
-    stepped_run.__wrapped__(1).load(verify_checkpoint(path))
+    training_run(1).load(verify_checkpoint(path))
 
 
 def sample(path):
     return rebuild(load_weights(path), CPU, torch.float32)
 
 
-def begin(path):
-    """Begin a training with the weights of a file."""
-    call(train, "--init", path)
-
-
-def test_a_cut_or_a_flipped_bit_anywhere(path):
+def test_a_cut_or_a_flipped_bit_anywhere(path, saved):
     """It is in the header's length, contents, their checksum, the format, a name or the numbers."""
-    write_tensors(path, *checkpoint_parts())
     whole = path.read_bytes()
     places = [0, 8, len(whole) - 1]
     # These digits differ from others in one bit.
@@ -55,8 +55,8 @@ def test_a_cut_or_a_flipped_bit_anywhere(path):
 
 
 @pytest.mark.parametrize("part", ["model", "ema", "optimizer"])
-def test_a_damaged_part_is_named_and_sampling_needs_only_its_own(part, path):
-    parts, contents = checkpoint_parts()
+def test_a_damaged_part_is_named_and_sampling_needs_only_its_own(part, path, saved):
+    parts, contents = saved
     name = "exp_avg.conv_in.bias" if part == "optimizer" else "conv_in.bias"
     before = parts[part][name].fill_(1.25)
     write_tensors(path, parts, contents)
@@ -70,70 +70,57 @@ def test_a_damaged_part_is_named_and_sampling_needs_only_its_own(part, path):
         sample(path)
 
 
-def test_an_exported_file_among_checkpoints_is_no_training(path):
-    parts, contents = checkpoint_parts()
-    write_tensors(path, {"ema": parts["ema"]}, contents)
-    assert refusal(path, resume) == "model is missing or damaged"
-
-
 @pytest.mark.parametrize("read", [resume, sample])
-def test_a_network_that_was_changed(read, path):
-    parts, contents = checkpoint_parts()
-    bias = parts["ema"]["conv_in.bias"]
-    parts["ema"]["conv_in.bias"] = bias[:1]
-    write_tensors(path, parts, contents)
-    assert refusal(path, read) == "conv_in.bias is (1,); the model has (4,)"
-
-    del parts["ema"]["conv_in.bias"]
+def test_a_network_that_was_changed(read, path, saved):
+    parts, contents = saved
+    bias = parts["ema"].pop("conv_in.bias")
     write_tensors(path, parts, contents)
     expected = "1 weights are missing or unknown, such as 'conv_in.bias'"
     assert refusal(path, read) == expected
 
-    parts, contents = checkpoint_parts()
+    parts["ema"]["conv_in.bias"] = bias[:1]
+    write_tensors(path, parts, contents)
+    assert refusal(path, read) == "conv_in.bias is (1,); the model has (4,)"
+
+
+def test_what_a_training_needs(path, saved):
+    parts, contents = saved
     del parts["optimizer"]["exp_avg.conv_in.bias"]
     write_tensors(path, parts, contents)
     expected = "1 moments are missing or unknown, such as 'exp_avg.conv_in.bias'"
     assert refusal(path, resume) == expected
+    # An exported file has only this part.
+    write_tensors(path, {"ema": parts["ema"]}, contents)
+    assert refusal(path, resume) == "model is missing or damaged"
 
 
-def test_files_of_others_and_of_earlier_versions(path, monkeypatch):
+def test_files_of_others(path):
+    """test_run_folder.py has one of an earlier version."""
     torch.save({"weight": torch.ones(2)}, path)
     assert "not a checkpoint of this version (see CHANGELOG.md)" in refusal(path)
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "FORMAT", "ddpm-faces checkpoint 2")
-        write_tensors(path, *checkpoint_parts())
-    # The one before it is not used instead (tests/functions/saved/test_run_folder.py).
-    assert "not a checkpoint of this version" in refusal(path, error=UserError)
     write_tensors(path, {"others": {}}, {})
     assert refusal(path) == "neither a checkpoint nor a model"
     assert refusal(path.parent) == "there is no such file"
-    # An objective of another version
-    parts, contents = checkpoint_parts()
-    contents["config"]["diffusion"]["objective"] = "x_0"
-    write_tensors(path, parts, contents)
-    assert "cannot build a model from its config" in refusal(path, sample)
 
 
 @pytest.mark.parametrize(
-    ("place", "value"),
+    "place, value",
     [
-        (("config",), {}),
-        (("config", "diffusion"), {}),
-        (("config", "diffusion", "beta_end"), "much"),
-        (("config", "diffusion", "timesteps_diff"), 10**30),
-        (("config", "model", "label_count"), 10**30),
-        (("config", "model", "base_dim"), None),
-        (("config", "model", "unknown"), 1),
-        (("run",), {}),
+        ("config", {}),
+        ("config diffusion objective", "noise"),
+        ("config diffusion timesteps_diff", 10**30),
+        ("config model base_dim", None),
+        ("config model unknown", 1),
+        ("run", {}),
     ],
 )
-@pytest.mark.parametrize("read", [sample, begin])
-def test_contents_of_another_version(place, value, read, path):
+def test_contents_of_another_version(place, value, path, saved):
     """Their checksums are right."""
-    parts, contents = checkpoint_parts()
+    parts, contents = saved
+    *outer, last = place.split()
     inner = contents
-    for name in place[:-1]:
+    for name in outer:
         inner = inner[name]
-    inner[place[-1]] = value
+    inner[last] = value
     write_tensors(path, parts, contents)
-    refusal(path, read)
+    refusal(path, sample)

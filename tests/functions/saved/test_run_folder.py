@@ -8,87 +8,87 @@ import torch
 
 from functions.saved import checkpoint, run_folder
 from functions.saved.checkpoint import write_tensors
-from functions.saved.run_folder import checkpoints_of, locked, path_of
+from functions.saved.run_folder import checkpoints_of, locked, path_of, run_to_resume
 from functions.support.errors import CheckpointError, UserError
 from tests.conftest import linux, posix, refused, rights_of_others
 
+FACES = "faces-20260101-000000"
 
-def make_run(runs, name, steps, total=100):
-    """Make a run folder with a checkpoint of each of these steps."""
+
+def make_run(runs, name, *steps):
+    """Make a run folder of 100 steps with a checkpoint of each of these."""
     run = runs / name
     for folder in ("checkpoints", "samples", "snapshots"):
         (run / folder).mkdir(parents=True, exist_ok=True)
     for step in steps:
         # The name ends in a date and a time, which are 16 characters with their dashes.
-        facts = {"experiment": name[:-16], "step": step, "total_steps": total}
+        facts = {"experiment": name[:-16], "step": step, "total_steps": 100}
         contents = {"config": {"diffusion": {}, "model": {}}, "run": facts}
         write_tensors(path_of(run, "checkpoints", step), {"model": {"a": torch.ones(1)}}, contents)
     return run
 
 
 def test_the_newest_run_and_its_newest_checkpoint_are_found(tmp_path, capsys):
-    done = make_run(tmp_path, "faces-20260101-000000", [100])
-    unfinished = make_run(tmp_path, "ffhq-full-20260102-000000", [50, 9, 60])
-    make_run(tmp_path, "ffhq-run1-20250101-000000", [100])
+    done = make_run(tmp_path, FACES, 100)
+    unfinished = make_run(tmp_path, "ffhq-full-20260102-000000", 50, 9, 60)
+    make_run(tmp_path, "ffhq-run1-20250101-000000", 100)
     # This one has just started.
-    new = make_run(tmp_path, "faces-20260103-000000", [])
+    new = make_run(tmp_path, "faces-20260103-000000")
     (tmp_path / "notes").mkdir()
 
     assert run_folder.newest_run(tmp_path) == unfinished
-    newest, *others = run_folder.find_checkpoints(unfinished)
-    assert newest == path_of(unfinished, "checkpoints", 60)
-    assert run_folder.last_checkpoint(unfinished) == newest
-    assert run_folder.last_checkpoint(new) is None
-    assert [run_folder.step_of(path) for path in others] == [50, 9]
     assert run_folder.newest_run(tmp_path, "faces") == done
+    checkpoints = [path_of(unfinished, "checkpoints", step) for step in (60, 50, 9)]
+    assert run_folder.find_checkpoints(unfinished) == checkpoints
+    assert run_folder.last_checkpoint(unfinished) == checkpoints[0]
+    assert run_folder.last_checkpoint(new) is None
 
-    assert run_folder.run_to_resume("newest", tmp_path, "ffhq-full") == unfinished
+    assert run_to_resume("newest", tmp_path, "ffhq-full") == unfinished
     # "ffhq" is no experiment, but a prefix of two.
     for finished in ("faces", "ffhq", "ffhq-run1"):
-        assert run_folder.run_to_resume("auto", tmp_path, finished) is None
+        assert run_to_resume("auto", tmp_path, finished) is None
         assert "WARNING: NOTHING TO RESUME" in capsys.readouterr().err
-        with refused("no unfinished run"):
-            run_folder.run_to_resume("newest", tmp_path, finished)
-    with refused(f"longer: --resume {done} --diffusion.epochs N;"):
-        run_folder.run_to_resume("newest", tmp_path, "faces")
+    with refused(f"no unfinished run .* longer: --resume {done} --diffusion.epochs N;"):
+        run_to_resume("newest", tmp_path, "faces")
 
     with refused("no run", CheckpointError):
         run_folder.newest_run(tmp_path / "missing")
 
 
 def test_a_finished_run_goes_on_before_a_flipped_bit_of_its_last_checkpoint(tmp_path, capsys):
-    run = make_run(tmp_path, "faces-20260101-000000", [50, 100])
+    """If all are damaged there is an error, and no new run."""
+    run = make_run(tmp_path, FACES, 50, 100)
     before, last = checkpoints_of(run)
     spoilt = bytearray(last.read_bytes())
     # The tensor is at the end of the file.
     spoilt[-1] ^= 1
     last.write_bytes(spoilt)
 
-    assert run_folder.run_to_resume("auto", tmp_path, "faces") == run
+    assert run_to_resume("auto", tmp_path, "faces") == run
     assert capsys.readouterr().err.count(f"WARNING: UNUSABLE CHECKPOINT: {last}") == 1
     assert run_folder.last_checkpoint(run) == before
+    before.write_bytes(b"")
+    with refused(f"{before}: the file is truncated", CheckpointError):
+        run_to_resume("auto", tmp_path, "faces")
 
 
 @linux
-@pytest.mark.parametrize("closed", ["", "faces-20260101-000000/checkpoints"])
+@pytest.mark.parametrize("closed", ["", f"{FACES}/checkpoints"])
 def test_a_folder_that_cannot_be_read_never_leads_to_a_new_run(tmp_path, closed):
-    make_run(tmp_path / "runs", "faces-20260101-000000", [50])
+    make_run(tmp_path / "runs", FACES, 50)
     folder = tmp_path / "runs" / closed
     folder.chmod(0o300)
     with rights_of_others(), pytest.raises(PermissionError, match=folder.name):
-        run_folder.run_to_resume("auto", tmp_path / "runs", "faces")
+        run_to_resume("auto", tmp_path / "runs", "faces")
 
 
 @posix
 @pytest.mark.parametrize("kind", ["link", "file"])
-@pytest.mark.parametrize(
-    "place", [".", "faces-20260101-000000", "faces-20260101-000000/checkpoints"]
-)
+@pytest.mark.parametrize("place", ["", f"more/{FACES}", f"more/{FACES}/checkpoints"])
 def test_resume_auto_never_begins_anew_over_a_link_to_nothing_or_a_file(tmp_path, place, kind):
-    runs = tmp_path / "runs" / "more"
-    make_run(runs, "faces-20260101-000000", [50])
-    # Of a link, also what is below it is away.
-    path = runs / place if place != "." else runs.parent
+    """Of a link, also what is below it is away."""
+    make_run(tmp_path / "runs" / "more", FACES, 50)
+    path = tmp_path / "runs" / place
     path.rename(tmp_path / "away")
     sentence = "Not a directory"
     if kind == "file":
@@ -96,10 +96,12 @@ def test_resume_auto_never_begins_anew_over_a_link_to_nothing_or_a_file(tmp_path
     else:
         path.symlink_to("disk")
         sentence = f"^{path} is a link to disk, which is not there"
-    with pytest.raises((UserError, NotADirectoryError), match=sentence):
-        run_folder.run_to_resume("auto", runs, "faces")
-    with pytest.raises((UserError, NotADirectoryError), match=sentence):
-        run_folder.new_folder(path / "sub")
+    for call in (
+        lambda: run_to_resume("auto", tmp_path / "runs" / "more", "faces"),
+        lambda: run_folder.new_folder(path / "sub"),
+    ):
+        with pytest.raises((UserError, NotADirectoryError), match=sentence):
+            call()
 
 
 @linux
@@ -108,11 +110,11 @@ def test_an_intact_checkpoint_that_cannot_be_read_now_is_not_passed_over(
     error, tmp_path, monkeypatch
 ):
     """If it were, the resumed run would overwrite it."""
-    run = make_run(tmp_path, "faces-20260101-000000", [50])
+    run = make_run(tmp_path, FACES, 50)
     with monkeypatch.context() as patch:
         if error is UserError:
             patch.setattr(checkpoint, "FORMAT", "ddpm-faces checkpoint 4")
-        make_run(tmp_path, run.name, [60])
+        make_run(tmp_path, FACES, 60)
     newest = checkpoints_of(run)[-1]
     if error is PermissionError:
         newest.chmod(0)
@@ -124,7 +126,7 @@ def test_an_intact_checkpoint_that_cannot_be_read_now_is_not_passed_over(
         monkeypatch.setattr(checkpoint, "safe_open", Mock(side_effect=MemoryError))
     with rights_of_others():
         with pytest.raises(error):
-            run_folder.run_to_resume("auto", tmp_path, "faces")
+            run_to_resume("auto", tmp_path, "faces")
         assert run_folder.last_checkpoint(run) is None
 
 
@@ -142,7 +144,7 @@ def test_a_run_folder_is_never_used_twice_and_has_its_time_in_utc(tmp_path, monk
 
 
 def test_a_lock_deletes_what_a_killed_training_left_and_no_more(tmp_path):
-    run = make_run(tmp_path, "faces-20260101-000000", [])
+    run = make_run(tmp_path, FACES)
     # The last but one is safetensors' own.
     names = (".config.json.1.tmp", "samples/.step-00000010.png.1.tmp", "checkpoints/.tmp6f5Nct")
     for name in (*names, "metrics.csv"):
@@ -151,17 +153,9 @@ def test_a_lock_deletes_what_a_killed_training_left_and_no_more(tmp_path):
         assert {path.name for path in run.rglob("*") if path.is_file()} == {".lock", "metrics.csv"}
 
 
-@pytest.mark.parametrize(
-    "done, kept",
-    [
-        (60, [50, 60]),
-        # Checkpoints beyond the step that was reached are no reason to delete another.
-        (40, [30, 40, 50, 60]),
-    ],
-)
-def test_the_newest_checkpoints_are_kept(tmp_path, done, kept):
-    steps = range(10, 70, 10)
-    run = make_run(tmp_path, "faces-20260101-000000", steps)
-    run_folder.delete_old(run, done, 2)
-
-    assert checkpoints_of(run) == [path_of(run, "checkpoints", step) for step in kept]
+def test_the_newest_checkpoints_are_kept(tmp_path):
+    """Those beyond the step that was reached are no reason to delete another."""
+    run = make_run(tmp_path, FACES, *range(10, 70, 10))
+    run_folder.delete_old(run, last_step=40, count=2)
+    steps = [run_folder.step_of(path) for path in checkpoints_of(run)]
+    assert steps == [30, 40, 50, 60]

@@ -33,90 +33,61 @@ def test_each_process_has_a_gpu_that_is_there(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", empty)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    chosen = []
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-
+    monkeypatch.setattr(torch.cuda, "set_device", chosen := Mock())
     with refused("'cuda:2'; it must be"):
         choose_device("cuda:2")
 
     for name, index in (("cuda:1", None), ("auto", 1), ("cuda", 1), ("cuda:0", 1)):
         monkeypatch.setattr(processes, "gpu_index", Mock(return_value=index))
         assert choose_device(name).index == 1
-    assert chosen == [torch.device("cuda", 1)] * 4
+        chosen.assert_called_with(torch.device("cuda", 1))
 
 
-@pytest.fixture
-def native(request, monkeypatch):
-    """Say whether the hardware has bfloat16; a GPU that has not emulates it."""
+@pytest.mark.parametrize(
+    "device, native, name, others, expected",
+    [
+        (CUDA, True, "auto", [], "bfloat16"),
+        (CUDA, False, "auto", [], "float16"),
+        (CPU, True, "auto", [], "bfloat16"),
+        (CPU, False, "auto", [], "float32"),
+        # A resumed run keeps its precision where the device has it.
+        (CPU, True, "auto", ["float32"], "float32"),
+        (CUDA, False, "auto", ["bfloat16"], "float16"),
+        # Samples have that of the training, or else float32, as for a model that does not say it.
+        (CPU, True, "auto", ["bfloat16", "float32"], "bfloat16"),
+        (CUDA, False, "auto", ["bfloat16", "float32"], "float32"),
+        (CUDA, True, "auto", [None, "float32"], "float32"),
+        # A precision that is named is taken.
+        (CUDA, False, "bfloat16", ["float16", "float32"], "bfloat16"),
+    ],
+)
+def test_auto_is_the_fastest_precision_that_fits(
+    device, native, name, others, expected, monkeypatch
+):
+    """A GPU that has no bfloat16 emulates it."""
 
     def is_supported(including_emulation):
-        return including_emulation or request.param
+        return including_emulation or native
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
-    monkeypatch.setattr("functions.support.device.cpu_has_bfloat16", lambda: request.param)
+    monkeypatch.setattr("functions.support.device.cpu_has_bfloat16", lambda: native)
+    assert choose_precision(name, device, *others) == getattr(torch, expected)
+    with refused("float16 needs a CUDA GPU"):
+        choose_precision("float16", CPU)
 
 
-@pytest.mark.parametrize(
-    "device, native, name, previous, expected",
-    [
-        (CUDA, True, "auto", None, torch.bfloat16),
-        (CUDA, False, "auto", None, torch.float16),
-        (CPU, True, "auto", None, torch.bfloat16),
-        (CPU, False, "auto", None, torch.float32),
-        # A resumed run keeps its precision where the device has it.
-        (CPU, False, "auto", "bfloat16", torch.float32),
-        (CPU, True, "auto", "float32", torch.float32),
-        (CUDA, False, "auto", "bfloat16", torch.float16),
-        # A precision that is named is taken or refused.
-        (CUDA, False, "bfloat16", None, torch.bfloat16),
-        (CPU, True, "float16", "float16", "float16 needs a CUDA GPU"),
-    ],
-    indirect=["native"],
-)
-def test_a_training_has_the_fastest_precision_of_the_device(
-    device, native, name, previous, expected
-):
-    if isinstance(expected, torch.dtype):
-        assert choose_precision(name, device, previous) == expected
-    else:
-        with refused(expected):
-            choose_precision(name, device, previous)
-
-
-@pytest.mark.parametrize(
-    "device, native, trained, expected",
-    [
-        # Where the device has the instructions, samples have the precision of the training.
-        (CPU, True, "bfloat16", torch.bfloat16),
-        (CUDA, False, "float16", torch.float16),
-        # Elsewhere, and for a model that does not say it, they have float32.
-        (CPU, False, "bfloat16", torch.float32),
-        (CUDA, False, "bfloat16", torch.float32),
-        (CUDA, True, None, torch.float32),
-    ],
-    indirect=["native"],
-)
-def test_samples_have_the_precision_of_the_training(device, native, trained, expected):
-    assert choose_precision("auto", device, trained, "float32") == expected
-    assert choose_precision("float32", device, trained, "float32") == torch.float32
-
-
-@pytest.mark.parametrize(
-    "cpuinfo, has",
-    [
-        ("processor : 0\nflags\t\t: fpu sse avx2 avx512f avx512_bf16\n", True),
-        ("processor : 0\nFeatures : fp asimd bf16 i8mm\n", True),
-        ("flags : fpu sse avx2 avx512f\n", False),
-        # Other systems than Linux have no such file.
-        (None, False),
-    ],
-)
-def test_the_instructions_of_a_cpu_are_read(cpuinfo, has, monkeypatch, tmp_path):
+def test_the_instructions_of_a_cpu_are_read(monkeypatch, tmp_path):
     path = tmp_path / "cpuinfo"
-    if cpuinfo:
-        path.write_text(cpuinfo)
     monkeypatch.setattr("functions.support.device.CPUINFO", path)
-    assert cpu_has_bfloat16() == has
+    # Other systems than Linux have no such file.
+    assert not cpu_has_bfloat16()
+    for cpuinfo, has in {
+        "processor : 0\nflags\t\t: fpu sse avx2 avx512f avx512_bf16\n": True,
+        "processor : 0\nFeatures : fp asimd bf16 i8mm\n": True,
+        "flags : fpu sse avx2 avx512f\n": False,
+    }.items():
+        path.write_text(cpuinfo)
+        assert cpu_has_bfloat16() == has
 
 
 def test_a_cpu_and_libraries_that_have_no_memory():

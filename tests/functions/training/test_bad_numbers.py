@@ -13,14 +13,14 @@ from functions.training.metrics import read_metrics
 from tests.conftest import ONE_LEVEL, call, load_checkpoint, newest, only_in, refused
 from tests.small_training import same
 
-FLAGS = """
+FLAGS = f"""
+    {ONE_LEVEL}
     --diffusion.checkpoint-every 1
     --diffusion.keep-checkpoints 100
-    --diffusion.ema-decay 0.9
+    --diffusion.ema-decay 0.25
     --diffusion.validate-every 99
-    --diffusion.sample-every 99
+    --diffusion.sample-every 0
 """
-FLAGS += ONE_LEVEL
 
 
 def not_a_number(losses):
@@ -49,24 +49,29 @@ def poison(monkeypatch, spoil_of_step):
     monkeypatch.setattr(train, "denoising_loss", spoiled)
 
 
-@pytest.mark.slow
 def test_a_bad_step_changes_only_the_average(trained, monkeypatch):
+    """Gradients are clipped, so Adam's first moments have a tenth of this norm after a step."""
     bad = {2: not_a_number, 4: with_infinite_gradient}
     poison(monkeypatch, bad)
-    run = trained(FLAGS, "--diffusion.log-every 1")
+    clipped = "--diffusion.clip-grad-norm 0.01 --diffusion.optimizer adam"
+    run = trained(FLAGS, clipped, "--diffusion.log-every 1")
+    optimizer = load_checkpoint(path_of(run, "checkpoints", 1))["optimizer"]
+    moments = [tensor.norm() for name, tensor in optimizer.items() if name.startswith("exp_avg.")]
+    assert torch.stack(moments).norm() == pytest.approx(0.001, rel=1e-3)
 
     for step in bad:
-        before, after, following = (
-            load_checkpoint(path_of(run, "checkpoints", step + i)) for i in (-1, 0, 1)
+        before, after = (
+            load_checkpoint(path_of(run, "checkpoints", number)) for number in (step - 1, step)
         )
         # The optimiser's part has the moments and the number of good steps.
         assert all(same(before[part], after[part]) for part in ("model", "optimizer"))
-        assert not same(following["model"], after["model"])
-        # There were step - 1 updates before, so the decay is (1 + (step - 1)) / (10 + (step - 1)).
-        decay = step / (9 + step)
-        for name, average in before["ema"].items():
-            expected = decay * average + (1 - decay) * before["model"][name]
-            torch.testing.assert_close(after["ema"][name], expected)
+        # The ramp is at (1 + n) / (10 + n) after n = step - 1 updates.
+        decay = min(0.25, step / (9 + step))
+        expected = {
+            name: decay * average + (1 - decay) * before["model"][name]
+            for name, average in before["ema"].items()
+        }
+        torch.testing.assert_close(after["ema"], expected)
     assert {n.item() for name, n in newest(run)["optimizer"].items() if name[:5] == "step."} == {8}
     rows = read_metrics(run / "metrics.csv")
     assert [row["skipped_steps"] for row in rows] == [0, 1, 1, 2, 2, 2, 2, 2, 2, 2]
@@ -78,25 +83,22 @@ def test_many_bad_steps_end_the_run_and_it_resumes_from_its_last_checkpoint(
 ):
     """Rows have two steps. After the first row the bad steps are still too few."""
     monkeypatch.setattr(recorder, "MOST_SKIPPED", 4)
-    with monkeypatch.context() as patch, refused("the last 5 steps had ") as error:
+    sentence = (
+        r"last 5 steps had gradients that are not .* \(gradient norm nan, learning rate 0\.00"
+    )
+    with monkeypatch.context() as patch, refused(sentence) as error:
         poison(patch, dict.fromkeys(range(2, 7), not_a_number))
-        trained(FLAGS, "--diffusion.log-every 2")
+        trained(FLAGS)
     run = only_in(tmp_path)
-    for part in (
-        "the last 5 steps had gradients that are not finite numbers",
-        "(gradient norm nan, learning rate 0.00",
-        f"Last good checkpoint: {path_of(run, 'checkpoints', 5)}",
-    ):
-        assert part in str(error.value)
+    assert f"Last good checkpoint: {path_of(run, 'checkpoints', 5)}" in str(error.value)
 
     # A good step ends the row of skipped ones.
     call(train, "--resume", run, "--diffusion.precision bfloat16")
     rows = read_metrics(run / "metrics.csv")
     assert [row["skipped_steps"] for row in rows] == [1, 3, 4, 4, 4]
-    # The rate of the last step, whose index is 9 of 10: half a cosine that begins with 0.002
-    assert rows[-1]["learning_rate"] == pytest.approx(
-        1e-3 * (1 + math.cos(0.9 * math.pi)), rel=1e-5
-    )
+    # The last step has the index 9 of 10.
+    rate = 1e-3 * (1 + math.cos(0.9 * math.pi))
+    assert rows[-1]["learning_rate"] == pytest.approx(rate, rel=1e-5)
 
 
 @pytest.mark.slow
@@ -112,11 +114,3 @@ def test_float16_with_a_loss_scale_trains(trained, monkeypatch):
     assert 0 < last["skipped_steps"] < 15
     assert newest(run)["scaler"]["scale"] == 2.0 ** (24 - last["skipped_steps"])
     assert last["val_loss"] < 0.9
-
-
-def test_gradients_are_clipped_to_the_configured_norm(trained):
-    """Adam's first moments are then a tenth of the gradient."""
-    run = trained(FLAGS, "--diffusion.clip-grad-norm 0.01 --diffusion.optimizer adam")
-    optimizer = load_checkpoint(path_of(run, "checkpoints", 1))["optimizer"]
-    moments = [tensor for name, tensor in optimizer.items() if name.startswith("exp_avg.")]
-    assert torch.stack([m.norm() for m in moments]).norm() == pytest.approx(0.001, rel=1e-3)

@@ -2,14 +2,11 @@
 
 from types import SimpleNamespace
 
-import pytest
-
 import train
 from functions.training import cost
 from tests.conftest import call, train_tiny
 
 
-@pytest.mark.slow
 def test_a_dry_run_says_the_hours_of_the_steps_to_go(unfinished, pictures, monkeypatch, capsys):
     """A pass of 8 images is made to take an hour, so hours are the steps to go.
 

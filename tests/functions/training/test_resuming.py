@@ -7,93 +7,63 @@ import shutil
 import pytest
 import torch
 
-import sample
 import train
 from config import ConfigError
-from functions.saved.checkpoint import verify_checkpoint, write_tensors
-from functions.saved.run_folder import checkpoints_of, locked
+from functions.saved.run_folder import locked
 from functions.training import opening
 from functions.training.metrics import read_metrics
-from tests.conftest import HELD_OUT, call, during, newest, only_in, posix, refused, terminate
+from tests.conftest import HELD_OUT, call, during, newest, posix, refused, terminate
 from tests.kill import assert_same_run
 from tests.small_training import same
 
 
 @pytest.mark.slow
 @posix
-def test_what_a_resumed_run_may_change(unfinished, capsys):
+def test_a_run_with_other_settings_is_still_one_run(unfinished, tmp_path, capsys):
+    """Its steps are those of the new settings, also when it is interrupted once more."""
     for flags, message in {
-        "--diffusion.batch-size 4": "as with batch_size = 4 and gradient_accumulation = 2;",
         # It has done 7 steps, and an epoch has five.
         "--diffusion.epochs 1": "finished with 1 epochs of 5 steps, as 7 steps are done",
         "ffhq-full": "a run of 'faces', not of 'ffhq-full'",
     }.items():
         with refused(message, ConfigError):
             call(train, flags, "--resume", unfinished)
-    capsys.readouterr()
-
-    # The effective batch stays the same, so this is allowed.
-    changes = "--diffusion.batch-size 4 --diffusion.gradient-accumulation 2 --diffusion.epochs 3"
+    copy = shutil.copytree(unfinished, tmp_path / "copy" / unfinished.name)
+    changes = """
+        --diffusion.epochs 3
+        --diffusion.learning-rate 8e-3
+        --diffusion.ema-decay 0.5
+        --diffusion.use-augmentation false
+        --diffusion.batch-size 4
+        --diffusion.gradient-accumulation 2
+    """
     call(train, "--resume", unfinished, changes)
     printed = capsys.readouterr().out
-    assert "changed: diffusion.epochs was 2, is now 3" in printed
-    assert "changed: diffusion.batch_size was 8, is now 4" in printed
-    assert "warning: batch_size was 8, is now 4: no longer bit for bit" in printed
-
-    # An epoch has five steps.
-    rows = read_metrics(unfinished / "metrics.csv")
-    assert [row["step"] for row in rows] == [2, 4, 5, 6, 8, 10, 12, 14, 15]
-    assert (
-        json.loads((unfinished / "config.json").read_text())["config"]["diffusion"]["epochs"] == 3
-    )
+    for line in (
+        "changed: diffusion.learning_rate was 0.002, is now 0.008: from here on it is another run",
+        "warning: batch_size was 8, is now 4: no longer bit for bit",
+    ):
+        assert line in printed
+    assert printed.count(": from here on it is another run\n") == 6
+    rates = {row["step"]: row["learning_rate"] for row in read_metrics(unfinished / "metrics.csv")}
+    assert [*rates] == [2, 4, 5, 6, 8, 10, 12, 14, 15]
+    # These are half cosines over 10 and over 15 steps, of which the eighth has the index 7.
+    earlier = 1e-3 * (1 + math.cos(math.pi * 6 / 10))
+    later = 4e-3 * (1 + math.cos(math.pi * 7 / 15))
+    assert rates[8] == pytest.approx(later, rel=1e-5)
+    jump = f"was {earlier:.3g} in the last step, of a run of 10, and is {later:.3g} in the next, "
+    assert jump in printed
+    config = json.loads((unfinished / "config.json").read_text())["config"]["diffusion"]
+    assert config["epochs"] == 3
     with refused(f"longer: --resume {unfinished} --diffusion.epochs 4$", ConfigError):
         call(train, "--resume", unfinished)
-
-
-def test_a_resume_says_that_the_rate_jumps(tiny_run, capsys):
-    """The rates are those of half a cosine, over 10 and then over 200 steps."""
-    for flags, rate in (("", 2e-3), (" --diffusion.learning-rate 8e-3", 8e-3)):
-        call(train, "--resume", tiny_run, "--dry-run --diffusion.epochs 40" + flags)
-        last = 1e-3 * (1 + math.cos(math.pi * 9 / 10))
-        following = rate / 2 * (1 + math.cos(math.pi * 10 / 200))
-        assert (
-            f"rate was {last:.3g} in the last step, of a run of 10, and is {following:.3g} in "
-            in capsys.readouterr().out
-        )
-
-
-@pytest.mark.slow
-@posix
-def test_resume_with_another_rate_is_still_one_run(trained, tmp_path, capsys):
-    """Its steps are those of the new rate, also when it is interrupted once more.
-
-    An early snapshot is still a guide of it.
-    """
-    with pytest.raises(SystemExit, match="75"), during(5, terminate):
-        trained("--diffusion.snapshot-every 5")
-    run = only_in(tmp_path)
-    copy = shutil.copytree(run, tmp_path / "copy" / run.name)
-    changes = "--diffusion.learning-rate 1e-4 --diffusion.lr-schedule constant"
-    changes += " --diffusion.ema-decay 0.5 --diffusion.use-augmentation false"
-    call(train, "--resume", run, changes)
-    printed = capsys.readouterr().out
-    for change in ("learning_rate was 0.002, is now 0.0001", "use_augmentation was True, is now F"):
-        assert f"changed: diffusion.{change}" in printed
-    assert printed.count(": from here on it is another run\n") == 4
-    rates = {row["step"]: row["learning_rate"] for row in read_metrics(run / "metrics.csv")}
-    assert (rates[6], rates[10]) == (1e-4, 1e-4)
-    assert rates[4] > 1e-4
 
     with pytest.raises(SystemExit, match="75"), during(2, terminate):
         call(train, "--resume", copy, changes)
     call(train, "--resume", copy)
-    assert_same_run(run, copy)
-
-    call(sample, run, "--guide 5 --n 1 --steps 2")
-    assert "guide " in capsys.readouterr().out
+    assert_same_run(unfinished, copy)
 
 
-@pytest.mark.slow
 def test_resuming_keeps_precision_and_says_what_it_cannot_keep(unfinished, monkeypatch, capsys):
     """The run is in float32, and "auto" would be bfloat16 here."""
     monkeypatch.setattr("functions.support.device.cpu_has_bfloat16", lambda: True)
@@ -104,19 +74,16 @@ def test_resuming_keeps_precision_and_says_what_it_cannot_keep(unfinished, monke
     assert "no longer bit for bit" not in printed
 
     # Another number of threads adds in another order.
-    torch.set_num_threads(2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     call(train, *resume)
     warning = "warning: threads was 1, is now 2: no longer bit for bit like an uninterrupted run"
     assert warning in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_deterministic_kernels_are_asked_for_and_only_then(trained):
-    for value in ("true", "false"):
-        trained("--dry-run --diffusion.deterministic", value)
-        wanted = value == "true"
+    for wanted in (True, False):
+        trained("--dry-run --diffusion.deterministic", str(wanted).lower())
         assert torch.are_deterministic_algorithms_enabled() == wanted
-
         # With its benchmark cuDNN may take other kernels each time.
         assert torch.backends.cudnn.benchmark != wanted
 
@@ -125,47 +92,32 @@ def test_a_run_goes_on_with_the_same_images_wherever_they_are(unfinished, tiny_r
     """A run is refused whose images are fewer, or other ones of the same names."""
     elsewhere = shutil.copytree(pictures, unfinished.parent.parent / "moved")
     resume = ["--resume", unfinished, "--diffusion.dataset-name", elsewhere]
-    picture = elsewhere / "00007.png"
-    pixels = picture.read_bytes()
     before = (unfinished / "config.json").read_bytes()
-    picture.write_bytes((elsewhere / "00008.png").read_bytes())
-    held_out = elsewhere / f"{HELD_OUT[0]:05d}.png"
-    with refused("was trained on other pixels than", ConfigError):
-        call(train, *resume)
-    picture.unlink()
-    with refused("was trained on other images or in another order than", ConfigError):
-        call(train, *resume)
-    picture.write_bytes(pixels)
-    held_out_pixels = held_out.read_bytes()
-    held_out.unlink()
-    with refused("was validated on other images or in ", ConfigError):
-        call(train, *resume)
-    held_out.write_bytes(held_out_pixels)
+    for name, other, sentence in (
+        ("00007.png", "00008.png", "was trained on other pixels than"),
+        ("00007.png", None, "was trained on other images or in another order than"),
+        (f"{HELD_OUT[0]:05d}.png", None, "was validated on other images or in "),
+    ):
+        (elsewhere / name).unlink()
+        if other:
+            shutil.copy(pictures / other, elsewhere / name)
+        with refused(sentence, ConfigError):
+            call(train, *resume)
+        shutil.copy(pictures / name, elsewhere)
+    # The same images in folders of these names are split by another rule.
+    for side, pattern in (("train", "000[0-3]*.png"), ("val", "0004*.png")):
+        (elsewhere / "sides" / side).mkdir(parents=True)
+        for picture in pictures.glob(pattern):
+            shutil.copy(picture, elsewhere / "sides" / side)
+    with refused(r"then: by a hash of each name; now: its val images\)", ConfigError):
+        call(train, *resume[:-1], elsewhere / "sides")
+    shutil.rmtree(elsewhere / "sides")
     assert (unfinished / "config.json").read_bytes() == before
 
     # An unreadable picture is none of them, and its name does not make the others' numbers names.
     (elsewhere / "broken.png").touch()
     call(train, *resume, "--diffusion.max-bad-images 1")
     assert same(newest(unfinished)["ema"], newest(tiny_run)["ema"])
-
-
-def test_a_run_whose_images_were_split_by_another_rule_is_refused(unfinished, pictures):
-    by_hash = "by a hash of each name"
-    folder = unfinished.parent.parent / "folders"
-    for side, pattern in (("train", "000[0-3]*.png"), ("val", "0004*.png")):
-        (folder / side).mkdir(parents=True)
-        for picture in pictures.glob(pattern):
-            shutil.copy(picture, folder / side)
-    with refused(rf"then: {by_hash}; now: its val images\)", ConfigError):
-        call(train, "--resume", unfinished, "--diffusion.dataset-name", folder)
-
-    # FFHQ is split by another rule where it is called by its path.
-    path = checkpoints_of(unfinished)[-1]
-    file = verify_checkpoint(path)
-    file.contents["run"] |= {"train_ids_hash": "0", "split_rule": "FFHQ's ids from 63,000 on"}
-    write_tensors(path, {part: file.tensors(part) for part in file.digests}, file.contents)
-    with refused("--diffusion.dataset-name FFHQ", ConfigError):
-        call(train, "--resume", unfinished)
 
 
 def test_a_run_is_locked_before_its_checkpoint_is_read(unfinished, monkeypatch):
@@ -180,7 +132,6 @@ def test_a_run_is_locked_before_its_checkpoint_is_read(unfinished, monkeypatch):
     with locked(unfinished):
         # A dry run writes nothing.
         call(train, "--resume", unfinished, "--dry-run")
-        monkeypatch.setattr(opening, "intact_checkpoint", None)
         with refused("already training in this folder"):
             call(train, "--resume", unfinished)
     monkeypatch.setattr(opening, "intact_checkpoint", read_while_locked)
