@@ -40,16 +40,14 @@ def test_samples_of_a_grey_network_are_grey_and_it_is_evaluated(grey_run, pictur
     assert Image.open(tmp_path / "grid.png").mode == "L"
 
     # This file has colours.
-    coloured = pictures / "00001.png"
-    call(edit, "invert", coloured, grey_run, FEW, "--out", tmp_path)
-    mask = tmp_path / "mask.webp"
-    Image.fromarray(np.uint8(255) * np.eye(20, dtype=np.uint8)).save(mask, lossless=True)
-    call(edit, "inpaint", coloured, grey_run, FEW, "--n 1 --mask", mask, "--out", tmp_path)
+    picture, mask = pictures / "00001.png", tmp_path / "mask.webp"
+    Image.fromarray(255 * np.eye(20, dtype=np.uint8)).save(mask, lossless=True)
+    call(edit, "inpaint", picture, grey_run, FEW, "--n 1 --mask", mask, "--out", tmp_path)
     figures = [file for file in tmp_path.iterdir() if file.suffix in (".png", ".gif")]
-    assert len(figures) == 6
+    assert len(figures) == 5
     for file in figures:
         red, green, blue = Image.open(file).convert("RGB").split()
         assert red == green == blue
 
     call(evaluate, grey_run, "--images 2 --t-stride 20 --device cpu --out", tmp_path)
-    assert len([*tmp_path.glob("*-bpd-*.json")]) == 1
+    assert [*tmp_path.glob("*-bpd-*.json")]

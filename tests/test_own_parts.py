@@ -62,9 +62,8 @@ def own_run(folder, network=None, images=None, checkpoint=None, **changes):
 
 def two_groups(network, lr, precision):
     """Return Adam whose second group of parameters has a tenth of the learning rate."""
-    first, *others = network.children()
-    parameters = [p for layer in others for p in layer.parameters()]
-    return Adam([{"params": first.parameters()}, {"params": parameters, "lr": lr / 10}], lr)
+    first, *others = network.parameters()
+    return Adam([{"params": [first]}, {"params": others, "lr": lr / 10}], lr)
 
 
 def test_own_run_with_labels_buffers_and_groups_resumes_and_is_loaded(
@@ -88,7 +87,6 @@ def test_own_run_with_labels_buffers_and_groups_resumes_and_is_loaded(
     saved = newest(straight.folder)
     assert same(saved["ema"], newest(cut.folder)["ema"])
 
-    assert saved["config"]["model"] == {"class_name": "Normed", "image_size": 8, "channels": 3}
     assert not torch.equal(saved["ema"]["norm.running_mean"], torch.zeros(8))
     assert torch.equal(saved["ema"]["mask"], Normed().mask)
     network = load_denoiser(straight.folder, network=Normed()).network
@@ -96,8 +94,6 @@ def test_own_run_with_labels_buffers_and_groups_resumes_and_is_loaded(
     for error, script, flags in ((CheckpointError, sample, ""), (ConfigError, train, "--resume")):
         with refused("its network, 'Normed', is not built by a config", error):
             call(script, flags, straight.folder)
-    with refused("weights are missing or unknown", CheckpointError):
-        load_denoiser(straight.folder, network=nn.Conv2d(3, 3, 1))
 
 
 def test_skipped_step_leaves_buffers_and_their_copies(tmp_path, monkeypatch):
@@ -135,7 +131,7 @@ def test_images_of_other_channels_are_trained_and_their_first_ones_shown(channel
             return super().forward(x_t)
 
     images = ImageSet.from_array("mine", PIXELS[..., [0, 1, 2, 0][:channels]])
-    run = own_run(tmp_path, Bare(channels, channels, 3, padding=1), images)
+    run = own_run(tmp_path, Bare(channels, channels, 1), images)
     assert train.train(run)
     grid = pixels_of(run.folder / "samples" / "step-00000003.png")
     assert grid.shape[2:] == ((3,) if channels > 2 else ())

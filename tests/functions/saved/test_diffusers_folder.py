@@ -25,12 +25,10 @@ from functions.sampling.generation import generate, open_drawing
 from functions.sampling.settings import DrawingConfig
 from functions.saved.diffusers_folder import copy_weights, network_fields
 from functions.saved.loading import load_denoiser, load_model
-from functions.saved.run_folder import find_checkpoints
-from functions.support.errors import CheckpointError, UserError
+from functions.support.errors import CheckpointError
 from functions.support.random_numbers import seed_of
 from models.diffusers_unet import DiffusersUNet
 from tests.conftest import SMALL_MODEL, call, refused
-from tests.small_training import same
 from tests.theirs import FEW, OTHER, random_unet, write_pipeline
 
 UNET, SCHEDULE = "unet/config.json", "scheduler/scheduler_config.json"
@@ -49,7 +47,7 @@ def write_old(folder, unet, scheduler):
     unet.save_config(folder)
     scheduler.save_pretrained(folder)
     change(folder / "scheduler_config.json", predict_epsilon=True, tensor_format="pt")
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "DDPMPipeline"}))
+    (folder / "model_index.json").write_text('{"_class_name": "DDPMPipeline"}')
     weights = unet.state_dict()
     for new, old in {"q": "query", "k": "key", "v": "value", "out.0": "proj_attn"}.items():
         weights = {name.replace(f"to_{new}.", f"{old}."): weights[name] for name in weights}
@@ -68,8 +66,7 @@ def write_training(folder, unet, scheduler):
 
 def change(path, **fields):
     """Change fields of a JSON file."""
-    changed = json.loads(path.read_text()) | fields
-    path.write_text(json.dumps(changed))
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 def their_images(unet, scheduler):
@@ -134,7 +131,6 @@ def test_ours_to_diffusers_and_back(trained, tmp_path, monkeypatch):
     theirs = their_images(pipeline.unet, pipeline.scheduler)
     for path in (run, exported, file):
         assert_close(our_images(path), theirs, rtol=0, atol=1e-3)
-    assert load_model(file).digest == load_model(find_checkpoints(run)[0]).digest
 
     card = (exported / "README.md").read_text()
     assert ModelCard(card).data.to_dict()["library_name"] == "diffusers"
@@ -147,27 +143,27 @@ def test_ours_to_diffusers_and_back(trained, tmp_path, monkeypatch):
 
 
 def test_theirs_comes_back_from_a_file_and_from_a_folder(their_folder, tmp_path, monkeypatch):
-    """An exported folder holds what diffusers wrote, and so does a file of ours."""
+    """An exported folder holds what diffusers wrote, and so does a file of ours.
+
+    The digest is that of weights, network and schedule.
+    """
     monkeypatch.setattr(export, "SAMPLE_COUNT", 1)
     file, again = tmp_path / "file.safetensors", tmp_path / "again"
     call(sample, their_folder, "--export", file)
     call(sample, file, "--export", again)
-    before, after = map(DDPMPipeline.from_pretrained, (their_folder, again))
-    assert same(dict(before.unet.state_dict()), dict(after.unet.state_dict()))
-    assert before.unet.config.keys() == after.unet.config.keys()
-    assert torch.equal(before.scheduler.betas, after.scheduler.betas)
+    assert load_model(again).digest == load_model(their_folder).digest
 
 
 def test_what_cannot_be_exported_leaves_nothing_behind(their_folder, tmp_path, monkeypatch):
     (tmp_path / "there").mkdir()
     saved = load_model(their_folder)
     monkeypatch.setitem(OBJECTIVES, "eps", replace(OBJECTIVES["eps"], diffusers=None))
-    for name, error, message in (
-        ("out.pt", UserError, r"--export needs NAME\.safetensors"),
-        ("there", UserError, "there exists"),
-        ("out", CheckpointError, "diffusers has no such model .its objective is eps.; export it"),
+    for name, message in (
+        ("out.pt", r"--export needs NAME\.safetensors"),
+        ("there", "there exists"),
+        ("out", "diffusers has no such model .its objective is eps.; export it"),
     ):
-        with refused(message, error):
+        with refused(message):
             export.export(Mock(saved=saved), 0, tmp_path / name)
     assert [*tmp_path.iterdir()] == [tmp_path / "there"]
 
@@ -216,8 +212,7 @@ def test_which_of_several_networks_and_schedules_is_read(folder):
     """A pipeline has one in unet/, and the script's checkpoint an EMA, raw weights, no schedule."""
     own = load_model(folder).weights["unet.conv_in.bias"]
     other = UNet2DModel(**OTHER)
-    for name in ("unet_old", "unet_ema"):
-        other.save_pretrained(folder / name)
+    other.save_pretrained(folder / "unet_ema")
     DDPMScheduler(30).save_pretrained(folder.parent / "scheduler")
     assert torch.equal(load_model(folder).weights["unet.conv_in.bias"], own)
     assert load_model(folder).scheduler.timesteps == 20
@@ -225,9 +220,6 @@ def test_which_of_several_networks_and_schedules_is_read(folder):
     assert torch.equal(load_model(folder).weights["unet.conv_in.bias"], other.conv_in.bias)
     shutil.rmtree(folder / "scheduler")
     assert load_model(folder).scheduler.timesteps == 30
-    # All files in one folder
-    DDPMScheduler(40).save_pretrained(folder)
-    assert load_model(folder).scheduler.timesteps == 40
 
 
 def refusal(folder):
