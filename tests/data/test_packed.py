@@ -14,6 +14,7 @@ from numpy.testing import assert_array_equal
 
 from data import decode, packed
 from data.decode import fit_square
+from functions.support.errors import UserError
 from tests.conftest import posix, refused
 from tests.data.packing import (
     IMAGES,
@@ -155,11 +156,19 @@ def test_a_damaged_member_of_a_zip_is_one_bad_image(tmp_path, method):
     assert load(path, max_bad_images=1).ids == [0, 1, 2, 3, 4, 6, 7, 8, 9]
 
 
-def test_an_error_of_the_disk_names_the_archive_and_its_member(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (OSError(errno.EIO, "the disk"), OSError, r"the disk: '.*set.zip: 0000\d.png'"),
+        (MemoryError("no memory"), MemoryError, "no memory"),
+        # A damaged file may name a place that no file has.
+        (OSError(errno.EINVAL, "a place"), UserError, "none of its images .*OSError: .* a place"),
+    ],
+)
+def test_an_error_of_disk_or_memory_is_no_bad_image(error, kind, message, tmp_path, monkeypatch):
     path = write_zip(tmp_path / "set.zip")
-    fail = Mock(side_effect=OSError(errno.EIO, "Input/output error"))
-    monkeypatch.setattr(zipfile.ZipFile, "read", fail)
-    with refused(r"Input/output error: '.*set.zip: 0000\d.png'", OSError):
+    monkeypatch.setattr(zipfile.ZipFile, "read", Mock(side_effect=error))
+    with refused(message, kind):
         load(path)
 
 
