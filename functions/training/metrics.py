@@ -64,11 +64,11 @@ class MetricsLog:
         writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         if self.path.exists():
-            rows = read_metrics(self.path)
-            header, *lines = lines_of(self.path)
+            columns, rows = parse_lines(self.path)
             # A kill may have cut the last line.
-            if header == ",".join(COLUMNS) and len(rows) >= len(lines) - 1:
-                writer.writerows(as_cells(row) for row in rows if row["step"] <= resume_step)
+            if columns == [*COLUMNS] and all(rows[:-1]):
+                kept = (row for row in rows if row and row["step"] <= resume_step)
+                writer.writerows(map(as_cells, kept))
             else:
                 aside = self.path.rename(run / f"metrics-{timestamp()}.csv")
                 print(f"warning: {self.path} has other columns or lines; it is now {aside}")
@@ -109,16 +109,25 @@ def as_cells(values: dict[str, float | None]) -> dict[str, str | int | None]:
 
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
     """Return the rows of a metrics.csv as numbers, None where a cell is empty; no other lines."""
-    header, *lines = lines_of(path)
-    columns = header.split(",")
+    _, rows = parse_lines(path)
+    return [row for row in rows if row]
+
+
+def parse_lines(path: Path) -> tuple[list[str], list[dict[str, float | None]]]:
+    """Return the columns of a metrics.csv and its lines as `read_metrics` does, {} for no row."""
+    # A row that a kill has cut has too few cells, or a short last one. No checkpoint has its step,
+    # so a resumed run writes it again.
+    text = path.read_text("utf-8-sig", errors="replace").removesuffix("\n")
+    header, *lines = (line.split(",") for line in text.split("\n"))
     rows = []
-    for line in lines:
-        cells = line.split(",")
-        is_row = len(cells) == len(columns) and cells[0].isdecimal()
+    for cells in lines:
+        row = {}
+        is_row = len(cells) == len(header) and cells[0].isdecimal()
         if is_row and all(is_number(cell) for cell in cells if cell):
             values = (float(cell) if cell else None for cell in cells)
-            rows.append({**dict(zip(columns, values, strict=True)), "step": int(cells[0])})
-    return rows
+            row = {**dict(zip(header, values, strict=True)), "step": int(cells[0])}
+        rows.append(row)
+    return header, rows
 
 
 def is_number(text: str) -> bool:
@@ -128,13 +137,6 @@ def is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def lines_of(path: Path) -> list[str]:
-    """Return the lines of a text file, whose last one may lack the newline."""
-    # A row that a kill has cut has too few cells, or a short last one. No checkpoint has its step,
-    # so a resumed run writes it again.
-    return path.read_text("utf-8-sig", errors="replace").removesuffix("\n").split("\n")
 
 
 class TrainingWindow:

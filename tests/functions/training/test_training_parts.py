@@ -142,7 +142,7 @@ def test_metrics_go_to_csv_and_tensorboard_and_resume_cuts_what_is_done_again(tm
 
 @pytest.mark.parametrize(
     "more, foreign",
-    [("", b"15,1.5\n"), ("", b"15" + b"," * (len(COLUMNS) - 1) + b"\0\n"), ("old,", b"")],
+    [("", b"15,1.5"), ("", b"15" + b"," * (len(COLUMNS) - 1) + b"\0"), ("", b""), ("old,", b"")],
 )
 def test_metrics_of_other_columns_or_lines_are_moved_aside(more, foreign, tmp_path, capsys):
     """Their curves can be drawn all the same. A spreadsheet marks the start and ends its lines."""
