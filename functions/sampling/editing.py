@@ -260,14 +260,15 @@ def save_mixtures(args: Namespace, drawing: Drawing) -> None:
 def save_inversion(args: Namespace, drawing: Drawing) -> None:
     """Save a figure of mixtures of the noise of two images; or of one, its noise and way back."""
     ends = torch.stack([read_image(drawing, text)[0] for text in args.images])
-    path = edited_path(args, drawing, "inversion")
-    weights = WEIGHTS if len(ends) == 2 else WEIGHTS[:1]
+    is_mixed = len(ends) == 2
+    path = edited_path(args, drawing, "interpolation" if is_mixed else "inversion")
+    weights = WEIGHTS if is_mixed else WEIGHTS[:1]
     noise, images = interpolate_exactly(drawing, ends, weights.to(ends.device))
     for name, end, again in zip("AB", ends, images[[0, -1]], strict=False):
         error = (again - end).square().mean().sqrt()
         # From -1 to 1 there are 255 levels.
         print(f"{name} comes back {127.5 * error:.2f} of 255 levels off (RMS)")
-    if len(ends) == 2:
+    if is_mixed:
         row, titles = [ends[:1], images, ends[1:]], MIXTURE_TITLES
     else:
         row, titles = [ends, noise, images], ["A", "its noise", "its way back"]

@@ -127,7 +127,9 @@ def set_deterministic(deterministic: bool) -> None:
     if deterministic:
         # cuBLAS is deterministic only with a workspace of a fixed size.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic)
+    # The call takes 2 seconds, because it imports PyTorch's compiler.
+    if deterministic != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(deterministic)
 
 
 def arithmetic(device: torch.device, precision: torch.dtype) -> dict[str, str | int]:
