@@ -14,9 +14,9 @@ sampler is a function and a row of `SAMPLERS` at the end of this file. All share
     clip_x_0     clip the model's x_0 to [-1, 1] *before* the step uses it. Otherwise errors in
                  colour would accumulate over the steps. `predict` then recomputes eps, for DDIM,
                  which uses both.
-    step_noise   `step_noise(k) -> (B, C, H, W)`, standard normal, is called in each step that adds
-                 noise, with the number k of earlier network calls. None means PyTorch's global
-                 generator. Samplers that add no noise accept it, too.
+    step_noise   `step_noise(k) -> (B, C, H, W)`, standard normal, or (1, C, H, W) for all samples,
+                 is called in each step that adds noise, with the number k of earlier network calls.
+                 None means PyTorch's global generator. Samplers that add no noise accept it, too.
     on_step      `on_step(k, t, x, x_0)` is called after each step: x is the state after the step,
                  and x_0 is the model's prediction at timestep t.
 

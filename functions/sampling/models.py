@@ -20,7 +20,7 @@ from functions.support.errors import UserError
 
 @dataclass(frozen=True)
 class Models:
-    """A model that was loaded, with what draws beside it, or one of these."""
+    """A model that was loaded, with its guide and its enlargers, which have none themselves."""
 
     denoiser: Predictor
     shape: tuple[int, int, int]  # (C, H, W)
