@@ -246,7 +246,10 @@ def test_a_run_goes_on_only_with_its_labels(labelled_run, coloured, renamed, tmp
     for data in (renamed, moved):
         with refused("was trained with other labels or inputs than", ConfigError):
             call(train, *resume, "--diffusion.dataset-name", data)
-    call(evaluate, labelled_run, "--images 2 --t-stride 100 --device cpu --data", moved)
+    measure = [labelled_run, "--images 2 --t-stride 100 --device cpu --data"]
+    with refused("has other labels than .*: 2, 10, blue"):
+        call(evaluate, *measure, renamed)
+    call(evaluate, *measure, moved)
     assert "it was trained with other labels or inputs;" in capsys.readouterr().err
 
 
