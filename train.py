@@ -155,7 +155,7 @@ def parse_flags() -> argparse.Namespace:
         type=Path,
         metavar="RUN|FILE|FOLDER",
         help="Start from the weights of a run, a checkpoint or a diffusers folder, and from its "
-        "EMA weights if it has any. For images of twice their size they grow a level. "
+        "EMA weights if it has any. "
         "A run that --resume auto resumes keeps its own. "
         "Default: new weights.",
     )

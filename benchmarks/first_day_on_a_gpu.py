@@ -67,7 +67,10 @@ def training(name: str) -> Iterator[Fact]:
     # On a CPU the compiler would take a minute, so there the network is only traced.
     compiled = torch.compile(run.model, dynamic=False, backend="inductor" if GPU else "eager")
     for mode, network in {"eager": run.model, "compiled": compiled}.items():
-        one_pass = partial(run_pass, replace(run.denoiser, network=network), shape)
+        x_0 = torch.randn(shape, device=DEVICE)
+        t = torch.zeros(len(x_0), dtype=torch.int64, device=DEVICE)
+        denoiser = replace(run.denoiser, network=network)
+        one_pass = partial(run_pass, denoiser, x_0, t, torch.randn_like(x_0))
         run.optimizer.zero_grad()
         # Both networks get the same noise.
         torch.manual_seed(0)

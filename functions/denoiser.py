@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from functions import details
 from functions.noise_scheduler import Coefficient, NoiseScheduler, Timestep
 
 
@@ -29,6 +30,8 @@ class Objective:
     eps_factor: Callable[..., Coefficient]
     # The `prediction_type` of diffusers; None if diffusers has no such networks.
     diffusers: str | None
+    # (scheduler, x_t, t) -> what the network gets of x_t.
+    network_input: Callable[..., Tensor] = lambda scheduler, x_t, t: x_t
 
 
 # The values of a config's `objective`. Only this table knows what they mean.
@@ -49,6 +52,14 @@ OBJECTIVES = {
         from_output=NoiseScheduler.predict_from_v,
         eps_factor=NoiseScheduler.alpha_bar,
         diffusers="v_prediction",
+    ),
+    # The details of an image that is given at half the size, as the input `low` of the network.
+    "details": Objective(
+        target=details.target,
+        from_output=details.from_output,
+        eps_factor=details.eps_factor,
+        diffusers=None,
+        network_input=details.network_input,
     ),
 }
 
@@ -116,6 +127,7 @@ class Denoiser(Predictor):
 
         x_t and inputs of another dtype than the weights are converted for the network.
         """
+        x = OBJECTIVES[self.objective].network_input(self.scheduler, x_t, t)
         dtype = torch.promote_types(self.precision, torch.float32)
         half = self.precision != dtype
         inputs = {
@@ -124,7 +136,7 @@ class Denoiser(Predictor):
         }
         # Autocast's cache of cast weights is off: no weight is used twice in a forward pass.
         with torch.autocast(x_t.device.type, self.precision, enabled=half, cache_enabled=False):
-            return self.network(x_t.to(dtype), t, **inputs).to(x_t.dtype)
+            return self.network(x.to(dtype), t, **inputs).to(x_t.dtype)
 
     def given(self, **inputs: Tensor) -> "Denoiser":
         """Return the denoiser with these inputs of its network, (B, ...) or (1, ...) each."""

@@ -1,10 +1,9 @@
-"""Draw images at twice their size: a model of that size adds the details.
+"""Draw images at twice their size: a model that is given the small image draws the details.
 
-The small image is taken as what Lanczos makes of the large one, as in data/decode.py, which shrinks
-photos at once. So of the large model's x_0 only what the small image does not say is used, in each
-step: DDNM (Wang et al. 2023, arXiv:2212.00490, Section 3), with the steps of DPM-Solver++. A model
-that draws small images with models that enlarge them is a cascade (Ho et al. 2022,
-arXiv:2106.15282).
+The small image is taken as what Lanczos makes of the large one (functions/details.py). In each step
+its part of x_0 is put in exactly, as in DDNM (Wang et al. 2023, arXiv:2212.00490, Section 3), with
+the steps of DPM-Solver++. A model that draws small images with models that enlarge them is a
+cascade (Ho et al. 2022, arXiv:2106.15282).
 """
 
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from functions.denoiser import Predictor
+from functions.details import shrink, shrinking, stretch
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import OnStep, dpm_solver_sample
 from functions.timesteps import nearest_timesteps
@@ -96,22 +96,18 @@ def enlarge(
     exactly to the small ones. Raises ValueError for noise of another size than twice the images'.
     """
     first = noise()
-    size = small.shape[-1]
-    large = *small.shape[1:-2], 2 * size, 2 * size
-    is_square = small.ndim == 4 and small.shape[2] == size
-    if not is_square or first.shape not in ((len(small), *large), (1, *large)):
+    *batch, height, width = small.shape
+    large = *batch[1:], 2 * height, 2 * width
+    if first.shape not in ((len(small), *large), (1, *large)):
         raise ValueError(
             f"images are {(*small.shape,)} and noise is {(*first.shape,)}; they must be "
-            "(B, C, S, S) and (B or 1, C, 2 S, 2 S)"
+            "(B, C, H, W) and (B or 1, C, 2 H, 2 W)"
         )
     times = enlarging_times(model.scheduler)
-    shrink = shrinking(small.shape[-1])
-    # The pseudo-inverse: of all images that shrink to `small`, it makes the one of least norm.
-    stretch = torch.linalg.pinv(shrink)
-    enlarging = Enlarging(model, small, shrink.to(small), stretch.to(small))
-    start = enlarging.stretched(small)
+    start = stretch(small)
     if known:
         start = known.put_into(start)
+    enlarging = Enlarging(model.given(low=small), small)
     return dpm_solver_sample(
         Keeping(enlarging, known) if known else enlarging,
         model.scheduler.q_sample(start, times[0], first),
@@ -135,9 +131,7 @@ class Enlarging(Predictor):
     """A model whose x_0 shrinks to a given image, before it is clipped."""
 
     model: Predictor
-    small: Tensor  # (B, C, S, S)
-    shrink: Tensor  # (S, 2S), which shrinks columns of pixels
-    stretch: Tensor  # (2S, S)
+    small: Tensor  # (B, C, H, W)
 
     @property
     def scheduler(self) -> NoiseScheduler:
@@ -146,17 +140,5 @@ class Enlarging(Predictor):
     def estimate(self, x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
         """Return x_0, changed as little as makes it shrink to the small image, and its eps."""
         x_0, _ = self.model.predict(x_t, t)
-        x_0 = x_0 + self.stretched(self.small - self.shrink @ x_0 @ self.shrink.mT)
+        x_0 = x_0 + stretch(self.small - shrink(x_0))
         return x_0, self.scheduler.predict_eps(x_t, t, x_0)
-
-    def stretched(self, small: Tensor) -> Tensor:
-        """Return the image (B, C, 2S, 2S) of least norm that shrinks to (B, C, S, S)."""
-        return self.stretch @ small @ self.stretch.mT
-
-
-def shrinking(size: int) -> Tensor:
-    """Return the matrix (S, 2S) with which Lanczos, as in Pillow, shrinks columns of 2S pixels."""
-    small, large = (torch.arange(n, dtype=torch.float64) + 0.5 for n in (size, 2 * size))
-    distances = large / 2 - small[:, None]  # in small pixels
-    weights = torch.sinc(distances) * torch.sinc(distances / 3) * (distances.abs() < 3)
-    return weights / weights.sum(dim=1, keepdim=True)

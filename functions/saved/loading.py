@@ -122,9 +122,9 @@ def rebuild(
             own = vars(saved.model).get(field, value)
             if own != value:
                 raise ConfigError(f"{field} is {own}, but what it knows makes it {value}")
-        model = build_network(saved.model) if network is None else network
         scheduler = saved.scheduler
         objective = saved.config["diffusion"].get("objective", DiffusionConfig.objective)
+        model = build_network(saved.model, objective) if network is None else network
     except ConfigError as error:
         raise CheckpointError(
             f"{saved.path}: this version cannot build a model from its config: {printable(error)}"

@@ -3,8 +3,9 @@
 import time
 from datetime import timedelta
 
-import torch
+from torch import Tensor
 
+from data.pixels import to_model_range
 from functions.denoiser import Denoiser
 from functions.losses import denoising_loss
 from functions.training.run import TrainingRun
@@ -16,10 +17,14 @@ def describe_cost(run: TrainingRun) -> str:
     The optimiser's steps here are real ones, so nothing can be trained afterwards.
     """
     # The first pass and the first step warm up.
+    step = run.step
+    draws = run.data.draw(step)
+    images, inputs = next(run.data.batches(range(step, step + 1)))
+    x_0, inputs = run.data.augment(to_model_range(images), inputs, draws, 0.0)
     image_count = min(run.config.batch_size, len(run.data.share))
-    seconds = min(
-        run_pass(run.denoiser, (image_count, *run.experiment.model.image_shape)) for _ in range(2)
-    )
+    batch = [each[:image_count] for each in (x_0, draws.t, draws.noise)]
+    denoiser = run.denoiser.given(**{name: all[:image_count] for name, all in inputs.items()})
+    seconds = min(run_pass(denoiser, *batch) for _ in range(2))
     # The gradients are those of the last pass, as in training.
     for _ in range(2):
         start = time.perf_counter()
@@ -37,13 +42,10 @@ def describe_cost(run: TrainingRun) -> str:
     )
 
 
-def run_pass(denoiser: Denoiser, shape: tuple[int, ...]) -> float:
-    """Return the seconds of forward and backward of a step on noise of a shape (B, C, H, W)."""
-    device = next(denoiser.network.parameters()).device
+def run_pass(denoiser: Denoiser, x_0: Tensor, t: Tensor, noise: Tensor) -> float:
+    """Return the seconds of forward and backward of `denoising_loss`."""
     start = time.perf_counter()
-    x_0 = torch.randn(shape, device=device)
-    t = torch.zeros(len(x_0), dtype=torch.int64, device=device)
-    denoising_loss(denoiser, x_0, t, torch.randn_like(x_0)).sum().backward()
+    denoising_loss(denoiser, x_0, t, noise).sum().backward()
     wait(denoiser)
     return time.perf_counter() - start
 

@@ -1,7 +1,9 @@
 """The data of a run: its images and their split, the batches of its steps, and their draws."""
 
 from collections.abc import Iterator
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,8 +12,10 @@ from data.augmentation import augment
 from data.batches import ImageFeeder, indices_of_steps
 from data.conditions import with_conditions, without_conditions
 from data.datasets import ImageSet, split_images
+from data.pixels import to_model_range
 from functions.support import processes
 from functions.support.errors import printable
+from functions.support.random_numbers import generator_of, image_noise
 from functions.training.draws import StepDraws, training_draws
 
 
@@ -98,3 +102,30 @@ class TrainingData:
         inputs = with_conditions(inputs, x_0, vars(config))
         dropped = draws.condition_drop < config.condition_dropout
         return x_0, without_conditions(inputs, dropped, self.facts)
+
+    @cached_property
+    def held_out_order(self) -> Tensor:
+        """An order of the timesteps of a validation: (validation_samples,) int64."""
+        generator = generator_of("cpu", self.config.seed, "validation t")
+        return torch.randperm(self.config.validation_samples, generator=generator)
+
+    def held_out(self, places: range) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """Return the triples (x_0, t, noise) of a validation at B places, and the network's inputs.
+
+        They are always the same. The count of places is `config.validation_samples`.
+        """
+        config = self.config
+        count = config.validation_samples
+        # The triples are spread evenly over the images: the numbers of triples with any two images
+        # differ by at most one.
+        indices = self.split.val_indices
+        images, inputs = self.gather(indices[np.array(places) * len(indices) // count])
+        x_0 = to_model_range(images)
+        # 0 .. T-1 is divided into one stratum per triple. The t are the strata's midpoints,
+        # shuffled.
+        order = self.held_out_order[places.start : places.stop]
+        t = (2 * order + 1) * config.timesteps_diff // (2 * count)
+        # The noise of a triple depends on its place among all triples, not on its batch.
+        noise = image_noise(config.seed, places, x_0.shape[1:], self.device, "validation noise")
+        inputs = with_conditions(inputs, x_0, vars(config))
+        return x_0, t.to(self.device), noise(), inputs

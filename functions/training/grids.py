@@ -1,33 +1,50 @@
-"""Draw the grid of samples that a training writes from time to time."""
+"""Draw the grid of images that a training writes from time to time."""
 
+import torch
 from torch import Tensor
 
+from data.batches import batches_of
 from data.conditions import in_grids, with_conditions
 from data.pixels import to_model_range
-from functions.sampling.generation import Drawing, generate
-from functions.sampling.models import Models
-from functions.sampling.settings import DrawingConfig
+from functions.details import shrink
+from functions.enlarging import enlarge
+from functions.samplers import SAMPLERS
+from functions.support.random_numbers import image_noise
 from functions.training.run import TrainingRun
 
 
-def draw_grid(run: TrainingRun) -> Tensor:
-    """Draw the images of a run's grid, (N, C, H, W) in [-1, 1], always from the same noise."""
+@torch.no_grad()
+def sample_grid(run: TrainingRun) -> Tensor:
+    """Sample the images of a run's grid, (N, C, H, W) in [-1, 1], always from the same noise.
+
+    What the network gets beside the noise is that of held-out images, but all labels in turn. With
+    objective details, these images are shrunk to a quarter, and enlarged twice.
+    """
     config = run.config
-    # What the network gets beside the noise is that of held-out images, but all labels in turn.
-    images, inputs = run.data.gather(run.data.split.val_indices[: config.grid_images])
-    inputs = with_conditions(inputs, to_model_range(images), vars(config))
     denoiser = run.sample_denoiser
-    models = Models(
-        denoiser,
-        run.data.image_shape,
-        run.device,
-        inputs=in_grids(inputs, run.data.facts),
-    )
-    settings = DrawingConfig(
-        model=run.name,
-        sampler=config.grid_sampler,
-        steps=min(config.grid_steps, config.timesteps_diff),
-        batch_size=config.batch_size,
-    )
+    count = config.grid_images
+    held_out, inputs = run.data.gather(run.data.split.val_indices[:count])
+    held_out = to_model_range(held_out)
+    inputs = in_grids(with_conditions(inputs, held_out, vars(config)), run.data.facts)
+    sampler = SAMPLERS[config.grid_sampler]
+    steps = min(config.grid_steps, config.timesteps_diff)
+
+    def noise_of(places, shape, purpose="image"):
+        return image_noise(config.seed, places, shape, run.device, purpose)
+
+    def sampled(places):
+        given = {name: all[[i % len(all) for i in places]] for name, all in inputs.items()}
+        noise = noise_of(places, run.data.image_shape)
+        return sampler.function(
+            denoiser.given(**given), noise(), steps, **sampler.options, step_noise=lambda k: noise()
+        )
+
+    def enlarged(places):
+        channels, size, _ = run.data.image_shape
+        small = shrink(shrink(held_out[[i % len(held_out) for i in places]])).clamp(-1, 1)
+        middle = enlarge(denoiser, small, noise_of(places, (channels, size // 2, size // 2)))
+        return enlarge(denoiser, middle, noise_of(places, run.data.image_shape, "details"))
+
+    draw = enlarged if config.objective == "details" else sampled
     with denoiser.evaluating():
-        return generate(Drawing(models, settings, config.seed), range(config.grid_images))
+        return torch.cat([draw(places) for places in batches_of(range(count), config.batch_size)])

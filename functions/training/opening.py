@@ -30,7 +30,6 @@ from functions.support.device import choose_device
 from functions.support.settings import fields_with
 from functions.training.run import TrainingRun
 from functions.training.stopping import explain_failed_writes
-from models.growing import LOG_SNR_SHIFT, grown_arguments
 
 
 @contextmanager
@@ -89,7 +88,7 @@ def make_run(
         experiment = experiment.override(**network_fields(vars(config) | image_set.facts))
     # This seed is for the initial weights. Every later draw has another seed.
     torch.manual_seed(config.seed)
-    network = build_network(experiment.model)
+    network = build_network(experiment.model, config.objective)
     run = TrainingRun(name, experiment, image_set, network, runs, device, checkpoint)
     run.is_named = True
     return run
@@ -99,9 +98,8 @@ def fit_to_weights(preset: Experiment, initial: SavedModel, given: dict) -> Expe
     """Return the preset with the values that the weights need, and with the given fields changed.
 
     Weights need the network with which they were trained, but for the dropout of ours, and the
-    fields of DiffusionConfig that are `fixed_by_weights`. For images of twice their size those of
-    our network grow a level (models/growing.py). The size is a given one, or the preset's. Raises
-    ConfigError for another size, and for a given value that does not fit.
+    fields of DiffusionConfig that are `fixed_by_weights`. Raises ConfigError for a given value that
+    does not fit, and for a preset of another size.
     """
     # A diffusers folder has no values for some fields, which then have their defaults.
     saved = vars(DiffusionConfig) | initial.config["diffusion"]
@@ -110,21 +108,11 @@ def fit_to_weights(preset: Experiment, initial: SavedModel, given: dict) -> Expe
     own_size = initial.model.image_size
     size = given.get("image_size", preset.model.image_size)
     reason = f"for the weights of {initial.path}"
-    is_ours = isinstance(initial.model, ModelConfig)
-    sizes = [own_size, 2 * own_size] if is_ours else [own_size]
-    if size not in sizes:
-        raise ConfigError(
-            f"image_size is {size}; it must be {' or '.join(map(str, sizes))} {reason}: their own "
-            "size, or twice that if they grow. Give the size as --model.image-size"
-        )
     if size != own_size:
-        reason += f", which are of {own_size} px and grow to {size}"
-        needed["log_snr_shift"] = round(needed["log_snr_shift"] + LOG_SNR_SHIFT, 3)
-        try:
-            network = grown_arguments(network)
-        except ValueError as error:
-            raise ConfigError(f"{initial.path}: {error}") from error
-    if is_ours:
+        raise ConfigError(
+            f"image_size is {size}; it must be {own_size} {reason}: --model.image-size {own_size}"
+        )
+    if isinstance(initial.model, ModelConfig):
         # The data decide what follows from the conditions (`make_run`).
         dropout = given.get("dropout", preset.model.dropout)
         network = network | {"dropout": dropout, **network_fields({})}

@@ -14,7 +14,7 @@ from functions.support import processes
 from functions.support.errors import UserError, printable
 from functions.support.files import write_text
 from functions.support.pictures import save_grid
-from functions.training.grids import draw_grid
+from functions.training.grids import sample_grid
 from functions.training.metrics import MetricsLog, plot_losses
 from functions.training.run import TrainingRun
 from functions.training.stopping import StopSignals, explain_failed_writes
@@ -107,7 +107,7 @@ class Recorder:
             if self.is_due(config.snapshot_every) and processes.is_main():
                 run.save_snapshot(run.file("snapshots"))
             if self.is_due(config.sample_every) and processes.is_main():
-                samples = save_grid(to_uint8(draw_grid(run)), run.file("samples"))
+                samples = save_grid(to_uint8(sample_grid(run)), run.file("samples"))
                 self.metrics.show(samples, run.step)
             # All processes get the same answer, so that they stop after the same step. They
             # exchange it on their CPUs, and do not wait for a GPU.

@@ -30,9 +30,9 @@ from functions.support.device import (
 )
 from functions.support.errors import printable, quoted
 from functions.training.data import TrainingData
+from functions.training.details import DetailsData
 from functions.training.description import check_resumption, describe, provenance_of
 from functions.training.metrics import TrainingWindow
-from models.growing import grown_weights
 
 
 class TrainingRun:
@@ -77,7 +77,8 @@ class TrainingRun:
         self.config = config = experiment.diffusion
         self.runs_folder = runs_folder
         self.device = device
-        self.data = TrainingData(experiment, image_set, device)
+        data_class = DetailsData if config.objective == "details" else TrainingData
+        self.data = data_class(experiment, image_set, device)
         self.total_steps = config.epochs * self.data.steps_per_epoch
         self.earlier_provenance = checkpoint.contents["run"] if checkpoint else {}
         self.earlier = Experiment.from_dict(checkpoint.contents["config"]) if checkpoint else None
@@ -162,10 +163,7 @@ class TrainingRun:
         return describe(self)
 
     def begin_with(self, initial: SavedModel) -> None:
-        """Take over a model's weights, which grow if it is one of smaller images.
-
-        Raises CheckpointError when they do not fit.
-        """
+        """Take over a model's weights. Raises CheckpointError when they do not fit."""
         weights = initial.weights
         own = self.model.state_dict()
         # The weights of a condition stay if it means the same, as with labels of the same names.
@@ -173,13 +171,9 @@ class TrainingRun:
             if row.known(initial.facts) != row.known(self.data.facts):
                 weights = row.renewed(weights, own)
         description = f"{initial.path}: {initial}"
-        own_size = initial.model.image_size
         # An average that starts from trained weights must not forget them, so its decay does not
-        # rise slowly. A grown level is untrained.
-        self.ema_ramp = own_size < self.experiment.model.image_size
-        if self.ema_ramp:
-            weights = grown_weights(weights, self.model)
-            description += f", grown from {own_size} px"
+        # rise slowly.
+        self.ema_ramp = False
         # Images that these weights were trained on may be held out now, which only the user knows.
         if images := initial.config["diffusion"].get("dataset_name"):
             rule = initial.provenance.get("split_rule", "unknown")
@@ -229,7 +223,4 @@ class TrainingRun:
         scaler = checkpoint.contents.get("scaler")
         if scaler:
             self.scaler.load_state_dict(scaler)
-        # Checkpoints of before 2026-12-02 say whether the weights have grown.
-        facts = checkpoint.contents["run"]
-        untrained = facts.get("grown", False) or not facts.get("initial")
-        self.ema_ramp = facts.get("ema_ramp", untrained)
+        self.ema_ramp = checkpoint.contents["run"]["ema_ramp"]

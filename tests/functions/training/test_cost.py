@@ -14,8 +14,8 @@ def test_a_dry_run_says_the_hours_of_the_steps_to_go(unfinished, pictures, monke
     training images make epochs of 5 steps, so 24 hours are 4.8 epochs.
     """
 
-    def run_pass(denoiser, shape):
-        assert shape == (8, 3, 16, 16)
+    def run_pass(denoiser, x_0, t, noise):
+        assert x_0.shape == noise.shape == (8, 3, 16, 16)
         return 3600
 
     monkeypatch.setattr(cost, "run_pass", run_pass)
