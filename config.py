@@ -28,8 +28,8 @@ from functions.support.settings import (
     require,
     setting,
 )
-from models.diffusers_unet import DiffusersUNet
 from models.details import DetailsUNet
+from models.diffusers_unet import DiffusersUNet
 from models.unet import UNet
 
 

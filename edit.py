@@ -5,11 +5,13 @@
     python edit.py invert A [RUN]                    finds this noise, and samples from it
     python edit.py vary A [RUN]                      samples images similar to one
     python edit.py inpaint A [RUN] --mask FILE       regenerates a part of one
+    python edit.py enlarge FILE [MODEL]              doubles the size of a picture of a face
 
 A and B are image files or, except for inpaint, indices of images that the seed generates. Files are
 cropped and resized as training images are, to the size of the model: with --enlarge what they have
 beyond it is lost, except for inpaint. RUN comes right after the images; the flags of sampling are
 those of sample.py. Of a recipe, invert and --exact use the model alone, and inpaint the models.
+enlarge takes the picture as it is.
 """
 
 if __name__ == "__main__":
@@ -21,12 +23,20 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from functions.sampling.editing import EXACT_STEPS, INPAINTING_STEPS, VERBS, check_edit
+from functions.sampling.editing import (
+    EXACT_STEPS,
+    INPAINTING_STEPS,
+    VERBS,
+    check_edit,
+    save_enlarged,
+)
 from functions.sampling.generation import open_drawing
 from functions.sampling.settings import SeedFlags, add_sampling_flags, settings_of
-from functions.support.command_line import Parser, run_script
+from functions.saved.run_folder import PRETRAINED
+from functions.support.command_line import Parser, add_flags, run_script
+from functions.support.device import DTYPES
 from functions.support.errors import UserError
-from functions.support.settings import setting
+from functions.support.settings import choice, setting
 
 # How far images are noised unless --depths says otherwise, as fractions of all timesteps
 DEPTHS = (0.25, 0.5, 0.75, 1.0)
@@ -35,6 +45,9 @@ DEPTHS = (0.25, 0.5, 0.75, 1.0)
 def main() -> None:
     """Read the command line, edit the images, and print which file was written."""
     args = parse_flags()
+    if args.verb == "enlarge":
+        save_enlarged(args)
+        return
     # The mixtures of --exact are those of noise that `invert` finds.
     verb = "invert" if args.exact else args.verb
     save, taken, steps = VERBS[verb]
@@ -84,6 +97,17 @@ class InpaintFlags(EditFlags):
     n: int = setting(36, also=["-n"])
 
 
+@dataclass(frozen=True)
+class EnlargeFlags(EditFlags):
+    """The flags of enlarge."""
+
+    # How many times the size is doubled.
+    times: int = setting(1, at_most=4)
+    # The number format that the network computes in. auto is that of the model's training, or
+    # float32 if the device has no instructions for it.
+    precision: str = choice("auto", *DTYPES)
+
+
 def parse_flags() -> argparse.Namespace:
     """Read the command line."""
     parser = Parser(description=__doc__)
@@ -112,6 +136,18 @@ def parse_flags() -> argparse.Namespace:
         verb = verbs.add_parser(name, help=help, description=help)
         verb.add_argument("images", nargs=image_count, metavar="IMAGE")
         add_sampling_flags(verb, flags_class)
+    text = "FILE: double the size of a picture of a face, in which the model draws the details."
+    enlarge = verbs.add_parser("enlarge", help=text, description=text)
+    enlarge.add_argument("images", nargs=1, metavar="FILE")
+    enlarge.add_argument(
+        "model",
+        nargs="?",
+        type=Path,
+        metavar="MODEL",
+        default=PRETRAINED.with_name("ffhq-details.safetensors"),
+        help="A run or a file of the preset ffhq-details. Default: the included one.",
+    )
+    add_flags(enlarge, EnlargeFlags)
     args = parser.parse_args()
     depths = getattr(args, "depths", ())
     if args.exact and depths:

@@ -18,11 +18,9 @@ from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import OnStep, dpm_solver_sample
 from functions.timesteps import nearest_timesteps
 
-# At this log-SNR noise hides all that the small image lacks; more of it would also hide what the
-# small image says about that. The steps from there are even in t: with cosine betas,
-# Gaussian details get 0.48 of their standard deviation of 0.1 (in 16 steps 0.75). Seven steps even
-# in log-SNR give all of it, but fewer faces look clear then (docs/record.md).
-FIRST_LOG_SNR = -1.41
+# The steps are even between these log-SNRs. At the first, noise hides all that the small image
+# lacks; from the last on, what is left is clean (docs/ffhq.md#details).
+FIRST_LOG_SNR, LAST_LOG_SNR = -1.41, 6.0
 ENLARGING_STEPS = 7
 
 
@@ -121,9 +119,10 @@ def enlarge(
 
 def enlarging_times(scheduler: NoiseScheduler) -> list[int]:
     """Return the timesteps of an enlargement, and -1."""
-    [first] = nearest_timesteps(scheduler, torch.tensor([FIRST_LOG_SNR], dtype=torch.float64))
-    steps = min(ENLARGING_STEPS, first + 1)
-    return [round((first + 1) * k / steps) - 1 for k in range(steps, -1, -1)]
+    steps = min(ENLARGING_STEPS, scheduler.timesteps)
+    even = torch.linspace(FIRST_LOG_SNR, LAST_LOG_SNR, steps, dtype=torch.float64)
+    # In a short schedule some would be below 0.
+    return [*(t for t in nearest_timesteps(scheduler, even) if t >= 0), -1]
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,12 @@ ONE_LEVEL = """
     --model.dim-multiply 1
     --model.transformer-layers=
 """
+# With these it draws the details of images of twice the size.
+DETAILS = """
+    --model.image-size 32
+    --model.lowest-resolution-size 16
+    --diffusion.objective details
+"""
 # The same network, as fields of ModelConfig.
 SMALL_MODEL = {
     "image_size": 16,
@@ -183,10 +189,9 @@ def grey_run(pictures, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def large_run(pictures, tmp_path_factory):
-    """Return a finished run like `tiny_run`, of images of twice the size."""
-    size = "--model.image-size 32 --model.lowest-resolution-size 16"
-    return train_tiny(pictures, tmp_path_factory.mktemp("large"), size)
+def details_run(pictures, tmp_path_factory):
+    """Return a finished run like `tiny_run`, of the details of images of twice the size."""
+    return train_tiny(pictures, tmp_path_factory.mktemp("details"), DETAILS)
 
 
 @pytest.fixture(scope="session")

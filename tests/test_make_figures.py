@@ -20,7 +20,7 @@ def run_here(command, check, cwd, env):
 
 @pytest.mark.slow
 def test_every_picture_is_drawn_from_small_runs(
-    tiny_run, large_run, labelled_pictures, tmp_path, monkeypatch
+    tiny_run, details_run, labelled_pictures, tmp_path, monkeypatch
 ):
     folder = tmp_path / "figures"
     folder.mkdir()
@@ -28,7 +28,7 @@ def test_every_picture_is_drawn_from_small_runs(
     monkeypatch.setattr(make_figures.subprocess, "run", run_here)
     recipe = tmp_path / "people.toml"
     for path in (recipe, recipe.with_name("people-varied.toml")):
-        path.write_text(f'model = "{tiny_run}"\nsteps = 2\nenlarge = ["{large_run}"]')
+        path.write_text(f'model = "{tiny_run}"\nsteps = 2\nenlarge = ["{details_run}"]')
     monkeypatch.setattr(make_figures, "PRETRAINED", recipe)
 
     def for_small_runs(flags):

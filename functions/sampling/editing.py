@@ -28,7 +28,7 @@ from data.batches import batches_of
 from data.conditions import Given
 from data.decode import fit_image, fit_mask, open_image_file, to_pixels
 from data.pixels import to_model_range, to_uint8
-from functions.enlarging import Keeping, Known
+from functions.enlarging import Keeping, Known, enlarge
 from functions.samplers import ddim_invert, ddim_sample
 from functions.sampling.generation import (
     Drawing,
@@ -39,10 +39,14 @@ from functions.sampling.generation import (
     step_bar,
     take_steps,
 )
+from functions.sampling.models import ENLARGES, opened
 from functions.sampling.samples_folder import manifest_of, new_samples_folder, open_folder
 from functions.sampling.settings import OF_SAMPLER, DrawingConfig
+from functions.saved.run_folder import new_folder
+from functions.support.device import choose_device
 from functions.support.errors import UserError
-from functions.support.pictures import save_grid, save_strip
+from functions.support.pictures import save_grid, save_image, save_strip
+from functions.support.random_numbers import image_noise
 
 # A row of a figure has mixtures with these weights of the second image, between both.
 WEIGHTS = torch.linspace(0, 1, 9)
@@ -302,6 +306,27 @@ def save_inpaintings(args: Namespace, drawing: Drawing) -> None:
     print(f"wrote {path}")
 
 
+@torch.no_grad()
+def save_enlarged(args: Namespace) -> None:
+    """Double the size of a picture, H and W of any number of pixels, some times, and save it."""
+    path = Path(args.images[0])
+    device = choose_device(args.device)
+    model = opened(args.model, device, args.precision, ENLARGES)
+    pixels = to_pixels(open_image_file(path), model.shape[0])
+    image = to_model_range(pixels[None]).to(device)
+    for k in range(args.times):
+        _, channels, height, width = image.shape
+        shape = channels, 2 * height, 2 * width
+        noise = image_noise(args.seed, [0], shape, device, f"details of a picture {k + 1}")
+        print(f"enlarging {width} x {height} pixels", flush=True)
+        image = enlarge(model.denoiser, image, noise)
+    folder = args.out or new_folder(Path("samples"), "enlarged")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = free_path(folder, path.stem)
+    save_image(to_uint8(image)[0], path)
+    print(f"wrote {path}")
+
+
 def read_image(drawing: Drawing, text: str) -> tuple[Tensor, Tensor]:
     """Return the image that the command line names, at the model's size and as it is shown.
 
@@ -332,7 +357,11 @@ def edited_path(args: Namespace, drawing: Drawing, kind: str) -> Path:
         open_folder(folder, manifest_of(drawing))
     folder.mkdir(parents=True, exist_ok=True)
     # A file name has at most 255 bytes, and a letter up to four.
-    name = "-".join([kind, *(Path(text).stem[:25] for text in args.images)])
+    return free_path(folder, "-".join([kind, *(Path(text).stem[:25] for text in args.images)]))
+
+
+def free_path(folder: Path, name: str) -> Path:
+    """Return the path of a PNG of this name, or of NAME-2, ..., that does not exist."""
     path = folder / f"{name}.png"
     number = 1
     while path.exists():

@@ -17,6 +17,9 @@ from functions.support import processes
 from functions.support.device import choose_device, set_deterministic
 from functions.support.errors import UserError
 
+# The role of a model that enlarges
+ENLARGES = "enlarged by "
+
 
 @dataclass(frozen=True)
 class Models:
@@ -29,7 +32,7 @@ class Models:
     precision: str = "float32"
     # False for a few models from diffusers folders.
     clip_x_0: bool = True
-    # Each of them draws the images at twice their size (functions/enlarging.py).
+    # Each of them doubles the size of the images (functions/enlarging.py).
     enlargers: tuple["Models", ...] = ()
     guide_digest: str = ""
     # What is known of the model (data/conditions.py)
@@ -66,8 +69,23 @@ def open_models(config: DrawingConfig, device_name: str) -> Models:
 
 
 def opened(path: Path, device: torch.device, precision: str, role: str = "") -> Models:
-    """Load one model, and print what it is, after its role."""
+    """Load one model, and print what it is, after its role.
+
+    Raises UserError for a model of details that is to draw alone, and for another that is to
+    enlarge.
+    """
     saved, denoiser = open_model(path, device, precision)
+    draws_details = denoiser.objective == "details"
+    if draws_details and role != ENLARGES:
+        raise UserError(
+            f"{saved.path} draws the details of an image that it is given, and nothing alone: use "
+            "it with --enlarge, or with edit.py enlarge"
+        )
+    if role == ENLARGES and not draws_details:
+        raise UserError(
+            f"{saved.path} cannot enlarge: it was not trained with objective = details, as the "
+            "preset ffhq-details is"
+        )
     processes.print_main(f"{role}{saved.path}: {saved}")
     return Models(
         denoiser,
@@ -125,17 +143,17 @@ def guide_path(guide: int | str, saved: SavedModel) -> Path:
 
 
 def enlarged(models: Models, path: Path) -> Models:
-    """Return the models with one more, at `path`, which draws images at twice their size.
+    """Return the models with one more, at `path`, which doubles the size of images.
 
-    That model has its own schedule, and the precision of the first one (functions/enlarging.py).
-    Raises UserError for a model of another size, and CheckpointError when there is none.
+    That model has its own schedule, and the precision of the first one. Raises UserError for a
+    model of other images, and CheckpointError when there is none.
     """
-    enlarger = opened(path, models.device, models.precision, "enlarged by ")
+    enlarger = opened(path, models.device, models.precision, ENLARGES)
     channels, height, width = models.enlarged_shape
-    shape = channels, 2 * height, 2 * width
-    if enlarger.shape != shape:
+    if enlarger.shape[0] != channels:
         raise UserError(
-            f"{enlarger.saved.path} draws images of {enlarger.shape} (channels, height, width); "
-            f"to enlarge these samples it must draw {shape}"
+            f"{enlarger.saved.path} enlarges images of {enlarger.shape[0]} channels, and these "
+            f"samples have {channels}"
         )
+    enlarger = replace(enlarger, shape=(channels, 2 * height, 2 * width))
     return replace(models, enlargers=(*models.enlargers, enlarger))

@@ -74,8 +74,9 @@ class DrawingConfig(Given):
     # Classifier-free guidance, instead of a guide: move each x_0 away from that without a label or
     # another condition. 1 is the model alone. Default: no.
     cfg: float | None = setting(None, at_least=-inf, metavar="W")
-    # Then draw the details of each image at twice its size, by a model of that size, without guide
-    # and temperature. The flag can be repeated: each model doubles the size. Default: no.
+    # Then draw the details of each image at twice its size, by a model of the preset ffhq-details,
+    # without guide and temperature. The flag can be repeated, also with the same model: each time
+    # doubles the size. Default: no.
     enlarge: tuple[str, ...] = setting((), repeated=True, metavar="MODEL")
 
     def __post_init__(self) -> None:

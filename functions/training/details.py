@@ -4,7 +4,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from config import ConfigError, Experiment, build_scheduler
 from data.augmentation import augment
@@ -106,12 +106,13 @@ class DetailsData(TrainingData):
         """Return pieces (B, C, P, P) of images x_0 (B, C, 2P, 2P), and the input `low` of each."""
         if self.config.use_augmentation:
             x_0 = augment(x_0, draws.flip)
-        # Each image is shrunk and cut, though one of the two is not used: so all are batches.
-        _, size, _ = self.piece_shape
+        # Indices, and not slices, because the corners are on the device.
+        places = torch.arange(self.piece_shape[1], device=x_0.device)
+        rows = draws.corner[:, 0, None, None] + places[:, None]  # (B, P, 1)
+        columns = draws.corner[:, 1, None, None] + places  # (B, 1, P)
+        images = torch.arange(len(x_0), device=x_0.device)[:, None, None]
+        parts = x_0[images, :, rows, columns].movedim(-1, 1)
         wholes = shrink(x_0).clamp(-1, 1)
-        row, column = (draws.corner[:, i, None] + torch.arange(size, device=x_0.device) for i in (0, 1))
-        image = torch.arange(len(x_0), device=x_0.device)[:, None, None]
-        parts = x_0.movedim(1, -1)[image, row[:, :, None], column[:, None]].movedim(-1, 1)
         pieces = torch.where(draws.is_part[:, None, None, None], parts, wholes)
 
         low = shrink(pieces) + broadcast(draws.low_std, draws.low_noise) * draws.low_noise

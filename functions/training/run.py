@@ -30,8 +30,8 @@ from functions.support.device import (
 )
 from functions.support.errors import printable, quoted
 from functions.training.data import TrainingData
-from functions.training.details import DetailsData
 from functions.training.description import check_resumption, describe, provenance_of
+from functions.training.details import DetailsData
 from functions.training.metrics import TrainingWindow
 
 

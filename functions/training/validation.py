@@ -1,7 +1,6 @@
 """The training loss on held-out images, measured the same way every time."""
 
 import torch
-from torch import Tensor
 
 from data.batches import batches_of
 from functions.denoiser import Denoiser

@@ -18,7 +18,7 @@ exact = partial(Denoiser, precision=torch.float64)
 def white(std, scheduler, mean=0.0) -> Denoiser:
     """Return the ideal denoiser of images whose pixels are independent, from N(mean, std^2)."""
 
-    def network(x_t, t):
+    def network(x_t, t, low=None):
         a = broadcast(scheduler.alpha_bar(t), x_t.double())
         return (1 - a).sqrt() * (x_t - a.sqrt() * mean) / (a * std**2 + 1 - a)
 

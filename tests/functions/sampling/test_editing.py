@@ -162,10 +162,10 @@ def saved(monkeypatch):
     return save
 
 
-def test_the_script_paints_what_is_erased_and_keeps_the_rest(photo, tiny_run, large_run, saved):
+def test_the_script_paints_what_is_erased_and_keeps_the_rest(photo, tiny_run, details_run, saved):
     """With --enlarge the photo is read, and kept, at the size of the enlarged images."""
     flags = "--sampler ddim --eta 1 --steps 4 --n 3 --batch-size 2 --out out"
-    call(edit, "inpaint erased.png", tiny_run, flags, "--enlarge", large_run)
+    call(edit, "inpaint erased.png", tiny_run, flags, "--enlarge", details_run)
     shown, known, *answers = saved.call_args.args[0]
     image, anew = read_with_mask("erased.png", None, (3, 32, 32))
     assert np.array_equal(shown, image)
@@ -177,9 +177,9 @@ def test_the_script_paints_what_is_erased_and_keeps_the_rest(photo, tiny_run, la
     assert not np.array_equal(*answers[:2])
 
 
-def test_enlarged_images_of_the_seed_are_those_of_sample(tiny_run, large_run, tmp_path, saved):
+def test_enlarged_images_of_the_seed_are_those_of_sample(tiny_run, details_run, tmp_path, saved):
     """Both ends of a row are, and what comes back of them is enlarged with noise of its own."""
-    flags = f"--steps 5 --batch-size 4 --device cpu --enlarge {large_run} --out"
+    flags = f"--steps 5 --batch-size 4 --device cpu --enlarge {details_run} --out"
     common = [tiny_run, flags, tmp_path]
     call(sample, *common, "--individual --indices 1,3")
     first, third = samples_of(tmp_path).astype(float)

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
+import edit
+import evaluate
 import sample
 from functions.enlarging import Known, enlarge, enlarging_times
 from functions.noise_scheduler import NoiseScheduler
@@ -19,7 +21,7 @@ from functions.sampling.models import Models, enlarged
 from functions.saved.checkpoint import load_weights
 from functions.saved.run_folder import checkpoints_of
 from functions.support.random_numbers import image_noise
-from tests.conftest import CPU, call, changed, drawing_of, normal, refused, samples_of
+from tests.conftest import CPU, call, changed, drawing_of, normal, pixels_of, refused, samples_of
 from tests.functions.known_denoisers import mean_and_variance, white
 
 FEW = "--sampler dpm++ --steps 3 --n 3 --device cpu --guide 5"
@@ -30,10 +32,10 @@ SMALL = 0.1 * normal(0, 64, 3, 8, 8)
 
 
 def shrunk(images):
-    """Return float images (B, C, 2S, 2S), shrunk by Pillow to (B, C, S, S)."""
-    size = images.shape[-1] // 2
+    """Return float images (B, C, 2H, 2W), shrunk by Pillow to (B, C, H, W)."""
+    size = images.shape[-1] // 2, images.shape[-2] // 2
     channels = [Image.fromarray(channel) for channel in images.flatten(0, 1).numpy()]
-    small = [np.array(image.resize((size, size), Image.Resampling.LANCZOS)) for image in channels]
+    small = [np.array(image.resize(size, Image.Resampling.LANCZOS)) for image in channels]
     return torch.from_numpy(np.stack(small)).unflatten(0, images.shape[:2])
 
 
@@ -100,7 +102,7 @@ def test_an_enlargement_keeps_the_known_pixels_exactly():
 
 @pytest.mark.parametrize("shape", [(3, 4, 8), (1, 8, 8), (8,)])
 def test_pictures_whose_noise_is_not_that_of_twice_their_size_are_refused(shape):
-    with pytest.raises(ValueError, match=r"must be \(B, C, S, S\) and \(B or 1, C, 2 S, 2 S\)"):
+    with pytest.raises(ValueError, match=r"must be \(B, C, H, W\) and \(B or 1, C, 2 H, 2 W\)"):
         enlarge(WHITE, torch.zeros(2, *shape), lambda: torch.zeros(2, 3, 16, 16))
 
 
@@ -115,13 +117,15 @@ def test_a_model_that_does_not_clip_enlarges_without_clipping():
     assert_close(shrunk(bare), bright, atol=1e-3, rtol=0)
 
 
-def test_steps_begin_at_one_log_snr_whatever_the_schedule():
+def test_steps_are_even_in_log_snr_whatever_the_schedule():
     shifted = NoiseScheduler(1000, beta_schedule="cosine", log_snr_shift=-2 * math.log(2))
-    for scheduler in (COSINE, NoiseScheduler(100), shifted):
-        distances = (torch.logit(scheduler.alphas_cumprod) + 1.41).abs()
-        assert distances[enlarging_times(scheduler)[0]] == distances.min()
-    # They are even in t, and as many as there are.
-    assert enlarging_times(shifted) == [499, 428, 356, 285, 213, 142, 70, -1]
+    for scheduler in (COSINE, NoiseScheduler(1000), shifted):
+        *times, last = enlarging_times(scheduler)
+        assert last == -1
+        log_snr = torch.logit(scheduler.alphas_cumprod)[times]
+        expected = torch.linspace(-1.41, 6, 7, dtype=torch.float64)
+        assert_close(log_snr, expected, atol=0.1, rtol=0)
+    # A short schedule has fewer.
     assert enlarging_times(NoiseScheduler(4, beta_schedule="cosine")) == [2, 1, 0, -1]
 
 
@@ -145,11 +149,11 @@ def test_enlargements_depend_on_the_seed_and_the_index_alone(network):
 
 
 def test_samples_shrink_to_the_small_ones_and_the_manifest_has_all_models(
-    tiny_run, network, large_run, tmp_path, capsys
+    tiny_run, network, details_run, tmp_path, capsys
 ):
     plain, folder = tmp_path / "plain", tmp_path / "enlarged"
     call(sample, tiny_run, FEW, "--individual --out", plain)
-    enlarge = ["--individual --enlarge", large_run, "--out"]
+    enlarge = ["--individual --enlarge", details_run, "--out"]
     call(sample, tiny_run, FEW, *enlarge, folder)
     # The bar counts all steps.
     assert "30.0/30.0" in capsys.readouterr().err
@@ -160,11 +164,45 @@ def test_samples_shrink_to_the_small_ones_and_the_manifest_has_all_models(
     error, other = ((shrunk(large_images) - x).abs().mean() for x in (small, small.roll(1, 0)))
     assert error < other / 2
 
-    files = checkpoints_of(tiny_run)[0], checkpoints_of(large_run)[-1]
+    files = checkpoints_of(tiny_run)[0], checkpoints_of(details_run)[-1]
     guide, enlarger = (load_weights(file).digest[:16] for file in files)
     facts = json.loads((folder / "samples.json").read_text())
     assert (facts["guide"], facts["guidance"], facts["enlarge"]) == (guide, 1.5, [enlarger])
     with refused("enlarge was None, is now"):
         call(sample, tiny_run, FEW, *enlarge, plain)
     models = replace(drawing_of(network).models, precision="bfloat16")
-    assert enlarged(models, large_run).enlargers[0].denoiser.precision == torch.bfloat16
+    assert enlarged(models, details_run).enlargers[0].denoiser.precision == torch.bfloat16
+
+
+def test_a_model_of_details_enlarges_and_draws_nothing_alone(tiny_run, details_run, tmp_path):
+    alone = "draws the details of an image that it is given, and nothing alone"
+    for script, *command in (
+        (sample, details_run),
+        (sample, tiny_run, "--guide", details_run),
+        (evaluate, "bits", details_run),
+        (sample, details_run, "--export", tmp_path / "folder"),
+    ):
+        with refused(alone):
+            call(script, *command, "--device cpu")
+    with refused("cannot enlarge: it was not trained with objective = details"):
+        call(sample, tiny_run, "--n 1 --steps 1 --device cpu --enlarge", tiny_run)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_picture_of_any_shape_is_enlarged(times, details_run, tmp_path, monkeypatch):
+    """It shrinks to the picture, but for clipping and rounding; another seed has other details."""
+    monkeypatch.chdir(tmp_path)
+    y, x = np.mgrid[:13, :18]
+    picture = np.stack([60 + 8 * y, 60 + 5 * x, 200 - 6 * y], -1).astype(np.uint8)
+    Image.fromarray(picture).save("face.png")
+    command = ["enlarge face.png", details_run, f"--times {times} --device cpu --out"]
+    for _ in range(2):
+        call(edit, *command, "out")
+    call(edit, *command, "other --seed 1")
+    first, again, other = map(pixels_of, ("out/face.png", "out/face-2.png", "other/face.png"))
+    assert first.shape == (13 * 2**times, 18 * 2**times, 3)
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+    small = torch.from_numpy(first.copy()).movedim(-1, 0)[None].float()
+    for _ in range(times):
+        small = shrunk(small)
+    assert (small[0].movedim(0, -1) - torch.from_numpy(picture)).abs().mean() < 3

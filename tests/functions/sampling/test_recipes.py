@@ -33,7 +33,7 @@ FEW = "--device cpu --n 2"
 
 
 @pytest.fixture
-def recipe(tiny_run, large_run, tmp_path, monkeypatch):
+def recipe(tiny_run, details_run, tmp_path, monkeypatch):
     """Return a recipe whose parts are beside it, a file, a file in a folder, and a run."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "mine"
@@ -41,7 +41,7 @@ def recipe(tiny_run, large_run, tmp_path, monkeypatch):
     early, last = checkpoints_of(tiny_run)
     shutil.copy(last, folder / "model.safetensors")
     shutil.copy(early, folder / "guides" / "early.safetensors")
-    (folder / "large").symlink_to(large_run)
+    (folder / "large").symlink_to(details_run)
     path = folder / "people.toml"
     path.write_text(TEXT)
     return path

@@ -1,6 +1,5 @@
 """train.py --init: a new run from the weights of another, or of a folder of diffusers."""
 
-import math
 import shutil
 import sys
 from functools import partial
@@ -111,15 +110,3 @@ def test_a_network_of_diffusers_is_trained_on_and_resumed(
 def test_a_network_of_diffusers_stays_as_it_is(flags, sentence, their_folder, pictures, tmp_path):
     with refused(sentence, ConfigError):
         begin_with(their_folder, pictures, tmp_path, "--model.image-size 16", flags)
-
-
-def test_a_grown_run_forgets_its_empty_level(tiny_run, pictures, tmp_path):
-    """The weights made images of 16 x 16, and grow a level for 32 x 32."""
-    size = "--model.image-size 32"
-    with open_run(begin_with(tiny_run, pictures, tmp_path, size, function="parse_flags")) as run:
-        assert run.ema_ramp
-    assert "grown from 16 px; trained on " in run.describe()
-    model = run.experiment.model
-    assert (model.image_size, model.lowest_resolution_size) == (32, 8)
-    assert (model.dim_multiply, model.transformer_layers) == ((1, 1, 2), (2,))
-    assert run.config.log_snr_shift == pytest.approx(-2 * math.log(2), 1e-3)
