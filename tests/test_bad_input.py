@@ -23,7 +23,7 @@ COMMANDS = {
     "{init} --model.image-size 64": "image_size is 64; it must be 16 for the weights of",
     "{init} --model.image-size 16 --model.base-dim 16": "base_dim is 8 for the weights of",
     "{init} --model.image-size 16 --diffusion.objective v": "objective is eps for the weights of",
-    "{init} --model.image-size 16 --model.dim-multiply 1,2,2": "lowest_resolution_size is 8 for the weights",
+    "{init} --model.image-size 16 --model.dim-multiply 1,2,2": "lowest_resolution_size is 8 for",
     "{init} --model.image-size 16 --diffusion.beta-end 2": "leave it as it is for the weights",
     "train.py --init {root}/pretrained/people.toml": "people.toml is a recipe, and no model",
     "train.py --device gpu": "'gpu'",
