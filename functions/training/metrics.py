@@ -61,25 +61,27 @@ class MetricsLog:
     def __init__(self, run: Path, resume_step: int = 0, config: str = ""):
         self.path = run / "metrics.csv"
         text = StringIO()
-        writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(COLUMNS)
         if self.path.exists():
-            columns, rows = parse_lines(self.path)
-            # A kill may have cut the last line.
-            if columns == [*COLUMNS] and all(rows[:-1]):
-                kept = (row for row in rows if row and row["step"] <= resume_step)
-                writer.writerows(map(as_cells, kept))
+            columns, rows = read_rows(self.path)
+            if columns == [*COLUMNS]:
+                writer.writerows(row for row in rows if int(row[0]) <= resume_step)
             else:
                 aside = self.path.rename(run / f"metrics-{timestamp()}.csv")
-                print(f"warning: {self.path} has other columns or lines; it is now {aside}")
+                print(f"warning: {self.path} has other columns; it is now {aside}")
         write_text(self.path, text.getvalue())
         self.tensorboard = SummaryWriter(run / "tensorboard", purge_step=resume_step + 1)
         self.tensorboard.add_text("config", f"```\n{config}\n```", resume_step)
 
     def write(self, **values: float) -> None:
         """Write one row. Raises ValueError, and writes nothing, for a name not in COLUMNS."""
+        cells = {
+            name: f"{value:.6g}" if isinstance(value, float) else value
+            for name, value in values.items()
+        }
         with open(self.path, "a", newline="") as file:
-            csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(as_cells(values))
+            csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(cells)
             # The row reaches the disk before the next checkpoint, so a run that resumes from that
             # checkpoint finds the row.
             file.flush()
@@ -99,44 +101,33 @@ class MetricsLog:
         self.tensorboard.close()
 
 
-def as_cells(values: dict[str, float | None]) -> dict[str, str | int | None]:
-    """Return the values of a row with six digits."""
-    return {
-        name: f"{value:.6g}" if isinstance(value, float) else value
-        for name, value in values.items()
-    }
-
-
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
     """Return the rows of a metrics.csv as numbers, None where a cell is empty; no other lines."""
-    _, rows = parse_lines(path)
-    return [row for row in rows if row]
+    columns, rows = read_rows(path)
+    return [
+        {name: float(cell) if cell else None for name, cell in zip(columns, row, strict=True)}
+        | {"step": int(row[0])}
+        for row in rows
+    ]
 
 
-def parse_lines(path: Path) -> tuple[list[str], list[dict[str, float | None]]]:
-    """Return the columns of a metrics.csv and its lines as `read_metrics` does, {} for no row."""
+def read_rows(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Return the columns of a metrics.csv, and the cells of its rows: of each line of numbers."""
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+        columns, *lines = [*csv.reader(file)] or [[]]
     # A row that a kill has cut has too few cells, or a short last one. No checkpoint has its step,
     # so a resumed run writes it again.
-    text = path.read_text("utf-8-sig", errors="replace").removesuffix("\n")
-    header, *lines = (line.split(",") for line in text.split("\n"))
-    rows = []
-    for cells in lines:
-        row = {}
-        is_row = len(cells) == len(header) and cells[0].isdecimal()
-        if is_row and all(is_number(cell) for cell in cells if cell):
-            values = (float(cell) if cell else None for cell in cells)
-            row = {**dict(zip(header, values, strict=True)), "step": int(cells[0])}
-        rows.append(row)
-    return header, rows
+    return columns, [row for row in lines if len(row) == len(columns) and are_numbers(row)]
 
 
-def is_number(text: str) -> bool:
-    """Return whether Python reads a text as a number."""
+def are_numbers(row: list[str]) -> bool:
+    """Return whether a step is the first cell, and each other one is empty or a number."""
     try:
-        float(text)
+        for cell in filter(None, row):
+            float(cell)
     except ValueError:
         return False
-    return True
+    return row[0].isdecimal()
 
 
 class TrainingWindow:
@@ -201,7 +192,7 @@ class TrainingWindow:
 def plot_losses(metrics: Path, path: Path, title: str = "") -> None:
     """Plot the curves of a metrics.csv: the error of eps, and the held-out loss by quarter of t.
 
-    Errors of eps can be compared between objectives. Runs of earlier versions have no quarters.
+    Errors of eps can be compared between objectives.
     """
     rows = read_metrics(metrics)
     figure = Figure(figsize=(9.5, 4.5))
