@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from config import DEFAULT_EXPERIMENT, EXPERIMENTS, DiffusionConfig, ModelConfig
@@ -35,7 +36,6 @@ from functions.training.cost import describe_cost
 from functions.training.opening import open_run
 from functions.training.recorder import Recorder
 from functions.training.run import TrainingRun
-from functions.training.skipping import found_inf
 
 # This is EX_TEMPFAIL of sysexits.h, which means "try again later": the run was stopped by a signal
 # and saved, and can be resumed.
@@ -89,23 +89,22 @@ def train(run: TrainingRun) -> bool:
             buffers = [each.clone() for each in run.model.buffers()] if has_buffers else []
             # 2: images x_0 of this process, in [-1, 1], and what else the network gets, if anything
             images, inputs = next(batches)
-            done = step / run.total_steps
-            x_0, inputs = run.data.augment(to_model_range(images), inputs, draws, done)
+            fraction_done = step / run.total_steps
+            x_0, inputs = run.data.augment(to_model_range(images), inputs, draws, fraction_done)
             t = draws.t  # 3: timesteps, uniform in 0 .. T-1, the paper's 1 .. T
             eps = draws.noise  # 4: standard normal noise
 
             # 5: the gradient of || eps - eps_theta(x_t, t) ||^2, accumulated over passes.
             # `denoising_loss` noises x_0 to x_t (Eq. 4), and returns one number for each image.
             losses = []
-            wholes = (x_0, t, eps, *inputs.values())
-            parts = [whole.split(config.batch_size) for whole in wholes]
-            for places, x_0_part, t_part, eps_part, *others in zip(passes, *parts, strict=True):
+            for k, places in enumerate(passes):
+                rows = slice(k * config.batch_size, (k + 1) * config.batch_size)
                 # Each pass seeds its dropout, so that a resumed run repeats it.
                 place = step * config.effective_batch + places[0]
                 torch.manual_seed(seed_of(config.seed, "dropout", place))
                 with processes.gradient_sync(network, last=places is passes[-1]):
-                    given = denoiser.given(**dict(zip(inputs, others, strict=True)))
-                    loss = denoising_loss(given, x_0_part, t_part, eps_part)
+                    given = denoiser.given(**{name: value[rows] for name, value in inputs.items()})
+                    loss = denoising_loss(given, x_0[rows], t[rows], eps[rows])
                     # DDP averages over the processes, so the factor makes their mean a sum.
                     mean = loss.sum() * processes.count() / config.effective_batch
                     scaler.scale(mean).backward()
@@ -133,6 +132,27 @@ def train(run: TrainingRun) -> bool:
                 return False
             # 6: until the last step
     return True
+
+
+@torch.no_grad()
+def found_inf(grad_norm: Tensor, network: nn.Module, before: list[Tensor]) -> Tensor:
+    """Return 1.0 if a step is to be skipped, else 0.0, the same in all processes: ().
+
+    It is skipped if the norm of the gradient () is not finite, or if a number in a buffer, such as
+    a batch norm's mean, no longer is. Its buffers then become as they were `before` it. No host
+    waits for its device.
+    """
+    skipped = ~grad_norm.isfinite()
+    if not before:
+        return skipped.float()
+    # Some are infinite from the start, such as a mask.
+    for old, buffer in zip(before, network.buffers(), strict=True):
+        skipped = skipped | (old.isfinite() & ~buffer.isfinite()).any()
+    # All processes have the same gradient, but each has its own buffers.
+    skipped = processes.all_reduce(skipped.float()) > 0
+    for old, buffer in zip(before, network.buffers(), strict=True):
+        buffer.copy_(torch.where(skipped, old, buffer))
+    return skipped.float()
 
 
 def parse_flags() -> argparse.Namespace:

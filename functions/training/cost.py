@@ -23,7 +23,7 @@ def describe_cost(run: TrainingRun) -> str:
     x_0, inputs = run.data.augment(to_model_range(images), inputs, draws, 0.0)
     image_count = min(run.config.batch_size, len(run.data.share))
     batch = [each[:image_count] for each in (x_0, draws.t, draws.noise)]
-    denoiser = run.denoiser.given(**{name: all[:image_count] for name, all in inputs.items()})
+    denoiser = run.denoiser.given(**{name: value[:image_count] for name, value in inputs.items()})
     seconds = min(run_pass(denoiser, *batch) for _ in range(2))
     # The gradients are those of the last pass, as in training.
     for _ in range(2):

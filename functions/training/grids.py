@@ -33,7 +33,7 @@ def sample_grid(run: TrainingRun) -> Tensor:
         return image_noise(config.seed, places, shape, run.device, purpose)
 
     def sampled(places):
-        given = {name: all[[i % len(all) for i in places]] for name, all in inputs.items()}
+        given = {name: value[[i % len(value) for i in places]] for name, value in inputs.items()}
         noise = noise_of(places, run.data.image_shape)
         return sampler.function(
             denoiser.given(**given), noise(), steps, **sampler.options, step_noise=lambda k: noise()
