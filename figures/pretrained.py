@@ -4,7 +4,7 @@
 
 RUN is the folder of a finished run, and needs its photos. Its last snapshot is copied. A run of
 `ffhq-32` or `ffhq-64` has a guide, too: the snapshot GUIDE, or else an early one of its own. A run
-of another preset enlarges, as the last model of pretrained/people.toml. The card is
+of `ffhq-details` takes the place of the models that enlarge in pretrained/people.toml. The card is
 pretrained/NAME.md. Its table is written. The text under it, from the first heading on, is written
 by hand, and stays.
 """
@@ -16,27 +16,36 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from config import EXPERIMENTS, Experiment
 from data.datasets import ImageSet, Split
 from data.pixels import to_model_range, to_uint8
 from figures.make_figures import nearest
 from figures.saved_model import GUIDE_STEPS, GUIDED, open_saved
+from functions.denoiser import Denoiser
+from functions.details import details, shrink
 from functions.evaluation.bits_per_dim import evenly_spaced
 from functions.evaluation.fidelity import frechet_distance, training_features
 from functions.sampling.generation import Drawing, generate
 from functions.sampling.models import guide_path
 from functions.sampling.settings import DrawingConfig, read_recipe
 from functions.saved.checkpoint import SavedModel, load_weights
-from functions.saved.loading import load_and_split
+from functions.saved.loading import load_and_split, load_denoiser, open_model
 from functions.saved.run_folder import PRETRAINED
 from functions.support.command_line import Parser, run_script
 from functions.support.errors import UserError
 from functions.support.files import write_text
+from functions.support.random_numbers import image_noise
+from functions.timesteps import nearest_timesteps
 from functions.training.metrics import read_metrics
 
 # The samples of the card are the first images of seed 0, in float32.
 SAMPLE_COUNT = 400
+# The errors of details are those of so many photos, at these log-SNRs.
+DETAILS_COUNT = 80
+DETAILS_LOG_SNRS = (-1.4, 0.0, 1.0, 2.0, 3.0, 4.0)
 
 
 def main() -> None:
@@ -47,7 +56,7 @@ def main() -> None:
     args = parser.parse_args()
     run = args.run
 
-    source = open_saved(run, "--device cpu").models.saved
+    source, _ = open_model(run, torch.device("cpu"))
     facts = source.provenance
     if facts["step"] != facts["total_steps"]:
         raise UserError(f"{run} is not finished; train.py --resume continues it")
@@ -84,9 +93,11 @@ def main() -> None:
     elif args.guide:
         raise UserError(f"{boxed.stem} enlarges, without a guide")
     else:
-        parts = [f"--enlarge={part}" for part in (*recipe.enlarge[:-1], snapshot)]
+        parts = [f"--enlarge={snapshot}" for _ in recipe.enlarge]
         drawing = open_saved(PRETRAINED, f"{shlex.join(parts)} --device cpu")
         command = PRETRAINED.name
+        photos = image_set.images[evenly_spaced(split.val_indices, DETAILS_COUNT)]
+        rows |= detail_errors(load_denoiser(snapshot), to_model_range(photos))
 
     boxed.parent.mkdir(exist_ok=True)
     copied = {}
@@ -171,6 +182,26 @@ def measured(image_set: ImageSet, split: Split, drawing: Drawing, command: str) 
             f"{similarities[0]:.3f}; held-out images {similarities[1]:.3f}"
         ),
     }
+
+
+@torch.no_grad()
+def detail_errors(denoiser: Denoiser, x_0: Tensor) -> dict[str, str]:
+    """Return the RMS errors of the details of photos (B, C, S, S), and of them at half the size."""
+    rows = {}
+    scheduler = denoiser.scheduler
+    while x_0.shape[-1] >= 64:
+        given = denoiser.given(low=shrink(x_0))
+        noise = image_noise(0, range(len(x_0)), x_0.shape[1:], x_0.device, "detail errors")()
+        errors = []
+        for log_snr in DETAILS_LOG_SNRS:
+            [t] = nearest_timesteps(scheduler, torch.tensor([log_snr], dtype=torch.float64))
+            estimate, _ = given.predict(scheduler.q_sample(x_0, t, noise), t)
+            errors.append(f"{details(estimate - x_0).square().mean().sqrt():.4f}")
+        levels = ", ".join(f"{log_snr:g}" for log_snr in DETAILS_LOG_SNRS)
+        name = f"RMS error of the details of {len(x_0)} held-out photos of {x_0.shape[-1]} px"
+        rows[f"{name}, at log-SNR {levels}"] = ", ".join(errors)
+        x_0 = shrink(x_0).clamp(-1, 1)
+    return rows
 
 
 def write_table(path: Path, rows: dict[str, str]) -> None:
