@@ -185,11 +185,11 @@ def measured(image_set: ImageSet, split: Split, drawing: Drawing, command: str) 
 
 
 @torch.no_grad()
-def detail_errors(denoiser: Denoiser, x_0: Tensor) -> dict[str, str]:
+def detail_errors(denoiser: Denoiser, photos: Tensor) -> dict[str, str]:
     """Return the RMS errors of the details of photos (B, C, S, S), and of them at half the size."""
     rows = {}
     scheduler = denoiser.scheduler
-    while x_0.shape[-1] >= 64:
+    for x_0 in (photos, shrink(photos).clamp(-1, 1)):
         given = denoiser.given(low=shrink(x_0))
         noise = image_noise(0, range(len(x_0)), x_0.shape[1:], x_0.device, "detail errors")()
         errors = []
@@ -200,7 +200,6 @@ def detail_errors(denoiser: Denoiser, x_0: Tensor) -> dict[str, str]:
         levels = ", ".join(f"{log_snr:g}" for log_snr in DETAILS_LOG_SNRS)
         name = f"RMS error of the details of {len(x_0)} held-out photos of {x_0.shape[-1]} px"
         rows[f"{name}, at log-SNR {levels}"] = ", ".join(errors)
-        x_0 = shrink(x_0).clamp(-1, 1)
     return rows
 
 

@@ -48,7 +48,7 @@ def test_only_sampling_works_without_the_photos(tiny_run, tmp_path, monkeypatch,
 
 
 @pytest.mark.slow
-def test_a_run_is_boxed_with_a_guide_and_a_card(tiny_run, tmp_path, monkeypatch):
+def test_a_run_is_boxed_with_a_guide_and_a_card(tiny_run, details_run, tmp_path, monkeypatch):
     """The cards of the real models say the rest."""
     boxed = tmp_path / "faces.safetensors"
     recipe = tmp_path / "people.toml"
@@ -66,6 +66,22 @@ def test_a_run_is_boxed_with_a_guide_and_a_card(tiny_run, tmp_path, monkeypatch)
     text = card.read_text()
     assert "| length | 10 steps, 80 images |" in text
     assert text.endswith("pretrained`.\n\n## By hand\n\nDiscs\n")
+
+    # A model of details draws with the recipe, and its card has the errors, which fall with the
+    # noise.
+    monkeypatch.delitem(GUIDE_STEPS, "faces")
+    details = tmp_path / "details.safetensors"
+    details.symlink_to(checkpoints_of(details_run)[-1])
+    recipe.write_text(recipe.read_text() + f"\nenlarge = ['{details.name}']")
+    call(pretrained, details_run)
+    text = card.read_text()
+    assert "on 3 samples of seed 0: `python sample.py pretrained/people.toml --precision" in text
+    for size in (32, 16):
+        [row] = [line for line in text.splitlines() if f"4 held-out photos of {size} px" in line]
+        *_, errors = row.strip("| ").split(" | ")
+        errors = [float(error) for error in errors.split(", ")]
+        assert len(errors) == 6
+        assert errors[0] > errors[-1] > 0
 
 
 def test_the_real_model_is_found_from_any_folder(tmp_path, monkeypatch):
