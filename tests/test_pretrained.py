@@ -75,7 +75,7 @@ def test_a_run_is_boxed_with_a_guide_and_a_card(tiny_run, details_run, tmp_path,
     recipe.write_text(recipe.read_text() + f"\nenlarge = ['{details.name}']")
     call(pretrained, details_run)
     text = card.read_text()
-    assert "on 3 samples of seed 0: `python sample.py pretrained/people.toml --precision" in text
+    assert "| 3 samples of seed 0: `python sample.py pretrained/people.toml --precision" in text
     for size in (32, 16):
         [row] = [line for line in text.splitlines() if f"4 held-out photos of {size} px" in line]
         *_, errors = row.strip("| ").split(" | ")
