@@ -245,8 +245,8 @@ def run_to_resume(resume: str | None, runs: Path, experiment: str) -> Path | Non
         "auto"         the same, or a new run if there is none
         a run's folder
 
-    Raises UserError when there is no such run, and CheckpointError when all checkpoints of a run
-    are damaged. A finished run whose last checkpoint is damaged is an unfinished one.
+    Raises UserError when there is no such run, and CheckpointError when no checkpoint of a run can
+    be read.
     """
     if resume is None:
         return None
@@ -263,7 +263,8 @@ def run_to_resume(resume: str | None, runs: Path, experiment: str) -> Path | Non
         # Another experiment's name may begin with this one's.
         if RUN_NAME.fullmatch(run.name)[1] != experiment or not checkpoints_of(run):
             continue
-        done = intact_checkpoint(run).contents["run"]
+        # Tensors of the chosen run alone are read: those of all older ones would take minutes.
+        done = first_intact(find_checkpoints(run), Checkpoint).contents["run"]
         if done["step"] < done["total_steps"]:
             return run
         finished = finished or run

@@ -55,15 +55,21 @@ def test_the_newest_run_and_its_newest_checkpoint_are_found(tmp_path, capsys):
         run_folder.newest_run(tmp_path / "missing")
 
 
-def test_a_finished_run_goes_on_before_a_flipped_bit_of_its_last_checkpoint(tmp_path, capsys):
-    """If all are damaged there is an error, and no new run."""
+def test_a_finished_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before(
+    tmp_path, capsys
+):
+    """If none can be read there is an error, and no new run."""
     run = make_run(tmp_path, FACES, 50, 100)
     before, last = checkpoints_of(run)
-    spoilt = bytearray(last.read_bytes())
-    # The tensor is at the end of the file.
-    spoilt[-1] ^= 1
-    last.write_bytes(spoilt)
+    whole = last.read_bytes()
+    # The tensor is at the end of the file, and is read of a run that is named.
+    last.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert run_to_resume("auto", tmp_path, "faces") is None
+    assert run_to_resume(str(run), tmp_path, "faces") == run
+    assert run_folder.intact_checkpoint(run).path == before
+    capsys.readouterr()
 
+    last.write_bytes(whole[:100])
     assert run_to_resume("auto", tmp_path, "faces") == run
     assert capsys.readouterr().err.count(f"WARNING: UNUSABLE CHECKPOINT: {last}") == 1
     assert run_folder.last_checkpoint(run) == before
