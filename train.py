@@ -120,7 +120,8 @@ def train(run: TrainingRun) -> bool:
             optimizer.found_inf = found_inf(grad_norm, run.model, buffers)
             optimizer.step()
             scaler.update()
-            optimizer.zero_grad()
+            # Those of parameters that an optimizer of one's own does not move, too
+            run.model.zero_grad()
             if run.ema_model:
                 update_ema(ema_parameters, parameters, step, config.ema_decay, run.ema_ramp)
                 if has_buffers:

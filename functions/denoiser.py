@@ -1,8 +1,8 @@
 """What a network predicts, and how x_0 and eps follow from it.
 
 A `Denoiser` is a network with its noise schedule and its objective. `predict` calls it, and returns
-x_0 and eps, whatever the network predicts. Samplers and the variational bound take anything that
-has `scheduler` and `predict`: a `Denoiser`, or what wraps one, such as functions/guidance.py.
+x_0 and eps, whatever the network predicts. Samplers take anything that has `scheduler` and
+`predict`: a `Denoiser`, or what wraps one, such as functions/guidance.py.
 """
 
 from abc import ABC, abstractmethod
@@ -125,7 +125,8 @@ class Denoiser(Predictor):
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Return the network's prediction at (x_t, t (B,)): (B, C, H, W), of the dtype of x_t.
 
-        x_t and inputs of another dtype than the weights are converted for the network.
+        x_t and inputs of another dtype than the weights are converted for the network. Raises
+        ValueError for an output of another shape than x_t.
         """
         x = OBJECTIVES[self.objective].network_input(self.scheduler, x_t, t)
         dtype = torch.promote_types(self.precision, torch.float32)
@@ -136,7 +137,13 @@ class Denoiser(Predictor):
         }
         # Autocast's cache of cast weights is off: no weight is used twice in a forward pass.
         with torch.autocast(x_t.device.type, self.precision, enabled=half, cache_enabled=False):
-            return self.network(x.to(dtype), t, **inputs).to(x_t.dtype)
+            output = self.network(x.to(dtype), t, **inputs).to(x_t.dtype)
+        if output.shape != x_t.shape:
+            # PyTorch would broadcast one channel to three.
+            raise ValueError(
+                f"the network's output is {(*output.shape,)}, for x_t of {(*x_t.shape,)}"
+            )
+        return output
 
     def given(self, **inputs: Tensor) -> "Denoiser":
         """Return the denoiser with these inputs of its network, (B, ...) or (1, ...) each."""
@@ -151,10 +158,12 @@ class Denoiser(Predictor):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Put the network in eval mode within the context, and restore its mode afterwards."""
-        training = self.network.training
+        """Put the network in eval mode within the context, and restore its modes afterwards."""
+        # A part may have a mode of its own, such as a batch norm that is frozen.
+        modes = {module: module.training for module in self.network.modules()}
         self.network.eval()
         try:
             yield
         finally:
-            self.network.train(training)
+            for module, mode in modes.items():
+                module.training = mode

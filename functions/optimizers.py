@@ -144,7 +144,9 @@ def muon(network: nn.Module, lr: float, precision: torch.dtype) -> Muon:
     return Muon(network.parameters(), lr, precision, tables)
 
 
-# The values of a config's `optimizer`: (network, learning rate, the network's precision).
+# The values of a config's `optimizer`: (network, learning rate, the network's precision). Each has
+# `found_inf`, and changes nothing in a step if that is 1; and its whole `state` from the start, so
+# that a checkpoint can be loaded. Both follow for subclasses of `Adam`.
 OPTIMIZERS = {
     "adam": lambda network, lr, precision: Adam(network.parameters(), lr),
     "muon": muon,

@@ -52,8 +52,11 @@ def trailing(scheduler: NoiseScheduler, steps: int) -> list[int]:
 def logsnr(scheduler: NoiseScheduler, steps: int) -> list[int]:
     """Space them evenly in log-SNR down to 0, then -1 (Lu et al. 2022, arXiv:2206.00927, 3.3).
 
-    From T - 1 on, or, if that is far below FIRST_LOG_SNR, from there on, after T - 1.
+    From T - 1 on, or, if that is far below FIRST_LOG_SNR, from there on, after T - 1. Fewer than
+    four steps are even in t: they would be at the ends alone, where there is all noise or none.
     """
+    if steps < 4:
+        return trailing(scheduler, steps)
     first, last = torch.logit(scheduler.alphas_cumprod[[-1, 0]]).tolist()
     if first > FAR_LOG_SNR:
         log_snr = torch.linspace(first, last, steps, dtype=torch.float64)

@@ -122,6 +122,109 @@ def test_skipped_step_leaves_buffers_and_their_copies(tmp_path, monkeypatch):
     assert all(math.isfinite(row["val_loss_ema"]) for row in rows)
 
 
+class Plain(nn.Module):
+    """A network that does not see t, always with the same weights at first."""
+
+    def __init__(self, channels_out=3):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.last = nn.Conv2d(4, channels_out, 3, padding=1)
+
+    def forward(self, x_t, t):
+        return self.last(self.norm(self.first(x_t)).relu())
+
+
+PLAIN = ImageSet.from_array("mine", PIXELS)
+
+
+def test_an_output_of_another_shape_is_an_error_and_not_broadcast(tmp_path):
+    with pytest.raises(ValueError, match=r"output is \(16, 1, 8, 8\), for x_t of \(16, 3, 8, 8\)"):
+        train.train(own_run(tmp_path, Plain(1), PLAIN))
+
+
+def test_tied_weights_buffers_and_a_norm_in_eval_mode_are_kept(tmp_path):
+    """A validation restores the mode of each module, and files have all numbers of buffers."""
+    network = Plain()
+    network.again = network.first
+    network.register_buffer("many", torch.arange(4096))
+    network.register_buffer("exact", torch.tensor([1 / 3], dtype=torch.float64))
+    network.register_parameter("large", nn.Parameter(torch.tensor([1e6])))
+    network.norm.eval()
+    changes = dict(snapshot_every=4, validate_every=1, epochs=2)
+    run = own_run(tmp_path, network, PLAIN, **changes)
+    assert train.train(run)
+    assert not network.norm.training and network.first.training
+    assert same(network.norm.running_mean, torch.zeros(4))
+    for kind in ("checkpoints", "snapshots"):
+        saved = load_checkpoint(path_of(run.folder, kind, run.total_steps))["ema"]
+        assert same(saved["many"], torch.arange(4096))
+        assert same(saved["exact"], network.exact)
+        assert same(saved["large"], torch.tensor([1e6]))
+        assert same(saved["again.weight"], saved["first.weight"])
+    assert saved["first.weight"].dtype == torch.float16
+
+
+def of_a_part(network, lr, precision):
+    """Return Adam for a part of the parameters."""
+    return Adam(network.last.parameters(), lr)
+
+
+def test_gradients_of_what_an_own_optimizer_does_not_move_are_no_part_of_a_step(
+    tmp_path, monkeypatch
+):
+    """Else they would add up, and shorten the others by clipping."""
+    monkeypatch.setitem(OPTIMIZERS, "part", of_a_part)
+    straight, cut = (
+        own_run(tmp_path / name, Plain(), PLAIN, optimizer="part", clip_grad_norm=0.01)
+        for name in ("straight", "cut")
+    )
+    train.train(straight)
+    with during(3, terminate):
+        train.train(cut)
+    resumed = own_run(
+        tmp_path / "cut",
+        Plain(),
+        PLAIN,
+        intact_checkpoint(cut.folder),
+        optimizer="part",
+        clip_grad_norm=0.01,
+    )
+    train.train(resumed)
+    assert same(newest(straight.folder)["ema"], newest(cut.folder)["ema"])
+
+
+@pytest.mark.parametrize("kind", [torch.optim.RMSprop, torch.optim.AdamW, torch.optim.SGD])
+def test_an_optimizer_that_cannot_skip_a_step_is_refused(kind, tmp_path, monkeypatch):
+    row = {"other": lambda network, lr, precision: kind(network.parameters(), lr)}
+    monkeypatch.setitem(OPTIMIZERS, "other", row["other"])
+    with refused(f"{kind.__name__} does not skip a step: a row of OPTIMIZERS", ConfigError):
+        own_run(tmp_path, Plain(), PLAIN, optimizer="other")
+
+
+class Extra(Plain):
+    """A network whose state has more than tensors."""
+
+    def get_extra_state(self):
+        return {"calls": 3}
+
+
+def test_networks_that_cannot_be_trained_or_saved_are_refused(tmp_path):
+    with refused("the network is frozen, as that of load_denoiser is", ConfigError):
+        own_run(tmp_path, Plain().requires_grad_(False), PLAIN)
+    with refused("_extra_state of the network is no tensor, and cannot be saved", ConfigError):
+        own_run(tmp_path, Extra(), PLAIN)
+
+
+def test_facts_of_images_do_not_replace_those_of_the_run(tmp_path):
+    images = ImageSet.from_array("mine", PIXELS, facts={"step": [5], "colour": ["red"]})
+    run = own_run(tmp_path, Plain(), images)
+    train.train(run)
+    saved = intact_checkpoint(run.folder).contents["run"]
+    assert (saved["step"], saved["colour"]) == (run.total_steps, ["red"])
+
+
 @pytest.mark.parametrize("channels", [2, 4])
 def test_images_of_other_channels_are_trained_and_their_first_ones_shown(channels, tmp_path):
     class Bare(nn.Conv2d):

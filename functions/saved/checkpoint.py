@@ -48,9 +48,12 @@ def write_tensors(path: Path, parts: dict[str, Tensors], contents: dict) -> None
     copies = {}
     digests = {}
     for part, tensors in parts.items():
-        # `save_file` needs contiguous tensors. They are copied on the CPU, because a GPU may be
-        # full.
-        copied = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        # `save_file` needs contiguous tensors that share no memory, as tied weights do. They are
+        # copied on the CPU, because a GPU may be full.
+        copied = {
+            name: tensor.detach().to("cpu", copy=True).contiguous()
+            for name, tensor in tensors.items()
+        }
         digests[part] = digest_of(copied)
         for name, tensor in copied.items():
             copies[f"{part}.{name}"] = tensor

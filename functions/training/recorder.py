@@ -71,8 +71,6 @@ class Recorder:
     def open_files(self, stack: ExitStack, is_new: bool) -> None:
         """Open the files of the run in rank 0; the stack closes them."""
         run = self.run
-        for inner in ("samples", "checkpoints", "snapshots"):
-            (run.folder / inner).mkdir(exist_ok=True)
         # `open_run` has locked a run that is resumed.
         if is_new:
             stack.enter_context(locked(run.folder))

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from config import Experiment, OwnNetwork, build_scheduler
+from config import ConfigError, Experiment, OwnNetwork, build_scheduler
 from data.conditions import CONDITIONS, check_images
 from data.datasets import ImageSet
 from functions.denoiser import Denoiser
@@ -93,6 +93,7 @@ class TrainingRun:
         set_deterministic(config.deterministic)
         earlier = self.earlier_provenance.get("arithmetic", {}).get("precision")
         precision = choose_precision(config.precision, device, earlier)
+        check_network(network)
         self.model = network.to(device, memory_format=fast_layout(device))
         scheduler = build_scheduler(vars(config))
         self.denoiser = Denoiser(self.model, scheduler, config.objective, precision)
@@ -102,6 +103,11 @@ class TrainingRun:
         self.ema_ramp = True
         optimizer = OPTIMIZERS[config.optimizer]
         self.optimizer = optimizer(self.model, config.learning_rate, precision)
+        if not hasattr(self.optimizer, "found_inf"):
+            raise ConfigError(
+                f"{type(self.optimizer).__name__} does not skip a step: a row of OPTIMIZERS needs "
+                "`found_inf`, and its state from the start, as Adam in functions/optimizers.py"
+            )
         # A group of parameters may have a rate of its own, which follows the same schedule.
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
@@ -148,8 +154,13 @@ class TrainingRun:
         return replace(self.denoiser, network=self.ema_model or self.model)
 
     def file(self, kind: str) -> Path:
-        """Return the path of the file of a kind, such as "checkpoints", after the steps so far."""
-        return path_of(self.folder, kind, self.step)
+        """Return the path of the file of a kind, such as "checkpoints", after the steps so far.
+
+        Its folder is made, should it have been deleted.
+        """
+        path = path_of(self.folder, kind, self.step)
+        path.parent.mkdir(exist_ok=True)
+        return path
 
     def count_step(self, losses: Tensor, t: Tensor) -> None:
         """Count a step, with the losses and t (B,) of this process's images."""
@@ -198,8 +209,9 @@ class TrainingRun:
 
     def contents(self) -> dict:
         """Return the plain values of a checkpoint or a snapshot."""
-        run = {"experiment": self.name, "step": self.step, "total_steps": self.total_steps}
-        run |= {"ema_ramp": self.ema_ramp, **self.provenance}
+        # Facts of one's own images may have any name.
+        run = {**self.provenance, "experiment": self.name, "step": self.step}
+        run |= {"total_steps": self.total_steps, "ema_ramp": self.ema_ramp}
         return {"config": self.experiment.to_dict(), "run": run}
 
     def save(self, path: Path) -> None:
@@ -208,9 +220,16 @@ class TrainingRun:
         write_tensors(path, self.parts(), {**self.contents(), "scaler": self.scaler.state_dict()})
 
     def save_snapshot(self, path: Path) -> None:
-        """Write the weights to sample from, in float16. Raises OSError, such as for a full disk."""
+        """Write the weights to sample from, in float16. Raises OSError, such as for a full disk.
+
+        Buffers, and weights with a number that float16 does not have, stay as they are.
+        """
         part = "ema" if self.ema_model else "model"
-        weights = {name: tensor.half() for name, tensor in self.parts()[part].items()}
+        weights = self.parts()[part]
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            halved = weights[name].half()
+            if parameter.dtype == torch.float32 and halved.isfinite().all():
+                weights[name] = halved
         write_tensors(path, {part: weights}, self.contents())
 
     def load(self, checkpoint: Checkpoint) -> None:
@@ -224,3 +243,14 @@ class TrainingRun:
         if scaler:
             self.scaler.load_state_dict(scaler)
         self.ema_ramp = checkpoint.contents["run"]["ema_ramp"]
+
+
+def check_network(network: nn.Module) -> None:
+    """Raise ConfigError for a network that cannot be trained, or not be saved."""
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise ConfigError(
+            "the network is frozen, as that of load_denoiser is: call network.requires_grad_(True)"
+        )
+    others = [name for name, value in network.state_dict().items() if not torch.is_tensor(value)]
+    if others:
+        raise ConfigError(f"{others[0]} of the network is no tensor, and cannot be saved")
