@@ -162,6 +162,14 @@ def test_logsnr_times_are_even_in_the_log_snr(beta_end, start):
     assert np.diff(log_snr) == pytest.approx(width, rel=0.01)
 
 
+def test_few_steps_of_logsnr_are_those_of_trailing():
+    """Else two would visit 999 and 992, where both networks see noise alone."""
+    scheduler = NoiseScheduler(1000, beta_schedule="cosine")
+    assert sampling_times(scheduler, 2, "logsnr") == [999, 499, -1]
+    assert sampling_times(scheduler, 3, "logsnr") == [999, 666, 332, -1]
+    assert 100 < sampling_times(scheduler, 4, "logsnr")[-3] < 900
+
+
 @pytest.mark.parametrize("steps", [0, 101, 2.5])
 def test_steps_that_do_not_exist_are_refused(steps):
     with refused(f"steps is {steps}; a model with 100 timesteps takes 1 to", ValueError):
