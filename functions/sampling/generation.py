@@ -46,8 +46,11 @@ class Drawing:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        # This raises the error.
-        _ = self.times
+        steps, timesteps = self.config.steps, self.scheduler.timesteps
+        if steps and steps > timesteps:
+            raise UserError(
+                f"steps is {steps}; a model with {timesteps} timesteps takes 1 to {timesteps}"
+            )
 
     def __str__(self) -> str:
         """Return a text such as "seed 0, precision float32, sampler dpm++, steps 20, ..."."""
@@ -74,11 +77,7 @@ class Drawing:
     @property
     def times(self) -> list[int]:
         """The timesteps from T - 1 down to -1 (the clean image)."""
-        config = self.config
-        try:
-            return sampling_times(self.scheduler, config.steps, config.arguments["spacing"])
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        return sampling_times(self.scheduler, self.config.steps, self.config.arguments["spacing"])
 
     @property
     def step_count(self) -> int:
