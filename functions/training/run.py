@@ -131,6 +131,8 @@ class TrainingRun:
         """Return what one samples from the run with, for messages."""
         if isinstance(self.experiment.model, OwnNetwork):
             return "load_denoiser (docs/sampling.md)"
+        if self.config.objective == "details":
+            return f"python edit.py enlarge FILE {quoted(self.folder)}"
         return f"python sample.py {quoted(self.folder)}"
 
     @property

@@ -114,11 +114,12 @@ def test_other_sizes_and_labels_are_refused(changes):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_of_details_is_the_uninterrupted_one(details_run, pictures, tmp_path):
+def test_a_resumed_run_of_details_is_the_uninterrupted_one(details_run, pictures, tmp_path, capsys):
     with pytest.raises(SystemExit, match="75"), during(7, terminate):
         train_tiny(pictures, tmp_path, DETAILS)
     run = only_in(tmp_path)
     call(train, "--resume", run)
+    assert f"sample from it: python edit.py enlarge FILE '{run}'" in capsys.readouterr().out
     ours, theirs = newest(run), newest(details_run)
     for part in ("model", "ema", "optimizer"):
         assert same(ours[part], theirs[part]), part
