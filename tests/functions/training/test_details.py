@@ -119,7 +119,7 @@ def test_a_resumed_run_of_details_is_the_uninterrupted_one(details_run, pictures
         train_tiny(pictures, tmp_path, DETAILS)
     run = only_in(tmp_path)
     call(train, "--resume", run)
-    assert f"sample from it: python edit.py enlarge FILE '{run}'" in capsys.readouterr().out
+    assert f"sample from it: python edit.py enlarge FILE {run}" in capsys.readouterr().out
     ours, theirs = newest(run), newest(details_run)
     for part in ("model", "ema", "optimizer"):
         assert same(ours[part], theirs[part]), part
