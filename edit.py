@@ -15,9 +15,9 @@ enlarge takes the picture as it is.
 """
 
 if __name__ == "__main__":
-    from functions.support.threads import limit_spinning
+    from functions.support.start import prepare
 
-    limit_spinning()
+    prepare()
 
 import argparse
 from dataclasses import dataclass

@@ -12,9 +12,9 @@
 """
 
 if __name__ == "__main__":
-    from functions.support.threads import limit_spinning
+    from functions.support.start import prepare
 
-    limit_spinning()
+    prepare()
 
 import json
 import sys

@@ -14,9 +14,9 @@ starting it again samples only the batches with missing images:
 """
 
 if __name__ == "__main__":
-    from functions.support.threads import limit_spinning
+    from functions.support.start import prepare
 
-    limit_spinning()
+    prepare()
 
 from argparse import Namespace
 from collections.abc import Sequence

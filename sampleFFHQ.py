@@ -6,9 +6,9 @@ sample.py. To train a run, put FFHQ at data/FFHQ and start `python train.py ffhq
 """
 
 if __name__ == "__main__":
-    from functions.support.threads import limit_spinning
+    from functions.support.start import prepare
 
-    limit_spinning()
+    prepare()
 
 import sample
 from functions.support.command_line import run_script

@@ -9,9 +9,9 @@ On several GPUs: `torchrun --nproc-per-node 8 train.py ffhq-full`.
 """
 
 if __name__ == "__main__":
-    from functions.support.threads import limit_spinning
+    from functions.support.start import prepare
 
-    limit_spinning()
+    prepare()
 
 import argparse
 import math

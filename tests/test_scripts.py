@@ -10,7 +10,7 @@ import train
 from config import DiffusionConfig, ModelConfig
 from functions.support.command_line import field_comments
 from functions.training.metrics import read_metrics
-from tests.conftest import ROOT, TINY, call, linux, script
+from tests.conftest import ROOT, TINY, call, linux, posix, script
 
 
 def test_a_run_folder_holds_everything(tiny_run):
@@ -75,6 +75,17 @@ def test_spinning_is_limited_before_torch_is_imported(
     torch = "import os\nraise SystemExit(os.getenv('GOMP_SPINCOUNT'))"
     (tmp_path / "torch.py").write_text(torch)
     assert script(f"{name}.py").stderr.strip() == spin_count
+
+
+@posix
+@pytest.mark.parametrize("name", ["train", "sample", "sampleFFHQ", "edit", "evaluate", "demo"])
+def test_ctrl_c_ends_the_imports_in_one_word(name, tmp_path, monkeypatch):
+    """A torch that sends the signal stands in for ours, and would catch an exception."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    lines = "import os, signal", "try:", "    os.kill(os.getpid(), signal.SIGINT)"
+    (tmp_path / "torch.py").write_text("\n".join([*lines, "except BaseException:", "    pass"]))
+    ended = script(f"{name}.py")
+    assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
 
 
 @pytest.mark.parametrize("config_class", [DiffusionConfig, ModelConfig])

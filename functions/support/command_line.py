@@ -5,6 +5,7 @@ import csv
 import inspect
 import os
 import re
+import signal
 import sys
 import traceback
 from argparse import (
@@ -24,6 +25,7 @@ from typing import Any, NoReturn
 
 from functions.support.errors import UserError, printable
 from functions.support.settings import TYPES, ConfigError, checked, types_of
+from functions.support.start import interrupted
 
 # argparse ends with this exit status, too.
 EXIT_BAD_INPUT = 2
@@ -57,6 +59,8 @@ def run_script(main: Callable[[], None], memory_advice: str = MEMORY_ADVICE) -> 
         stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
         stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, stream)
+    if signal.getsignal(signal.SIGINT) is interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except Exception as error:

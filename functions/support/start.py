@@ -1,6 +1,23 @@
-"""How PyTorch's threads wait for each other on a CPU. This module imports os alone, not torch."""
+"""What a script does before it imports PyTorch, which takes seconds. This imports no torch."""
 
 import os
+import signal
+import sys
+
+
+def prepare() -> None:
+    """Let Ctrl-C end the imports in one word, and limit the spinning of threads."""
+    # A shell's background job ignores the signal.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupted)
+    limit_spinning()
+
+
+def interrupted(*_) -> None:
+    """End the process as `run_script` does, which takes over from here after the imports."""
+    print("interrupted", file=sys.stderr, flush=True)
+    # Shells use this status for Ctrl-C. An exception could be caught by what is imported now.
+    os._exit(130)
 
 
 def limit_spinning() -> None:
