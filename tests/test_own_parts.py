@@ -1,6 +1,7 @@
 """Images and a network of one's own, which no name and no config stand for."""
 
 import math
+import shutil
 from functools import partial
 
 import numpy as np
@@ -215,6 +216,19 @@ def test_networks_that_cannot_be_trained_or_saved_are_refused(tmp_path):
         own_run(tmp_path, Plain().requires_grad_(False), PLAIN)
     with refused("_extra_state of the network is no tensor, and cannot be saved", ConfigError):
         own_run(tmp_path, Extra(), PLAIN)
+
+
+def test_folders_that_are_deleted_during_a_run_are_made_again(tmp_path):
+    run = own_run(tmp_path, Plain(), PLAIN, snapshot_every=2)
+
+    def delete():
+        for kind in ("samples", "snapshots", "checkpoints"):
+            shutil.rmtree(run.folder / kind, ignore_errors=True)
+
+    with during(5, delete):
+        assert train.train(run)
+    for kind in ("samples", "snapshots", "checkpoints"):
+        assert path_of(run.folder, kind, run.total_steps).exists()
 
 
 def test_facts_of_images_do_not_replace_those_of_the_run(tmp_path):
