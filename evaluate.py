@@ -38,12 +38,12 @@ from functions.evaluation.fidelity import (
     set_images,
     training_features,
 )
+from functions.evaluation.training_images import load_and_split
 from functions.samplers import VARIANCES
 from functions.sampling.generation import Drawing
 from functions.sampling.models import open_models
 from functions.sampling.samples_folder import MANIFEST
 from functions.sampling.settings import PlaceFlags, add_model_flags, settings_of
-from functions.saved.loading import load_and_split
 from functions.saved.run_folder import results_folder
 from functions.support.command_line import Parser, add_flags, run_script
 from functions.support.device import choose_device

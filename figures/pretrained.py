@@ -24,11 +24,11 @@ from figures.make_figures import nearest
 from figures.saved_model import GUIDE_STEPS, GUIDED, open_saved
 from functions.evaluation.bits_per_dim import evenly_spaced
 from functions.evaluation.fidelity import frechet_distance, training_features
+from functions.evaluation.training_images import load_and_split
 from functions.sampling.generation import Drawing, generate
 from functions.sampling.models import guide_path
 from functions.sampling.settings import DrawingConfig, read_recipe
 from functions.saved.checkpoint import SavedModel, load_weights
-from functions.saved.loading import load_and_split
 from functions.saved.run_folder import PRETRAINED
 from functions.support.command_line import Parser, run_script
 from functions.support.errors import UserError
