@@ -26,7 +26,6 @@ import numpy as np
 import torch
 
 from data.batches import ImageFeeder
-from data.conditions import with_conditions
 from data.pixels import to_model_range
 from functions.evaluation.bits_per_dim import BoundOptions, evenly_spaced, measure_bits_per_dim
 from functions.evaluation.fidelity import (
@@ -149,8 +148,7 @@ def evaluate_bits(args: Namespace) -> None:
 
     def load(index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         images, inputs = feeder.gather(np.array([index]))
-        x_0 = to_model_range(images)
-        return x_0, with_conditions(inputs, x_0, saved.facts)
+        return to_model_range(images), inputs
 
     options = BoundOptions(
         args.t_stride,

@@ -313,7 +313,7 @@ def draw_enlarged() -> None:
 
 def draw_labels(run: Path) -> None:
     """Draw a sample of each label, from the same noise in both rows, with each weight."""
-    names = open_saved(run).models.facts["label_names"]
+    names = open_saved(run).models.label_names
     flags = f"--sampler dpm++ --steps 20 --label {','.join(names)}"
     drawings = [open_saved(run, f"{flags} --cfg {weight}") for weight in LABEL_WEIGHTS]
     rows = [draw_pixels(drawing, len(names)) for drawing in drawings]

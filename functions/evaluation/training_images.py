@@ -1,6 +1,5 @@
 """Find the images that a model was trained on."""
 
-from data.conditions import turned_on
 from data.datasets import ImageSet, Split, load_images, split_images
 from functions.saved.checkpoint import SavedModel
 from functions.support.errors import UserError, printable
@@ -26,7 +25,7 @@ def load_and_split(saved: SavedModel, name: str | None = None) -> tuple[ImageSet
             model.image_size,
             diffusion.get("max_bad_images", 0),
             model.channels,
-            turned_on(diffusion),
+            diffusion.get("labels", False),
         )
     except UserError as error:
         if name:
@@ -36,9 +35,7 @@ def load_and_split(saved: SavedModel, name: str | None = None) -> tuple[ImageSet
             f"this needs the images that {saved.path} was trained on: {str(error).rstrip('.')}; "
             "or name others with evaluate.py --data NAME"
         ) from error
-    for row in turned_on(diffusion).values():
-        known = row.known(saved.facts)
-        if row.known(diffusion | image_set.facts) != known:
-            known = printable(", ".join(known))
-            raise UserError(f"{dataset_name} has other {row.switch} than {saved.path}: {known}")
+    if image_set.label_names != saved.label_names:
+        known = printable(", ".join(saved.label_names))
+        raise UserError(f"{dataset_name} has other labels than {saved.path}: {known}")
     return image_set, split_images(image_set, diffusion.get("split", "reference"))

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from config import ConfigError, DiffusionConfig, build_network
-from data.conditions import network_fields
 from functions.denoiser import Denoiser
 from functions.saved.checkpoint import SavedModel, copy_tensors, load_weights
 from functions.saved.diffusers_folder import read_folder
@@ -116,11 +115,6 @@ def rebuild(
     a config that builds no model, or one that the weights do not fit.
     """
     try:
-        # Without a row for each name, drawing one would end in an error about an index.
-        for field, value in network_fields(saved.facts).items():
-            own = vars(saved.model).get(field, value)
-            if own != value:
-                raise ConfigError(f"{field} is {own}, but what it knows makes it {value}")
         scheduler = saved.scheduler
         objective = saved.config["diffusion"].get("objective", DiffusionConfig.objective)
         model = build_network(saved.model, objective) if network is None else network

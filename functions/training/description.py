@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from config import ConfigError, DiffusionConfig
-from data.conditions import turned_on
 from functions.support import processes
 from functions.support.device import arithmetic
 from functions.support.errors import quoted
@@ -23,7 +22,7 @@ def provenance_of(run: "TrainingRun") -> dict:
     return {
         "split_rule": split.rule,
         **split.hashes,
-        **{name: [*values] for name, values in run.data.image_set.facts.items()},
+        "label_names": run.data.image_set.label_names,
         "parameters": sum(p.numel() for p in run.model.parameters()),
         # This describes the model whose weights the run started from. None: random weights.
         "initial": run.earlier_provenance.get("initial"),
@@ -112,8 +111,8 @@ def warnings(run: "TrainingRun") -> Iterator[str]:
             "learning rate never reaches learning_rate"
         )
     changed = config.condition_dropout != DiffusionConfig.condition_dropout
-    if changed and not turned_on(vars(config)) and not run.data.image_set.inputs:
-        yield "condition_dropout has no effect without a condition, such as labels = True"
+    if changed and "label" not in run.data.image_set.inputs and config.objective != "details":
+        yield "condition_dropout has no effect without labels = True"
     if run.step:
         # More epochs move a step back on its schedule.
         earlier_steps = run.earlier_provenance["total_steps"]

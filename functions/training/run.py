@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from config import Experiment, OwnNetwork, build_scheduler
-from data.conditions import CONDITIONS, check_images
 from data.datasets import ImageSet
+from data.labels import check_labels
 from functions.denoiser import Denoiser
 from functions.losses import eps_errors
 from functions.optimizers import OPTIMIZERS
@@ -33,6 +33,7 @@ from functions.training.data import TrainingData
 from functions.training.description import check_resumption, describe, provenance_of
 from functions.training.details import DetailsData
 from functions.training.metrics import TrainingWindow
+from models.unet import with_other_labels
 
 
 class TrainingRun:
@@ -87,8 +88,9 @@ class TrainingRun:
         self.folder = checkpoint.path.parents[1] if checkpoint else None
         if checkpoint:
             check_resumption(self)
-        else:
-            check_images(image_set, self.data.split.train_indices)
+        elif "label" in image_set.inputs:
+            label, trained = image_set.inputs["label"], self.data.split.train_indices
+            check_labels(image_set.name, label, image_set.label_names, trained)
 
         set_deterministic(config.deterministic)
         earlier = self.earlier_provenance.get("arithmetic", {}).get("precision")
@@ -166,10 +168,8 @@ class TrainingRun:
         """Take over a model's weights. Raises CheckpointError when they do not fit."""
         weights = initial.weights
         own = self.model.state_dict()
-        # The weights of a condition stay if it means the same, as with labels of the same names.
-        for row in CONDITIONS.values():
-            if row.known(initial.facts) != row.known(self.data.facts):
-                weights = row.renewed(weights, own)
+        if initial.label_names != self.data.image_set.label_names:
+            weights = with_other_labels(weights, own)
         description = f"{initial.path}: {initial}"
         # An average that starts from trained weights must not forget them, so its decay does not
         # rise slowly.
