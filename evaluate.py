@@ -42,8 +42,8 @@ from functions.samplers import VARIANCES
 from functions.sampling.generation import Drawing
 from functions.sampling.models import open_models
 from functions.sampling.samples_folder import MANIFEST
-from functions.sampling.settings import PlaceFlags, add_model_flags, settings_of
-from functions.saved.run_folder import results_folder
+from functions.sampling.settings import add_model_flags, settings_of
+from functions.saved.run_folder import PlaceFlags, results_folder
 from functions.support.command_line import Parser, add_flags, run_script
 from functions.support.device import choose_device
 from functions.support.errors import UserError, warn

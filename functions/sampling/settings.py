@@ -13,7 +13,7 @@ from pathlib import Path
 
 from functions.samplers import SAMPLERS, VARIANCES
 from functions.saved.loading import is_hub_name
-from functions.saved.run_folder import RUNS, is_recipe, newest_run
+from functions.saved.run_folder import PlaceFlags, is_recipe, newest_run
 from functions.support import processes
 from functions.support.command_line import add_config_flags, add_flags, given_fields
 from functions.support.device import DTYPES
@@ -187,18 +187,8 @@ def settings_of(
 
 
 @dataclass(frozen=True)
-class PlaceFlags:
-    """The flags that name the folder of all runs and the device."""
-
-    # The folder with all run folders.
-    runs: Path = RUNS
-    # auto, cpu, cuda, cuda:N or mps.
-    device: str = "auto"
-
-
-@dataclass(frozen=True)
 class SeedFlags(PlaceFlags):
-    """These, and the flag of the seed."""
+    """The flags of a place, and that of the seed."""
 
     # The seed of the noise. The noise of image i depends only on the seed and i; another batch size
     # changes its pixels only by rounding.
