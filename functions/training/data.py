@@ -26,6 +26,7 @@ class TrainingData:
 
     Attributes:
         image_set, split: the images, and which of them train and validate.
+        steps_per_epoch, total_steps: the number of steps of an epoch, and of the whole run.
         share: this process's places in the effective batch.
         gather: returns the images with given indices and their inputs, on the device.
     """
@@ -56,6 +57,7 @@ class TrainingData:
                 f"{processes.count()} processes cannot share an effective batch of "
                 f"{config.effective_batch}"
             )
+        self.total_steps = config.epochs * self.steps_per_epoch
         self.share = processes.shard(config.effective_batch)
         self.feeder = ImageFeeder(image_set.images, device, image_set.inputs)
         self.gather = self.feeder.gather

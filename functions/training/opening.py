@@ -86,9 +86,7 @@ def make_run(
     # This seed is for the initial weights. Every later draw has another seed.
     torch.manual_seed(config.seed)
     network = build_network(experiment.model, config.objective)
-    run = TrainingRun(name, experiment, image_set, network, runs, device, checkpoint)
-    run.is_named = True
-    return run
+    return TrainingRun(name, experiment, image_set, network, runs, device, checkpoint)
 
 
 def fit_to_weights(preset: Experiment, initial: SavedModel, given: dict) -> Experiment:
