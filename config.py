@@ -331,8 +331,8 @@ class DiffusionConfig:
     # Give the network each image's label: its folder, or the class of MNIST, CIFAR10 or a parquet
     # file. `sample.py --label` then chooses what is drawn.
     labels: bool = setting(False, fixed=True)
-    # The probability that training drops an image's conditions, such as its label, so that the
-    # network draws without them, too, as --cfg needs (Ho and Salimans 2022).
+    # The probability that training drops an image's label, so that the network draws without it,
+    # too, as --cfg needs (Ho and Salimans 2022); with the objective "details", the small image.
     condition_dropout: float = setting(0.1, at_most=1, formerly="label_dropout")
 
     # Noise schedule

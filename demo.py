@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.conditions import turned_on
 from data.decode import fit_image, fit_mask
 from data.pixels import picture_of, to_uint8
 from functions.samplers import SAMPLERS
@@ -93,8 +92,7 @@ def tab(
     """
 
     begun = drawing.config
-    conditions = turned_on(drawing.models.facts)
-    names = [*conditions, "cfg"] if conditions else []
+    names = ["label", "cfg"] if drawing.models.label_names else []
     texts = []
     for name in names:
         value = vars(begun)[name]

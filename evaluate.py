@@ -26,7 +26,6 @@ import numpy as np
 import torch
 
 from data.batches import ImageFeeder
-from data.conditions import with_conditions
 from data.pixels import to_model_range
 from functions.evaluation.bits_per_dim import BoundOptions, evenly_spaced, measure_bits_per_dim
 from functions.evaluation.fidelity import (
@@ -38,13 +37,13 @@ from functions.evaluation.fidelity import (
     set_images,
     training_features,
 )
+from functions.evaluation.training_images import load_and_split
 from functions.samplers import VARIANCES
 from functions.sampling.generation import Drawing
 from functions.sampling.models import open_models
 from functions.sampling.samples_folder import MANIFEST
-from functions.sampling.settings import PlaceFlags, add_model_flags, settings_of
-from functions.saved.loading import load_and_split
-from functions.saved.run_folder import results_folder
+from functions.sampling.settings import add_model_flags, settings_of
+from functions.saved.run_folder import PlaceFlags, results_folder
 from functions.support.command_line import Parser, add_flags, run_script
 from functions.support.device import choose_device
 from functions.support.errors import UserError, warn
@@ -149,8 +148,7 @@ def evaluate_bits(args: Namespace) -> None:
 
     def load(index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         images, inputs = feeder.gather(np.array([index]))
-        x_0 = to_model_range(images)
-        return x_0, with_conditions(inputs, x_0, saved.facts)
+        return to_model_range(images), inputs
 
     options = BoundOptions(
         args.t_stride,

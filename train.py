@@ -28,7 +28,7 @@ from data.batches import batches_of
 from data.pixels import to_model_range
 from functions.ema import copy_buffers, update_ema
 from functions.losses import denoising_loss
-from functions.sampling.settings import PlaceFlags
+from functions.saved.run_folder import PlaceFlags
 from functions.support import processes
 from functions.support.command_line import Parser, add_config_flags, add_flags, run_script
 from functions.support.random_numbers import seed_of

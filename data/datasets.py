@@ -1,12 +1,12 @@
 """Load data sets by name, and split them into training and validation images."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from data.conditions import CONDITIONS
+from data.labels import read_labels
 from data.packed import ImageSet, open_packed
 from data.sources import (
     ARCHIVES,
@@ -57,12 +57,12 @@ def load_images(
     image_size: int,
     max_bad_images: int = 0,
     channels: int = 3,
-    inputs: Sequence[str] = (),
+    labels: bool = False,
 ) -> ImageSet:
     """Load all images of a data set at image_size x image_size pixels, prepared on first use.
 
     The embedded set is "emoji_faces"; "emoji_people" are the people in it. "FFHQ", "CIFAR10" and
-    "MNIST" are in data/. Any other name is a path. `inputs` are keys of CONDITIONS. Raises
+    "MNIST" are in data/. Any other name is a path. With `labels`, each image has its label. Raises
     UserError or OSError.
     """
     source = locate(dataset_name)
@@ -74,9 +74,12 @@ def load_images(
         summary = f"{dataset_name}: {len(ids):,} of the images of {pack.summary}"
         pack = replace(pack, images=pack.images[indices], ids=ids, names=ids, summary=summary)
     pack = replace(pack, name=dataset_name)
-    for name in inputs:
-        pack = CONDITIONS[name].read(pack, source)
-    return pack
+    if not labels:
+        return pack
+    found = [source.members[image_id].label for image_id in pack.ids]
+    label, names, counts = read_labels(dataset_name, pack.names, found)
+    summary = f"{pack.summary}; {counts}"
+    return replace(pack, summary=summary, inputs={"label": label}, label_names=names)
 
 
 def locate(dataset_name: str) -> Source:
@@ -162,11 +165,9 @@ def split_images(image_set: ImageSet, split: str) -> Split:
 
 
 def hash_inputs(image_set: ImageSet) -> str:
-    """Return a short hash of all inputs and of the facts about them, or "" without any."""
+    """Return a short hash of all inputs and of the names of labels, or "" without any."""
     inputs = dict(image_set.inputs)
-    lines = [line for values in image_set.facts.values() for line in values]
-    for name in CONDITIONS:
-        lines += inputs.pop(name, np.empty(0)).tolist()
+    lines = [*image_set.label_names, *inputs.pop("label", np.empty(0)).tolist()]
     lines += [f"{name} {sha256(str(values.tolist()))}" for name, values in sorted(inputs.items())]
     return hash_ids(lines) if lines else ""
 

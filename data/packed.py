@@ -53,8 +53,8 @@ class ImageSet:
     summary: str = ""
     # What the network gets beside x_t and t: (N, ...) by the names of its arguments.
     inputs: dict[str, np.ndarray] = field(default_factory=dict)
-    # What is saved about these with a model: lists by name, such as `label_names`.
-    facts: dict[str, Sequence] = field(default_factory=dict)
+    # The names of the labels; the input `label` of an image is the index of one of them.
+    label_names: list[str] = field(default_factory=list)
 
     @staticmethod
     def from_array(
@@ -62,15 +62,14 @@ class ImageSet:
         images: np.ndarray,
         names: Sequence[str] | None = None,
         inputs: dict[str, np.ndarray] | None = None,
-        facts: dict[str, Sequence] | None = None,
+        label_names: Sequence[str] = (),
     ) -> "ImageSet":
         """Return the set of the images in an array, uint8 (N, S, S, C), of any number of channels.
 
         A tenth is held out, by a hash of each of the `names`, by default 0, 1, ... `inputs` are
-        what the network gets beside x_t and t, (N, ...) each, and `facts` what is saved of them.
-        One called `label` is an index of the fact `label_names`; the network also gets the number
-        of these, which stands for no label (data/conditions.py). Raises ValueError for arrays of
-        another dtype or shape, and equal names.
+        what the network gets beside x_t and t, (N, ...) each. One called `label` is an index of
+        `label_names`; the network also gets the number of these, which stands for no label
+        (data/labels.py). Raises ValueError for arrays of another dtype or shape, and equal names.
         """
         square = images.ndim == 4 and images.shape[1] == images.shape[2]
         if images.dtype != np.uint8 or not square:
@@ -92,7 +91,7 @@ class ImageSet:
             pixels_hash=pixels_hash,
             summary=summary,
             inputs=inputs,
-            facts=facts or {},
+            label_names=[*label_names],
         )
 
 

@@ -28,10 +28,10 @@ from data.datasets import load_images
 from data.pixels import to_model_range, to_uint8
 from figures import saved_model
 from figures.saved_model import GUIDE_STEPS, open_saved
+from functions.evaluation.training_images import load_and_split
 from functions.noise_scheduler import NoiseScheduler
 from functions.sampling.generation import Drawing, generate
 from functions.sampling.samples_folder import generate_frames, save_columns
-from functions.saved.loading import load_and_split
 from functions.saved.run_folder import PRETRAINED, checkpoints_of, step_of
 from functions.support.command_line import Parser, run_script
 from functions.support.pictures import (
@@ -313,7 +313,7 @@ def draw_enlarged() -> None:
 
 def draw_labels(run: Path) -> None:
     """Draw a sample of each label, from the same noise in both rows, with each weight."""
-    names = open_saved(run).models.facts["label_names"]
+    names = open_saved(run).models.label_names
     flags = f"--sampler dpm++ --steps 20 --label {','.join(names)}"
     drawings = [open_saved(run, f"{flags} --cfg {weight}") for weight in LABEL_WEIGHTS]
     rows = [draw_pixels(drawing, len(names)) for drawing in drawings]

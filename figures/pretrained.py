@@ -28,11 +28,12 @@ from functions.denoiser import Denoiser
 from functions.details import details, shrink
 from functions.evaluation.bits_per_dim import evenly_spaced
 from functions.evaluation.fidelity import frechet_distance, training_features
+from functions.evaluation.training_images import load_and_split
 from functions.sampling.generation import Drawing, generate
 from functions.sampling.models import guide_path
 from functions.sampling.settings import DrawingConfig, read_recipe
 from functions.saved.checkpoint import SavedModel, load_weights
-from functions.saved.loading import load_and_split, load_denoiser, open_model
+from functions.saved.loading import load_denoiser, open_model
 from functions.saved.run_folder import PRETRAINED
 from functions.support.command_line import Parser, run_script
 from functions.support.errors import UserError

@@ -25,8 +25,8 @@ def same(a: object, b: object) -> bool:
     return type(a) is type(b) and repr(a) == repr(b)
 
 
-def training_run(seed: int = 0) -> TrainingRun:
-    """Return a new run, with a scaler of the loss as on a GPU.
+def training_run(seed: int = 0, **changes) -> TrainingRun:
+    """Return a new run with these changes, with a scaler of the loss as on a GPU.
 
     Its network has three thousand parameters.
     """
@@ -40,6 +40,7 @@ def training_run(seed: int = 0) -> TrainingRun:
         transformer_layers=(),
         base_dim=4,
         norm_groups=1,
+        **changes,
     )
     images = ImageSet.from_array("plain", np.zeros((50, 4, 4, 3), np.uint8))
     torch.manual_seed(seed)

@@ -37,6 +37,7 @@ COMMANDS = {
     "sample.py {root}/README.md": "README.md: the file is truncated, damaged or not a checkpoint",
     "sample.py {run} --guidance 1.5": "needs a --guide",
     "sample.py {run} --label 2": "--label: the model was trained without labels",
+    "sample.py {run} --cfg 2": "--cfg needs a --label",
     "sample.py {run} --label 2 --cfg 2 --guide 30": "--cfg and --guide exclude each other",
     "sample.py {run} --enlarge {run} --enlarge {run}": "cannot enlarge: it was not trained with",
     "sample.py none.toml": "none.toml: there is no such file",

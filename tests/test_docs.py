@@ -8,11 +8,12 @@ from io import StringIO
 from itertools import pairwise
 
 import pytest
+import torch
 from PIL import Image
 
 from functions import enlarging
 from functions.training.metrics import read_metrics
-from tests.conftest import ROOT, call
+from tests.conftest import ROOT, call, normal
 
 PAGES = [
     ROOT / "README.md",
@@ -78,19 +79,42 @@ def test_pictures_are_light():
     assert sum((ROOT / path).stat().st_size for path in set(shown)) <= 3e6
 
 
+def run_section(page, heading):
+    """Run all lines of code in a section of docs/, and return the names that they define."""
+    section = (ROOT / "docs" / page).read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    code = re.findall(r"^    (.*)$", section, re.MULTILINE)
+    exec("\n".join(code), names := {})
+    return names
+
+
 @pytest.mark.slow
 def test_the_script_of_your_own_draws_a_grid_and_trains(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(enlarging, "ENLARGING_STEPS", 1)
     (tmp_path / "pretrained").symlink_to(ROOT / "pretrained")
-    page = (ROOT / "docs" / "sampling.md").read_text()
-    section = page.split("## From Python")[1].split("\n## ")[0]
-    code = re.findall(r"^    (.*)$", section, re.MULTILINE)
-    exec("\n".join(code), names := {})
+    names = run_section("sampling.md", "From Python")
     # There are 2 x 2 images, with gaps of 2 pixels.
     assert Image.open("faces.png").size == (2 * 130 + 2,) * 2
     run = names["run"]
     assert read_metrics(run.folder / "metrics.csv")[-1]["step"] == run.total_steps
+    assert names["x_0"].shape == (4, 3, 16, 16)
+
+
+@pytest.mark.slow
+def test_conditions_of_your_own_are_trained_dropped_and_drawn(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run_section("change.md", "A condition of your own, from Python")
+    network = names["bright"].model.network
+    x_t, t = normal(0, 1, 3, 16, 16).expand(200, -1, -1, -1), torch.full((200,), 50)
+    light, without = network(x_t, t, torch.ones(200)), network(x_t, t)
+    assert (light - without).abs().amax((1, 2, 3)).min() > 0.01
+    # In training, a tenth of them is drawn without the number.
+    drawn = network.train()(x_t, t, torch.ones(200))
+    errors = [(drawn - each).abs().amax((1, 2, 3)) for each in (without, light)]
+    assert 5 <= (errors[0] < errors[1]).sum() <= 40
+    larger, small = names["model"], normal(1, 2, 1, 3, 8, 8)
+    first, second = (larger.given(low=low).predict(x_t[:1], 50)[0] for low in small)
+    assert not torch.allclose(first, second)
     assert names["x_0"].shape == (4, 3, 16, 16)
 
 

@@ -2,8 +2,8 @@
 
 The mathematics (functions/*.py) import torch and each other alone. Of the rooms (functions/*/),
 support imports itself and the pixels alone, so it knows no preset and no network. The others import
-the mathematics, `config`, `models`, `data` and no room after their own of support, saved, sampling,
-evaluation and training.
+the mathematics, `config`, `models` and no room after their own of support, saved, sampling and
+evaluation; training imports support and saved. Whoever samples loads no data set.
 """
 
 import ast
@@ -17,9 +17,10 @@ from tests.conftest import ROOT
 
 MATHEMATICS = {f"functions.{path.stem}" for path in (ROOT / "functions").glob("*.py")}
 # Of the project, the files of a folder import these alone.
-SAVED = MATHEMATICS | {"config", "models", "data", "functions.support", "functions.saved"}
-SAMPLING = SAVED | {"functions.sampling"}
-EVALUATION = SAMPLING | {"functions.evaluation"}
+SAVED = MATHEMATICS | {"config", "models", "functions.support", "functions.saved"}
+SAMPLING = SAVED | {f"data.{name}" for name in ("batches", "decode", "labels", "pixels")}
+SAMPLING |= {"functions.sampling"}
+TRAINING = SAVED | {"data", "functions.training"}
 MAY_IMPORT = {
     "config.py": {
         "functions.noise_scheduler",
@@ -45,8 +46,10 @@ MAY_IMPORT = {
     "functions/support": {"functions.support", "data.pixels"},
     "functions/saved": SAVED,
     "functions/sampling": SAMPLING,
-    "functions/evaluation": EVALUATION,
-    "functions/training": EVALUATION | {"functions.training"},
+    "functions/evaluation": SAMPLING | {"data", "functions.evaluation"},
+    "functions/training": TRAINING,
+    "sample.py": SAMPLING,
+    "train.py": TRAINING,
 }
 
 

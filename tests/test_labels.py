@@ -82,16 +82,16 @@ def labelled_run(coloured, tmp_path_factory):
 def labels_of(path):
     """Return the label of each image, or why there is none."""
     try:
-        image_set = load_images(path, 8, inputs=["label"])
+        image_set = load_images(path, 8, labels=True)
     except UserError as error:
         return str(error)
-    return ", ".join(image_set.facts["label_names"][k] for k in image_set.inputs["label"])
+    return ", ".join(image_set.label_names[k] for k in image_set.inputs["label"])
 
 
 def test_the_nearest_folder_is_the_label_and_numbers_are_sorted_as_such(coloured):
     plain = load_images(coloured, 8)
-    labelled = load_images(coloured, 8, inputs=["label"])
-    assert labelled.facts["label_names"] == NAMES
+    labelled = load_images(coloured, 8, labels=True)
+    assert labelled.label_names == NAMES
     assert labels_of(coloured) == ", ".join(name.split("/")[1] for name in labelled.names)
     assert labelled.summary == f"{plain.summary}; 3 labels of 13 to 14 images"
     # What a run compares is as before, but for the labels themselves.
@@ -132,9 +132,12 @@ def test_a_new_run_needs_a_training_image_of_each_label(renamed):
 
 
 def test_dropout_of_labels_without_labels_is_a_warning(coloured):
-    warning = "warning: condition_dropout has no effect without a condition"
-    assert warning in begun(coloured, "--diffusion.condition-dropout 0.5").describe()
+    warning = "warning: condition_dropout has no effect without labels"
+    dropout = "--diffusion.condition-dropout 0.5"
+    assert warning in begun(coloured, dropout).describe()
     assert warning not in begun(coloured).describe()
+    # A network of details is trained without its small image, too.
+    assert warning not in begun(coloured, dropout, "--diffusion.objective details").describe()
 
 
 @pytest.mark.parametrize(
@@ -198,7 +201,7 @@ def test_samples_have_the_colours_of_their_labels(labelled_run, tmp_path):
 def test_guidance_by_the_label_is_that_of_the_same_network_without_it():
     """tests/functions/test_guidance.py has what a guide does."""
     drawing = drawing_of(UNet(**SMALL_MODEL, label_count=2), label=("b", "a"), cfg=2.5)
-    guided = given(changed(drawing, {"facts": {"label_names": ["b", "a"]}}), [0, 1, 2])
+    guided = given(changed(drawing, {"label_names": ["b", "a"]}), [0, 1, 2])
     assert isinstance(guided, Guided)
     assert guided.weight == 2.5
     assert guided.model.inputs["label"].tolist() == [0, 1, 0]
@@ -230,7 +233,7 @@ def test_held_out_images_are_measured_with_their_own_labels(labelled_run, colour
     with forward as calls:
         call(evaluate, labelled_run, "--t-stride 200")
     seen = [each.kwargs["label"].item() for each in calls.call_args_list]
-    image_set = load_images(coloured, 8, inputs=["label"])
+    image_set = load_images(coloured, 8, labels=True)
     labels = image_set.inputs["label"][split_images(image_set, "reference").val_indices]
     assert seen == labels.repeat(len(seen) // len(labels)).tolist()
 
@@ -293,8 +296,3 @@ def test_labels_are_those_of_the_model_and_of_its_guide(labelled_run, renamed, p
     with refused("cannot guide .*: other labels"):
         call(sample, labelled_run, FEW, "--label 2 --guide", path)
     call(sample, labelled_run, FEW, "--n 1 --guide", path, "--out", tmp_path / "out")
-    # Of a name without a row, no label could be drawn.
-    guide.provenance["label_names"].append("pink")
-    guide.save(path)
-    with refused("label_count is 3, but what it knows makes it 4"):
-        call(sample, path)

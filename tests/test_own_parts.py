@@ -46,7 +46,7 @@ class Normed(nn.Module):
 def own_images(pixels=PIXELS, label_count=2, **inputs):
     """Return random images with labels, and with other inputs."""
     inputs["label"] = np.arange(60) % label_count
-    return ImageSet.from_array("mine", pixels, inputs=inputs, facts={"label_names": ("a", "b")})
+    return ImageSet.from_array("mine", pixels, inputs=inputs, label_names=("a", "b"))
 
 
 def own_run(folder, network=None, images=None, checkpoint=None, **changes):
@@ -231,14 +231,6 @@ def test_folders_that_are_deleted_during_a_run_are_made_again(tmp_path):
         assert path_of(run.folder, kind, run.total_steps).exists()
 
 
-def test_facts_of_images_do_not_replace_those_of_the_run(tmp_path):
-    images = ImageSet.from_array("mine", PIXELS, facts={"step": [5], "colour": ["red"]})
-    run = own_run(tmp_path, Plain(), images)
-    train.train(run)
-    saved = intact_checkpoint(run.folder).contents["run"]
-    assert (saved["step"], saved["colour"]) == (run.total_steps, ["red"])
-
-
 @pytest.mark.parametrize("channels", [2, 4])
 def test_images_of_other_channels_are_trained_and_their_first_ones_shown(channels, tmp_path):
     class Bare(nn.Conv2d):
@@ -262,7 +254,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
     for others in ({"names": ["a"] * 60}, {"inputs": {"label": np.zeros(59)}}):
         with refused("each image must have one name of its own, and one of each ", ValueError):
             of_array(PIXELS, **others)
-    with refused("mine: labels must be indices of the fact label_names"):
+    with refused("mine: labels must be indices of label_names"):
         own_run(tmp_path, images=own_images(label_count=3))
     with refused(r"mine are \(4, 4, 3\) .* the network's \(8, 8, 3\)", ConfigError):
         own_run(tmp_path, images=own_images(PIXELS[:, :4, :4]))

@@ -25,7 +25,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.batches import batches_of
-from data.conditions import Given
 from data.decode import fit_image, fit_mask, open_image_file, to_pixels
 from data.pixels import to_model_range, to_uint8
 from functions.enlarging import Keeping, Known, enlarge
@@ -73,10 +72,8 @@ GREY = 128
 
 def check_edit(verb: str, config: DrawingConfig) -> None:
     """Raise UserError for settings that a verb cannot use."""
-    for name in vars(Given()):
-        value = getattr(config, name)
-        if isinstance(value, tuple) and len(value) > 1:
-            raise UserError(f"an edit has one --{name}")
+    if len(config.label) > 1:
+        raise UserError("an edit has one --label")
     if verb == "invert":
         for name, value in INVERSION.items():
             if getattr(config, name) != value and name not in ("steps", "spacing"):

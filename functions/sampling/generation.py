@@ -1,4 +1,4 @@
-"""Draw images with loaded models, for scripts, the page and the grids of a training."""
+"""Draw images with loaded models, for scripts and the page."""
 
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.batches import batches_of
-from data.conditions import chosen_inputs
+from data.labels import chosen_labels
 from functions.denoiser import Predictor
 from functions.enlarging import Known, enlarge, enlarging_times
 from functions.guidance import Guided
@@ -117,17 +117,15 @@ def open_drawing(args: Namespace, config: DrawingConfig, most_steps: int | None 
 
 
 def given(drawing: Drawing, indices: Sequence[int]) -> Predictor:
-    """Return the denoiser with the inputs of its network for these images, if any.
+    """Return the denoiser with the labels of these images, if the settings choose any.
 
-    With `cfg` it is guided by itself without these. A single index is for all images.
+    With `cfg` it is guided by itself without them. A single index is for all images.
     """
     models, config = drawing.models, drawing.config
-    inputs = {
-        name: values[[i % len(values) for i in indices]] for name, values in models.inputs.items()
-    }
-    chosen = chosen_inputs(config, models.facts, indices, config.cfg)
-    inputs |= {name: values.to(models.device) for name, values in chosen.items()}
-    denoiser = models.denoiser.given(**inputs)
+    if not config.label:
+        return models.denoiser
+    label = chosen_labels(config.label, models.label_names, indices)
+    denoiser = models.denoiser.given(label=label.to(models.device))
     if config.cfg is None:
         return denoiser
     return Guided(denoiser, models.denoiser, config.cfg)

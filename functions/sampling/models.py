@@ -1,12 +1,12 @@
 """Load what draws together: a model, its guide, and the models that enlarge its images."""
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from data.conditions import CONDITIONS, chosen_inputs
+from data.labels import chosen_labels
 from functions.denoiser import Predictor
 from functions.guidance import Guided
 from functions.sampling.settings import DrawingConfig
@@ -35,12 +35,8 @@ class Models:
     # Each of them doubles the size of the images (functions/enlarging.py).
     enlargers: tuple["Models", ...] = ()
     guide_digest: str = ""
-    # What is known of the model (data/conditions.py)
-    facts: dict = field(default_factory=dict)
-    # What the network gets beside x_t and t, (N, ...) by name; image i gets that of i mod N. Only a
-    # training, which draws grids, gives it.
-    inputs: dict[str, Tensor] = field(default_factory=dict)
-    # Where the denoiser comes from; a training, which draws grids, has not saved it.
+    label_names: Sequence[str] = ()
+    # Where the denoiser comes from
     saved: SavedModel | None = None
 
     @property
@@ -59,8 +55,8 @@ def open_models(config: DrawingConfig, device_name: str) -> Models:
     device = choose_device(device_name)
     set_deterministic(False)
     models = opened(Path(config.model), device, config.precision)
-    # This raises errors about conditions before other models are loaded.
-    chosen_inputs(config, models.facts, [0], config.cfg)
+    # This raises errors about labels before other models are loaded.
+    chosen_labels(config.label, models.label_names, [])
     if config.guide is not None:
         models = guided(models, config)
     for path in config.enlarge:
@@ -93,7 +89,7 @@ def opened(path: Path, device: torch.device, precision: str, role: str = "") -> 
         device,
         str(denoiser.precision).removeprefix("torch."),
         saved.config["diffusion"].get("clip_x_0", True),
-        facts=saved.facts,
+        label_names=saved.label_names,
         saved=saved,
     )
 
@@ -101,15 +97,14 @@ def opened(path: Path, device: torch.device, precision: str, role: str = "") -> 
 def guided(models: Models, config: DrawingConfig) -> Models:
     """Return the models with the guide that the settings name (functions/guidance.py).
 
-    Raises UserError for a guide with another noise schedule, shape of images or condition.
+    Raises UserError for a guide with another noise schedule, shape of images or labels.
     """
     # The guide keeps its own objective, and its network may have another size.
     path = processes.on_main(guide_path, config.guide, models.saved)
     guide = opened(path, models.device, models.precision, "guide ")
     refusal = f"{guide.saved.path} cannot guide {models.saved.path}"
-    for name, row in CONDITIONS.items():
-        if getattr(config, name) and row.known(guide.facts) != row.known(models.facts):
-            raise UserError(f"{refusal}: other {row.switch}")
+    if config.label and guide.label_names != models.label_names:
+        raise UserError(f"{refusal}: other labels")
     # Both networks get the same x_t and t, so t must mean the same amount of noise to both.
     schedules = [each.denoiser.scheduler.alphas_cumprod for each in (models, guide)]
     if guide.shape != models.shape or not torch.equal(*schedules):

@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 
-from data.conditions import Given
 from functions.samplers import SAMPLERS, VARIANCES
 from functions.saved.loading import is_hub_name
-from functions.saved.run_folder import RUNS, is_recipe, newest_run
+from functions.saved.run_folder import PlaceFlags, is_recipe, newest_run
 from functions.support import processes
 from functions.support.command_line import add_config_flags, add_flags, given_fields
 from functions.support.device import DTYPES
@@ -33,9 +32,9 @@ def describe_samplers() -> str:
     return "; ".join(f"{name} is {row.help}" for name, row in SAMPLERS.items()) + "."
 
 
-@dataclass(frozen=True, kw_only=True)
-class DrawingConfig(Given):
-    """How images are drawn, with the conditions of `Given`.
+@dataclass(frozen=True)
+class DrawingConfig:
+    """How images are drawn.
 
     Raises ConfigError for an option that the sampler does not have.
     """
@@ -71,8 +70,11 @@ class DrawingConfig(Given):
     # The weight of --guide. 1 is the model alone; a larger weight moves x_0 further away from that
     # of the guide. Default: 1.5.
     guidance: float | None = setting(None, at_least=-inf)
-    # Classifier-free guidance, instead of a guide: move each x_0 away from that without a label or
-    # another condition. 1 is the model alone. Default: no.
+    # The labels to draw, of a model that was trained with labels. Image i gets the label i mod K of
+    # these K.
+    label: tuple[str, ...] = setting(())
+    # Classifier-free guidance, instead of a guide: move each x_0 away from that without the label.
+    # 1 is the model alone. Default: no.
     cfg: float | None = setting(None, at_least=-inf, metavar="W")
     # Then draw the details of each image at twice its size, by a model of the preset ffhq-details,
     # without guide and temperature. The flag can be repeated, also with the same model: each time
@@ -95,8 +97,10 @@ class DrawingConfig(Given):
             raise ConfigError("--guidance needs a --guide")
         if self.cfg is not None and self.guide is not None:
             raise ConfigError(
-                "--cfg and --guide exclude each other: the model without a condition guides"
+                "--cfg and --guide exclude each other: the model without a label guides"
             )
+        if self.cfg is not None and not self.label:
+            raise ConfigError("--cfg needs a --label: the model without it guides")
 
     @property
     def arguments(self) -> dict[str, str | float]:
@@ -183,18 +187,8 @@ def settings_of(
 
 
 @dataclass(frozen=True)
-class PlaceFlags:
-    """The flags that name the folder of all runs and the device."""
-
-    # The folder with all run folders.
-    runs: Path = RUNS
-    # auto, cpu, cuda, cuda:N or mps.
-    device: str = "auto"
-
-
-@dataclass(frozen=True)
 class SeedFlags(PlaceFlags):
-    """These, and the flag of the seed."""
+    """The flags of a place, and that of the seed."""
 
     # The seed of the noise. The noise of image i depends only on the seed and i; another batch size
     # changes its pixels only by rounding.

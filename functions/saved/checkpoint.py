@@ -176,9 +176,9 @@ class SavedModel:
         return build_scheduler(self.config["diffusion"])
 
     @property
-    def facts(self) -> dict:
-        """Return what is known of the model, as the rows of CONDITIONS need it."""
-        return self.config["diffusion"] | self.config["model"] | self.provenance
+    def label_names(self) -> list[str]:
+        """Return the names of the labels that the model knows."""
+        return self.provenance.get("label_names", [])
 
     @property
     def part(self) -> str:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from config import ConfigError, DiffusersNetwork, DiffusionConfig, ModelConfig, build_network
-from data.conditions import CONDITIONS
 from functions.denoiser import OBJECTIVES
 from functions.saved.checkpoint import SavedModel, copy_tensors, digest_of, model_digest
 from functions.support.errors import CheckpointError, printable
@@ -154,9 +153,8 @@ def write_folder(saved: SavedModel, folder: Path) -> None:
     try:
         if OBJECTIVES[objective].diffusers is None:
             raise ConfigError(f"its objective is {objective}")
-        for row in CONDITIONS.values():
-            if row.known(saved.facts):
-                raise ConfigError(f"it was trained with {row.switch}")
+        if saved.label_names:
+            raise ConfigError("it was trained with labels")
         if isinstance(saved.model, ModelConfig):
             with refusing_errors():
                 theirs = DiffusersUNet(diffusers.UNet2DModel(**network_fields(saved.model)))

@@ -10,8 +10,6 @@ import torch
 from torch import nn
 
 from config import ConfigError, DiffusionConfig, build_network
-from data.conditions import network_fields, turned_on
-from data.datasets import ImageSet, Split, load_images, split_images
 from functions.denoiser import Denoiser
 from functions.saved.checkpoint import SavedModel, copy_tensors, load_weights
 from functions.saved.diffusers_folder import read_folder
@@ -117,11 +115,6 @@ def rebuild(
     a config that builds no model, or one that the weights do not fit.
     """
     try:
-        # Without a row for each name, drawing one would end in an error about an index.
-        for field, value in network_fields(saved.facts).items():
-            own = vars(saved.model).get(field, value)
-            if own != value:
-                raise ConfigError(f"{field} is {own}, but what it knows makes it {value}")
         scheduler = saved.scheduler
         objective = saved.config["diffusion"].get("objective", DiffusionConfig.objective)
         model = build_network(saved.model, objective) if network is None else network
@@ -134,41 +127,3 @@ def rebuild(
     copy_tensors(saved.weights, model.state_dict(), saved.path)
     model.to(device, memory_format=fast_layout(device)).eval().requires_grad_(False)
     return denoiser
-
-
-def load_and_split(saved: SavedModel, name: str | None = None) -> tuple[ImageSet, Split]:
-    """Load and split the data set that a model was trained on, as its saved config says.
-
-    A `name`, or path, replaces the one in the config, for other images or another copy.
-    """
-    diffusion = saved.config["diffusion"]
-    dataset_name = name or diffusion.get("dataset_name")
-    if not dataset_name:
-        raise UserError(
-            "the model's config does not say which images it was trained on; name a data set "
-            "with evaluate.py --data NAME"
-        )
-    # The config of another project's model lacks the fields that have a default here.
-    model = saved.model
-    try:
-        image_set = load_images(
-            dataset_name,
-            model.image_size,
-            diffusion.get("max_bad_images", 0),
-            model.channels,
-            turned_on(diffusion),
-        )
-    except UserError as error:
-        if name:
-            raise
-        # The model may come from elsewhere, so its images need not be here.
-        raise UserError(
-            f"this needs the images that {saved.path} was trained on: {str(error).rstrip('.')}; "
-            "or name others with evaluate.py --data NAME"
-        ) from error
-    for row in turned_on(diffusion).values():
-        known = row.known(saved.facts)
-        if row.known(diffusion | image_set.facts) != known:
-            known = printable(", ".join(known))
-            raise UserError(f"{dataset_name} has other {row.switch} than {saved.path}: {known}")
-    return image_set, split_images(image_set, diffusion.get("split", "reference"))

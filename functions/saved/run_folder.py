@@ -16,6 +16,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
@@ -37,6 +38,16 @@ CHECKPOINT_NAME = re.compile(r"step-\d{8}\.safetensors")
 TRAINING_LEFTOVERS = (".*.tmp", "*/.*.tmp", "*/.tmp*")
 # This recipe comes with the repository, with its models beside it. It is used when there is no run.
 PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained" / "people.toml"
+
+
+@dataclass(frozen=True)
+class PlaceFlags:
+    """The flags that name the folder of all runs and the device."""
+
+    # The folder with all run folders.
+    runs: Path = RUNS
+    # auto, cpu, cuda, cuda:N or mps.
+    device: str = "auto"
 
 
 def new_folder(parent: Path, name: str = "") -> Path:

@@ -10,8 +10,8 @@ from torch import Tensor
 from config import ConfigError, Experiment
 from data.augmentation import augment
 from data.batches import ImageFeeder, indices_of_steps
-from data.conditions import with_conditions, without_conditions
 from data.datasets import ImageSet, split_images
+from data.labels import drop_labels
 from data.pixels import to_model_range
 from functions.support import processes
 from functions.support.errors import printable
@@ -26,7 +26,7 @@ class TrainingData:
 
     Attributes:
         image_set, split: the images, and which of them train and validate.
-        facts: what is known of images and model, as the rows of CONDITIONS need it.
+        steps_per_epoch, total_steps: the number of steps of an epoch, and of the whole run.
         share: this process's places in the effective batch.
         gather: returns the images with given indices and their inputs, on the device.
     """
@@ -36,7 +36,6 @@ class TrainingData:
         self.image_shape = experiment.model.image_shape
         self.image_set = image_set
         self.device = device
-        self.facts = vars(config) | vars(experiment.model) | image_set.facts
 
         shape = tuple(image_set.images.shape[1:])
         channels, size, _ = self.image_shape
@@ -58,6 +57,7 @@ class TrainingData:
                 f"{processes.count()} processes cannot share an effective batch of "
                 f"{config.effective_batch}"
             )
+        self.total_steps = config.epochs * self.steps_per_epoch
         self.share = processes.shard(config.effective_batch)
         self.feeder = ImageFeeder(image_set.images, device, image_set.inputs)
         self.gather = self.feeder.gather
@@ -88,7 +88,7 @@ class TrainingData:
     def augment(
         self, x_0: Tensor, inputs: dict[str, Tensor], draws: StepDraws, done: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Flip and rotate x_0 (B, C, H, W), if the config says so, and drop some conditions.
+        """Flip and rotate x_0 (B, C, H, W), if the config says so, and drop some labels.
 
         `done` is the fraction of the run before this step.
         """
@@ -99,9 +99,11 @@ class TrainingData:
             if config.max_rotation and done < 1 - config.rotation_free_end:
                 angle = config.max_rotation * draws.rotation
             x_0 = augment(x_0, draws.flip, angle)
-        inputs = with_conditions(inputs, x_0, vars(config))
-        dropped = draws.condition_drop < config.condition_dropout
-        return x_0, without_conditions(inputs, dropped, self.facts)
+        if "label" in inputs:
+            dropped = draws.condition_drop < config.condition_dropout
+            label = drop_labels(inputs["label"], dropped, self.image_set.label_names)
+            inputs = inputs | {"label": label}
+        return x_0, inputs
 
     @cached_property
     def held_out_order(self) -> Tensor:
@@ -127,5 +129,4 @@ class TrainingData:
         t = (2 * order + 1) * config.timesteps_diff // (2 * count)
         # The noise of a triple depends on its place among all triples, not on its batch.
         noise = image_noise(config.seed, places, x_0.shape[1:], self.device, "validation noise")
-        inputs = with_conditions(inputs, x_0, vars(config))
         return x_0, t.to(self.device), noise(), inputs

@@ -17,7 +17,7 @@ class StepDraws(NamedTuple):
     flip: Tensor  # (B,) bool, True with probability 1/2
     # (B,) float32, uniform in [-1, 1). The rotation is this fraction of the largest angle.
     rotation: Tensor
-    # (B,) float32, uniform in [0, 1). Below condition_dropout, all conditions are dropped.
+    # (B,) float32, uniform in [0, 1). Below condition_dropout, a label is dropped.
     condition_drop: Tensor
 
 

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from data.batches import batches_of
-from data.conditions import in_grids, with_conditions
 from data.pixels import to_model_range
 from functions.details import shrink
 from functions.enlarging import enlarge
@@ -25,7 +24,8 @@ def sample_grid(run: TrainingRun) -> Tensor:
     count = config.grid_images
     held_out, inputs = run.data.gather(run.data.split.val_indices[:count])
     held_out = to_model_range(held_out)
-    inputs = in_grids(with_conditions(inputs, held_out, vars(config)), run.data.facts)
+    if "label" in inputs:
+        inputs["label"] = torch.arange(len(run.data.image_set.label_names), device=run.device)
     sampler = SAMPLERS[config.grid_sampler]
     steps = min(config.grid_steps, config.timesteps_diff)
 

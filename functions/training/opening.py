@@ -19,7 +19,6 @@ from config import (
     OwnNetwork,
     build_network,
 )
-from data.conditions import network_fields, turned_on
 from data.datasets import load_images
 from functions.saved.checkpoint import Checkpoint, SavedModel
 from functions.saved.loading import open_model
@@ -73,25 +72,21 @@ def make_run(
 ) -> TrainingRun:
     """Return a run with the images that its config names, and the network that it describes."""
     config, model = experiment.diffusion, experiment.model
-    conditions = turned_on(vars(config))
-    if conditions and isinstance(model, DiffusersNetwork):
-        raise ConfigError(f"a network of diffusers gets no {', '.join(conditions)} here")
+    if config.labels and isinstance(model, DiffusersNetwork):
+        raise ConfigError("a network of diffusers gets no label here")
     image_set = load_images(
         config.dataset_name,
         model.image_size,
         config.max_bad_images,
         model.channels,
-        conditions,
+        config.labels,
     )
     if isinstance(model, ModelConfig):
-        # The data decide, for example, how many labels the network knows.
-        experiment = experiment.override(**network_fields(vars(config) | image_set.facts))
+        experiment = experiment.override(label_count=len(image_set.label_names))
     # This seed is for the initial weights. Every later draw has another seed.
     torch.manual_seed(config.seed)
     network = build_network(experiment.model, config.objective)
-    run = TrainingRun(name, experiment, image_set, network, runs, device, checkpoint)
-    run.is_named = True
-    return run
+    return TrainingRun(name, experiment, image_set, network, runs, device, checkpoint)
 
 
 def fit_to_weights(preset: Experiment, initial: SavedModel, given: dict) -> Experiment:
@@ -113,9 +108,9 @@ def fit_to_weights(preset: Experiment, initial: SavedModel, given: dict) -> Expe
             f"image_size is {size}; it must be {own_size} {reason}: --model.image-size {own_size}"
         )
     if isinstance(initial.model, ModelConfig):
-        # The data decide what follows from the conditions (`make_run`).
+        # The data decide the number of labels (`make_run`).
         dropout = given.get("dropout", preset.model.dropout)
-        network = network | {"dropout": dropout, **network_fields({})}
+        network = network | {"dropout": dropout, "label_count": 0}
     else:
         preset = replace(preset, model=initial.model)
         given = {name: value for name, value in given.items() if name != "image_size"}

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from config import ConfigError, Experiment, OwnNetwork, build_scheduler
-from data.conditions import CONDITIONS, check_images
 from data.datasets import ImageSet
+from data.labels import check_labels
 from functions.denoiser import Denoiser
 from functions.losses import eps_errors
 from functions.optimizers import OPTIMIZERS
@@ -33,6 +33,7 @@ from functions.training.data import TrainingData
 from functions.training.description import check_resumption, describe, provenance_of
 from functions.training.details import DetailsData
 from functions.training.metrics import TrainingWindow
+from models.unet import with_other_labels
 
 
 class TrainingRun:
@@ -55,12 +56,8 @@ class TrainingRun:
         step, total_steps: the number of steps done, and of the whole run. With fewer steps, as
             total_steps = step, the run ends before the next one, finished.
         provenance: what its files say of it, which no step reads.
-        earlier, earlier_provenance: experiment and provenance in the checkpoint; None and {} for a
-            run that is not resumed.
+        earlier: the checkpoint from which it goes on; None for a run that is not resumed.
     """
-
-    # Whether train.py finds images and network by their names: not those of your own, from Python.
-    is_named = False
 
     def __init__(
         self,
@@ -79,19 +76,20 @@ class TrainingRun:
         self.device = device
         data_class = DetailsData if config.objective == "details" else TrainingData
         self.data = data_class(experiment, image_set, device)
-        self.total_steps = config.epochs * self.data.steps_per_epoch
-        self.earlier_provenance = checkpoint.contents["run"] if checkpoint else {}
-        self.earlier = Experiment.from_dict(checkpoint.contents["config"]) if checkpoint else None
-        self.step = self.earlier_provenance.get("step", 0)
+        self.total_steps = self.data.total_steps
+        self.earlier = checkpoint
+        facts = checkpoint.contents["run"] if checkpoint else {}
+        self.step = facts.get("step", 0)
         # A checkpoint is at RUN/checkpoints/FILE.
         self.folder = checkpoint.path.parents[1] if checkpoint else None
         if checkpoint:
-            check_resumption(self)
-        else:
-            check_images(image_set, self.data.split.train_indices)
+            check_resumption(checkpoint, experiment, self.data)
+        elif "label" in image_set.inputs:
+            label, trained = image_set.inputs["label"], self.data.split.train_indices
+            check_labels(image_set.name, label, image_set.label_names, trained)
 
         set_deterministic(config.deterministic)
-        earlier = self.earlier_provenance.get("arithmetic", {}).get("precision")
+        earlier = facts.get("arithmetic", {}).get("precision")
         precision = choose_precision(config.precision, device, earlier)
         check_network(network)
         self.model = network.to(device, memory_format=fast_layout(device))
@@ -115,16 +113,18 @@ class TrainingRun:
         # nothing.
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
         self.window = TrainingWindow(device, config.effective_batch)
-        self.provenance = provenance_of(self)
+        self.provenance = provenance_of(
+            self.data, self.denoiser, self.is_to_compile, facts.get("initial")
+        )
         if checkpoint:
             self.load(checkpoint)
 
     @property
     def how_to_resume(self) -> str:
         """Return what one continues the run with, for messages."""
-        if self.is_named:
-            return resume_command(self.folder)
-        return f"a TrainingRun of {self.folder} (docs/sampling.md)"
+        if isinstance(self.experiment.model, OwnNetwork):
+            return f"a TrainingRun of {self.folder} (docs/sampling.md)"
+        return resume_command(self.folder)
 
     @property
     def how_to_sample(self) -> str:
@@ -173,16 +173,14 @@ class TrainingRun:
 
     def describe(self) -> str:
         """Describe the run in a few lines (data, split, network, ...), followed by warnings."""
-        return describe(self)
+        return describe(self.name, self.experiment, self.data, self.provenance, self.earlier)
 
     def begin_with(self, initial: SavedModel) -> None:
         """Take over a model's weights. Raises CheckpointError when they do not fit."""
         weights = initial.weights
         own = self.model.state_dict()
-        # The weights of a condition stay if it means the same, as with labels of the same names.
-        for row in CONDITIONS.values():
-            if row.known(initial.facts) != row.known(self.data.facts):
-                weights = row.renewed(weights, own)
+        if initial.label_names != self.data.image_set.label_names:
+            weights = with_other_labels(weights, own)
         description = f"{initial.path}: {initial}"
         # An average that starts from trained weights must not forget them, so its decay does not
         # rise slowly.

@@ -60,7 +60,7 @@ def test_ffhq_is_found_in_every_place_and_split_by_ids_by_its_name_alone(tmp_pat
     assert load_images(copy, 8).rule == "name"
     # Its folders of a thousand images are no labels.
     with refused("FFHQ has no label for thumbnails"):
-        load_images("FFHQ", 8, inputs=["label"])
+        load_images("FFHQ", 8, labels=True)
     # A picture without a number, or a second one with the same number, would be trained on, too.
     for stray in ("teaser.png", "00003.png"):
         (copy / stray).touch()

@@ -49,10 +49,10 @@ def test_images_come_as_they_were_and_those_of_the_test_files_validate(
     name, stand, size, channels, label, monkeypatch
 ):
     monkeypatch.setattr(torchvision_sets, name, stand)
-    image_set = load_images(name, size, channels=channels, inputs=["label"])
+    image_set = load_images(name, size, channels=channels, labels=True)
     assert_array_equal(image_set.images.squeeze(), stand.images)
     assert image_set.inputs["label"].tolist() == LABELS
-    assert image_set.facts["label_names"][3] == label
+    assert image_set.label_names[3] == label
     split = split_images(image_set, "official")
     assert split.val_indices.tolist() == list(range(40, 50))
     assert split.rule == "its test images"

@@ -34,10 +34,9 @@ def test_a_run_is_compiled_once_and_validates_and_samples_without(trained, monke
 
 
 def test_nothing_is_compiled_on_a_cpu_or_if_the_run_is_deterministic(monkeypatch):
-    run = training_run()
-    run.config = replace(run.config, compile=True)
-    assert not run.is_to_compile
+    assert not training_run(compile=True).is_to_compile
     use_stub(monkeypatch)
+    run = training_run(compile=True)
     assert run.is_to_compile
     assert "cpu, compiled in the first step" in run.describe()
     run.config = replace(run.config, deterministic=True)

@@ -192,12 +192,15 @@ def test_learning_rate_decays_rotation_stops_for_the_last_tenth_and_labels_are_d
     assert {step: faces.rate_of(step, 1000) for step in rates} == pytest.approx(rates)
 
     # Label 2 stands for none.
-    facts = {"label_names": ["a", "b"]}
-    data = SimpleNamespace(config=replace(full, condition_dropout=0.25), facts=facts)
+    images = SimpleNamespace(label_names=["a", "b"])
+    data = SimpleNamespace(config=replace(full, condition_dropout=0.25), image_set=images)
     draws = training_draws(0, 0, 40, (3, 8, 8), 1000, CPU)
     labels = torch.arange(40) % 2
     for done, angle in ((0, 3), (0.899, 3), (0.9, 0), (0.999, 0)):
         expected = augment(draws.noise, draws.flip, angle * draws.rotation)
-        x_0, inputs = TrainingData.augment(data, draws.noise, {"label": labels}, draws, done)
+        others = {"label": labels, "other": draws.noise}
+        x_0, inputs = TrainingData.augment(data, draws.noise, others, draws, done)
         assert torch.equal(x_0, expected)
         assert torch.equal(inputs["label"], labels.masked_fill(draws.condition_drop < 0.25, 2))
+        # A network of one's own drops what else it gets.
+        assert inputs["other"] is draws.noise

@@ -1,0 +1,78 @@
+"""Labels of images: each is an index of the list of all their names.
+
+The network gets it as its argument `label`, and the length of the list stands for no label.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from math import inf
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from functions.support.errors import UserError, printable
+
+
+def read_labels(
+    dataset_name: str, images: Sequence[str], found: Sequence[str | Callable[[], str | None] | None]
+) -> tuple[np.ndarray, list[str], str]:
+    """Return the label of each image (N,), the names of all labels, and a summary in words.
+
+    `images` are the names of the N images, and `found` the labels of their `Member`s. Raises
+    UserError for an image without one, and for fewer than two labels.
+    """
+    dataset = printable(dataset_name)
+    labels = [label() if callable(label) else label for label in found]
+    if None in labels:
+        without = printable(images[labels.index(None)])
+        raise UserError(
+            f"{dataset} has no label for {without}: folders are labels, or the column label of a "
+            "parquet file; FFHQ has none"
+        )
+    # Numbers are sorted as such.
+    names = sorted({*labels}, key=lambda name: (int(name) if name.isdecimal() else inf, name))
+    if len(names) < 2:
+        raise UserError(f"{dataset} has one label, {printable(names[0])}; two are needed")
+    indices = {name: index for index, name in enumerate(names)}
+    label = np.array([indices[name] for name in labels])
+    counts = sorted(np.bincount(label))
+    summary = f"{len(names)} labels of {counts[0]:,} to {counts[-1]:,} images"
+    folded = Counter(map(str.casefold, names))
+    if alike := [name for name in names if folded[name.casefold()] > 1]:
+        summary += f"; warning: labels differ in case alone: {printable(', '.join(alike))}"
+    return label, names, summary
+
+
+def check_labels(
+    dataset_name: str, label: np.ndarray, names: Sequence[str], trained: np.ndarray
+) -> None:
+    """Raise UserError for labels (N,) that a run cannot learn from images with these indices."""
+    dataset = printable(dataset_name)
+    if not {*label.tolist()} <= {*range(len(names))}:
+        raise UserError(f"{dataset}: labels must be indices of label_names")
+    unseen = [name for index, name in enumerate(names) if index not in label[trained]]
+    if unseen:
+        raise UserError(
+            f"{dataset}: no training image has the label {printable(unseen[0])!r}, as all with it "
+            "are held out; add images of it, or let folders train/ and val/ decide"
+        )
+
+
+def drop_labels(label: Tensor, dropped: Tensor, names: Sequence[str]) -> Tensor:
+    """Return the labels (B,) of a batch, with no label where `dropped` (B,) is true."""
+    return label.masked_fill(dropped, len(names))
+
+
+def chosen_labels(chosen: Sequence[str], names: Sequence[str], indices: Sequence[int]) -> Tensor:
+    """Return the labels (B,) of a drawing's images with these B indices: i has chosen[i mod K].
+
+    Raises UserError for one of the K chosen names that is not among those of the model.
+    """
+    if chosen and not names:
+        raise UserError("--label: the model was trained without labels")
+    for name in chosen:
+        if name not in names:
+            known = printable(", ".join(names))
+            raise UserError(f"--label: the model knows {known}, and not {printable(name)!r}")
+    return torch.tensor([names.index(chosen[i % len(chosen)]) for i in indices])
