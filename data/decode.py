@@ -77,7 +77,10 @@ def to_pixels(image: Image.Image, channels: int) -> np.ndarray:
     if image.mode.startswith("I"):
         # convert("RGB") would clip 16-bit grey. Here its values, at most 65535, are divided by
         # 65535 / 255 = 257 and rounded to the nearest level.
-        levels = (np.asarray(image, np.int32) + 128) // 257
+        values = np.asarray(image, np.int32)
+        levels = (values + 128) // 257
+        # One value can stand for what is transparent.
+        levels[values == image.info.get("transparency")] = 255
         return np.repeat(np.uint8(levels)[..., None], channels, axis=2)
 
     if image.has_transparency_data:
