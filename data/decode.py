@@ -17,10 +17,6 @@ from functions.support.errors import UserError, printable
 # programs to read some of them.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 
-# A small file may have many pixels, and each needs up to 20 bytes. Several images are decoded at a
-# time. Pillow's own limit is 2.7 times this one.
-MAX_PIXELS = 8192 * 8192
-
 
 class BadImage(UserError):
     """An image, or an archive, cannot be used. The message gives the reason and names no file."""
@@ -50,7 +46,7 @@ def open_image(data: bytes) -> Image.Image:
     """Decode the bytes of an image of FORMATS, and turn it upright by its EXIF orientation.
 
     Of an animation, the first frame is decoded. Raises BadImage for an image that is truncated,
-    corrupt, larger than MAX_PIXELS, or none.
+    corrupt, larger than Pillow's limit of 179 million pixels, or none.
     """
     with parsing("cannot be decoded"):
         try:
@@ -58,12 +54,6 @@ def open_image(data: bytes) -> Image.Image:
         except UnidentifiedImageError as error:
             reason = f"not a {', '.join(FORMATS)} image" if data else "empty file"
             raise BadImage(reason) from error
-    if image.width * image.height > MAX_PIXELS:
-        raise BadImage(
-            f"it has {image.width:,} x {image.height:,} pixels; images of at most "
-            f"{MAX_PIXELS:,} can be read"
-        )
-    with parsing("cannot be decoded"):
         image.load()
         return ImageOps.exif_transpose(image)
 
