@@ -14,7 +14,6 @@ from pathlib import Path
 from threading import Lock
 
 import numpy as np
-from filelock import FileLock
 from tqdm import tqdm
 
 from data.batches import batches_of
@@ -22,7 +21,7 @@ from data.decode import BadImage, fit_square, open_image, to_pixels
 from data.pixels import picture_of
 from data.sources import Source
 from functions.support.errors import CheckpointError, UserError, printable
-from functions.support.files import read_json, sha256, write_text
+from functions.support.files import holding, read_json, sha256, write_text
 
 # Increase this whenever the same files would give different pixels. Then all packs are made again.
 FORMAT_VERSION = 2
@@ -112,7 +111,8 @@ def open_packed(source: Source, shape: Shape, max_bad_images: int) -> ImageSet:
     record = read_record(path, key)
     if record is None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
+        advice = "while one process prepares images there, start no other"
+        with holding(Path(f"{path}.lock"), advice):
             # Another process may have made it while this one waited for the lock.
             record = read_record(path, key) or write_pack(path, key, source, shape)
 

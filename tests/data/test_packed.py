@@ -14,6 +14,7 @@ from numpy.testing import assert_array_equal
 
 from data import decode, packed
 from data.decode import fit_square
+from functions.saved.run_folder import locked
 from functions.support.errors import UserError
 from tests.conftest import posix, refused
 from tests.data.packing import (
@@ -88,8 +89,22 @@ def test_a_damaged_pack_is_made_anew(path, ending, capsys):
         damaged.write_bytes(content)
         assert_array_equal(load(path).images, IMAGES)
         assert damaged.read_bytes() == whole
-        said = f"rebuilding {path / 'set-8px.packed'}: outdated or damaged"
-        assert said in capsys.readouterr().out
+
+
+@posix
+def test_a_disk_without_locks_is_a_warning(path, monkeypatch, capsys):
+    fcntl = pytest.importorskip("fcntl")
+    unlocked = OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=unlocked))
+    assert_array_equal(load(path).images, IMAGES)
+    said = f"warning: {path} is on a disk without locks; "
+    assert f"{said}while one process prepares images there" in capsys.readouterr().err
+    with locked(path):
+        assert f"{said}do not start another process in it" in capsys.readouterr().err
+    # Where nothing can be written, there is no lock, either.
+    unlocked.errno = errno.EROFS
+    with pytest.raises(OSError, match="No locks"), locked(path):
+        pass
 
 
 @pytest.mark.parametrize("function", ["to_pixels", "ImageSet"])
