@@ -119,12 +119,13 @@ def open_packed(source: Source, shape: Shape, max_bad_images: int) -> ImageSet:
             record = read_record(path, key) or write_pack(path, key, source, shape)
 
     bad_images = record["bad_images"]
-    if len(bad_images) > max_bad_images:
+    if len(bad_images) > max_bad_images or not record["ids"]:
         first = ", ".join(f"{printable(name)} ({reason})" for name, reason in bad_images[:3])
         raise UserError(
-            f"{source.path}: {len(bad_images)} unusable image(s), {max_bad_images} allowed: "
-            f"{first}. {path}.json lists all; fix or remove them, or let train.py leave them out: "
-            f"--diffusion.max-bad-images {len(bad_images)}. Deleting {path} reads them again"
+            f"{source.path}: {len(bad_images)} of {len(source.members)} images are unusable, "
+            f"{max_bad_images} allowed: {first}. {path}.json lists all; fix or remove them, or let "
+            f"train.py leave them out: --diffusion.max-bad-images {len(bad_images)}. Deleting "
+            f"{path} reads them again"
         )
     # Ignored files may come and go, and the pack stays.
     summary = record["summary"] + source.describe_ignored()
@@ -223,12 +224,6 @@ def write_images(path: Path, source: Source, shape: Shape) -> dict:
             smaller_count += side < image_size
         file.flush()
         os.fsync(file.fileno())
-    if not ids:
-        first, reason = bad_images[0]
-        raise UserError(
-            f"{source.path}: none of its images can be used: {printable(first)}: {reason}."
-        )
-
     smaller = f", {smaller_count:,} smaller than that" if smaller_count else ""
     return {
         "shape": [len(ids), image_size, image_size, channels],
