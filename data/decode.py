@@ -19,25 +19,25 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 
 
 class BadImage(UserError):
-    """An image, or an archive, cannot be used. The message gives the reason and names no file."""
+    """An image, or a file of several, cannot be used. The message gives the reason."""
 
 
 @contextmanager
-def parsing(problem: str, own: type | None = None) -> Iterator[None]:
+def parsing(problem: str) -> Iterator[None]:
     """Raise BadImage for a library's error about the data that it parses in this context.
 
-    Errors of the disk and of memory are raised as they are. So are those of the call: of a line in
-    data/ itself, such as one that misspells it, and of the type `own`.
+    Errors of the disk and of memory are raised as they are. So are those of a line in data/ or
+    extras/ itself, such as a call that is misspelt.
     """
     try:
         yield
     except Exception as error:
         *_, (frame, _) = walk_tb(error.__traceback__)
-        is_own = Path(frame.f_code.co_filename).parent == Path(__file__).parent
+        is_own = Path(frame.f_code.co_filename).parent.parent == Path(__file__).parent.parent
         # An error of the disk has a number. That of a damaged file has none, or the one for a place
         # that no file has.
         is_of_disk = getattr(error, "errno", None) not in (None, errno.EINVAL)
-        if is_own or is_of_disk or isinstance(error, MemoryError) or type(error) is own:
+        if is_own or is_of_disk or isinstance(error, MemoryError):
             raise
         raise BadImage(f"{problem} ({type(error).__name__}: {printable(error)})") from error
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Lock
 
 import numpy as np
 from tqdm import tqdm
@@ -50,7 +49,7 @@ class ImageSet:
     sides: Sequence[str | None] = ()
     # This hash shows whether two sets have the same pixels. A part of a pack has the pack's hash.
     pixels_hash: str = ""
-    # The summary counts the images, those that were left out, and files that were ignored.
+    # The summary counts the images, those that were left out, and other files.
     summary: str = ""
     # What the network gets beside x_t and t: (N, ...) by the names of its arguments.
     inputs: dict[str, np.ndarray] = field(default_factory=dict)
@@ -127,8 +126,10 @@ def open_packed(source: Source, shape: Shape, max_bad_images: int) -> ImageSet:
             f"train.py leave them out: --diffusion.max-bad-images {len(bad_images)}. Deleting "
             f"{path} reads them again"
         )
-    # Ignored files may come and go, and the pack stays.
-    summary = record["summary"] + source.describe_ignored()
+    summary = record["summary"]
+    # Other files may come and go, and the pack stays.
+    if source.others:
+        summary += f"; {source.others:,} other files"
     if bad_images:
         summary += f"; deleting {path} reads those left out again"
     members = [source.members[i] for i in record["ids"]]
@@ -240,13 +241,10 @@ def map_images(source: Source, shape: Shape) -> Iterator[tuple[np.ndarray, int] 
 
     The order is that of source.members. Raises OSError when an image cannot be read.
     """
-    reading = Lock()
 
     def prepare(member):
         try:
-            # Archives must be read by one thread at a time.
-            with reading:
-                data = member.read()
+            data = member.read()
             image = picture_of(data) if isinstance(data, np.ndarray) else open_image(data)
         except BadImage as error:
             return error

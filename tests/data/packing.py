@@ -33,9 +33,9 @@ def encoded(image, image_format="PNG", **options):
     return buffer.getvalue()
 
 
-def write_zip(path, images=IMAGES, pattern="{number:05d}.png", more=(), method=zipfile.ZIP_STORED):
+def write_zip(path, images=IMAGES, pattern="{number:05d}.png", more=(), mode="w", **options):
     """Write the images and the files of `more` (bytes by name) to a zip; return its path."""
-    with zipfile.ZipFile(path, "w", method) as archive:
+    with zipfile.ZipFile(path, mode, **options) as archive:
         # The last image comes first, so neither a directory's nor an archive's own order is right.
         for number, image in reversed([*enumerate(images)]):
             name = pattern.format(folder=number % 4, number=number)
@@ -50,14 +50,6 @@ def write_folder(path, images=IMAGES, pattern="{number:05d}.png", more=()):
     """Unpack what `write_zip` writes to a folder; return its path."""
     archive = write_zip(io.BytesIO(), images, pattern, more)
     zipfile.ZipFile(archive).extractall(path)
-    return path
-
-
-def write_npz(path, images=IMAGES):
-    """Write the images as one array, beside labels and a text; return the file's path."""
-    np.savez_compressed(path, images, labels=np.arange(len(images)))
-    with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr("readme.txt", "These are images.")
     return path
 
 
