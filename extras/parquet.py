@@ -36,6 +36,8 @@ def list_rows(path: Path) -> list[Member]:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise UserError(f"{path} needs pyarrow: python -m pip install pyarrow") from error
+    # A file that is replaced from here on gets another stamp.
+    stamp = stamp_of(path)
     with parsing(f"{path} cannot be read"):
         file = ParquetFile(path)
         paths = [column.path for column in file.schema]
@@ -70,7 +72,6 @@ def list_rows(path: Path) -> list[Member]:
             for value in values
         ]
 
-    stamp = stamp_of(path)
     return [
         Member("", stamp, partial(read, i), label=lambda i=i: labels()[i])
         for i in range(file.metadata.num_rows)

@@ -1,5 +1,6 @@
 """extras/parquet.py: rows are images with their classes, through all shards of a set."""
 
+import os
 import sys
 
 import pyarrow as pa
@@ -49,6 +50,22 @@ def test_folders_of_files_say_which_rows_are_held_out(tmp_path):
     for side, part in (("val", IMAGES[6:]), ("train", IMAGES[:6])):
         write_images(tmp_path / side / "a.parquet", part)
     assert split_images(load(tmp_path), "reference").val_indices.tolist() == [6, 7, 8, 9]
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch):
+    path = write_images(tmp_path / "set.parquet")
+    original = parquet.ParquetFile
+
+    def replaced(path):
+        file = original(path)
+        write_images(tmp_path / "new", 255 - IMAGES)
+        os.replace(tmp_path / "new", path)
+        return file
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parquet, "ParquetFile", replaced)
+        assert_array_equal(load(path).images, IMAGES)
+    assert_array_equal(load(path).images, 255 - IMAGES)
 
 
 def test_what_has_no_images_or_is_damaged_is_refused(tmp_path):
