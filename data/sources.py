@@ -43,8 +43,7 @@ class Member(NamedTuple):
     # The side of a split: "train", or the folder that is held out, such as "val". Other rules than
     # that of folders do not look at it.
     side: str | None = None
-    # The label, or a function that reads that of a row; None without one.
-    label: str | Callable[[], str | None] | None = None
+    label: str | None = None
 
 
 @dataclass
@@ -65,9 +64,9 @@ def find_source(path: str | os.PathLike, rule: str = "name") -> Source:
 
     `rule` is that of `Source`. With "name", folders train/ and one of HELD_OUT_FOLDERS directly in
     the folder decide the split if there are both; images elsewhere are then no images of the set.
-    The nearest other folder is the label of an image; a row of a table has its own one, and FFHQ
-    none. Raises UserError for what is none of the three kinds, or damaged, and OSError when the
-    disk cannot be read.
+    The nearest other folder is the label of an image, but for FFHQ; a row of a table has its own.
+    Raises UserError for what is none of the three kinds, or damaged, and OSError when the disk
+    cannot be read.
     """
     path = Path(path).expanduser()
     is_zip = path.suffix.lower() == ".zip"
@@ -83,7 +82,7 @@ def find_source(path: str | os.PathLike, rule: str = "name") -> Source:
             "of one, or a folder of parquet files or one of them; a tar must be unpacked (tar xf)"
         )
     if tables:
-        with door(f"{path}, of parquet,"):
+        with door(str(path)):
             from extras.parquet import list_parquet
         images = list_parquet(path, sorted(tables))
 
@@ -102,7 +101,7 @@ def find_source(path: str | os.PathLike, rule: str = "name") -> Source:
                 source.others += 1
                 continue
             del above[level]
-        label = None if rule == "FFHQ" else image.label or [None, *above][-1]
+        label = image.label if tables or rule == "FFHQ" else [None, *above][-1]
         source.members[image_id] = image._replace(side=side, label=label)
     return source
 

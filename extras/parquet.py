@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -53,28 +53,27 @@ def list_rows(path: Path) -> list[Member]:
         data = row and row["bytes"]
         return data if isinstance(data, bytes) else b""
 
-    # Only a set with labels reads them, by the names of Hugging Face's metadata, if any.
-    @cache
-    def labels():
-        schema = file.schema_arrow
-        if "label" not in schema.names:
-            return [None] * file.metadata.num_rows
-        with parsing(f"{path}: the labels cannot be read"):
-            values = file.read(["label"]).column(0).to_pylist()
-            feature = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        # Anything else on the way to the names means that there are none.
-        for key in ("info", "features", "label", "names"):
-            feature = feature.get(key) if isinstance(feature, dict) else None
-        names = dict(enumerate(feature or []))
-        # Hugging Face has -1 where there is no label. A list of several is none.
-        return [
-            str(names.get(value, value)) if isinstance(value, (int, str)) and value != -1 else None
-            for value in values
-        ]
+    rows = range(file.metadata.num_rows)
+    labels = labels_of(file, path) or [None for _ in rows]
+    return [Member("", stamp, partial(read, i), label=labels[i]) for i in rows]
 
+
+def labels_of(file: Any, path: Path) -> list[str | None]:
+    """Return the labels of a `ParquetFile`, by the names of Hugging Face's metadata, if any."""
+    schema = file.schema_arrow
+    if "label" not in schema.names:
+        return []
+    with parsing(f"{path}: the labels cannot be read"):
+        values = file.read(["label"]).column(0).to_pylist()
+        feature = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    # Anything else on the way to the names means that there are none.
+    for key in ("info", "features", "label", "names"):
+        feature = feature.get(key) if isinstance(feature, dict) else None
+    names = dict(enumerate(feature or []))
+    # Hugging Face has -1 where there is no label. A list of several is none.
     return [
-        Member("", stamp, partial(read, i), label=lambda i=i: labels()[i])
-        for i in range(file.metadata.num_rows)
+        str(names.get(value, value)) if isinstance(value, (int, str)) and value != -1 else None
+        for value in values
     ]
 
 

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from data.datasets import load_images
 from data.sources import find_source
 from tests.conftest import posix, refused
 from tests.data.packing import IMAGES, TREE, encoded, write_folder, write_zip
@@ -85,11 +86,13 @@ def test_what_is_no_source_is_said_in_a_sentence(tmp_path):
         find_source(tmp_path / "missing")
 
 
-def test_without_extras_a_set_that_needs_them_says_so(tmp_path, monkeypatch):
-    write_folder(tmp_path, [], more={"a.parquet": b""})
+@pytest.mark.parametrize("name", ["a.parquet", "MNIST"])
+def test_without_extras_a_set_that_needs_them_says_so(name, tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").touch()
+    monkeypatch.chdir(tmp_path)
     # As when the folder is deleted
-    for name in [name for name in sys.modules if f"{name}.".startswith("extras.")]:
-        monkeypatch.delitem(sys.modules, name)
+    for module in [module for module in sys.modules if f"{module}.".startswith("extras.")]:
+        monkeypatch.delitem(sys.modules, module)
     monkeypatch.setattr(sys, "path", [])
-    with refused("a.parquet, of parquet, needs the folder extras/ of this repository: No module"):
-        find_source(tmp_path / "a.parquet")
+    with refused(f"{name} needs the folder extras/ of this repository: No module named 'extras'"):
+        load_images(name, 28)

@@ -100,21 +100,27 @@ def test_without_pyarrow_it_says_what_is_missing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "metadata, expected",
+    "metadata, column, expected",
     [
-        ('{"info": {"features": {"label": {"names": ["cat", "dog"]}}}}', "dog, cat, dog"),
-        ('{"info": {"features": 5}}', "1, 0, 1"),
+        (
+            '{"info": {"features": {"label": {"names": ["cat", "dog"]}}}}',
+            [1, 0, 1],
+            "dog, cat, dog",
+        ),
+        ('{"info": {"features": 5}}', [1, 0, 1], "1, 0, 1"),
+        # That is none, and neither is the folder one.
+        ("{}", [1, -1, 0], "has no label for data/a.parquet/1"),
         # It is no JSON.
-        (9**5 * "[", "a.parquet: the labels cannot be read"),
+        (9**5 * "[", [1, 0, 1], "a.parquet: the labels cannot be read"),
     ],
-    ids=["names", "none", "hostile"],
+    ids=["names", "numbers", "none", "hostile"],
 )
-def test_a_row_has_the_class_of_its_column(metadata, expected, tmp_path):
+def test_a_row_has_the_class_of_its_column(metadata, column, expected, tmp_path):
     """By the names of Hugging Face's metadata, else by its number."""
-    path = tmp_path / "a.parquet"
-    write_rows(path, [{"bytes": PICTURE}] * 3, {"huggingface": metadata}, label=[1, 0, 1])
+    path = tmp_path / "data" / "a.parquet"
+    write_rows(path, [{"bytes": PICTURE}] * 3, {"huggingface": metadata}, label=column)
     try:
-        found = load_images(path, 8, inputs=["label"])
+        found = load_images(tmp_path, 8, inputs=["label"])
         labels = ", ".join(found.facts["label_names"][k] for k in found.inputs["label"])
     except UserError as error:
         labels = str(error)
