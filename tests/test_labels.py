@@ -20,7 +20,6 @@ from functions.guidance import Guided
 from functions.sampling import editing
 from functions.sampling.generation import given
 from functions.saved.loading import load_denoiser
-from functions.support.errors import UserError
 from functions.training.opening import new_run
 from models.unet import UNet
 from tests.conftest import (
@@ -38,7 +37,7 @@ from tests.conftest import (
     small_unet,
     train_tiny,
 )
-from tests.data.packing import IMAGES, encoded, write_folder
+from tests.data.packing import IMAGES, encoded, labels_of, write_folder
 
 # Pictures with these labels are red, green and blue.
 NAMES = ["2", "10", "blue"]
@@ -77,15 +76,6 @@ def labelled_run(coloured, tmp_path_factory):
         --diffusion.validate-every 1000
     """
     return train_tiny(coloured, tmp_path_factory.mktemp("labelled"), ONE_LEVEL, LABELS, flags)
-
-
-def labels_of(path):
-    """Return the label of each image, or why there is none."""
-    try:
-        image_set = load_images(path, 8, inputs=["label"])
-    except UserError as error:
-        return str(error)
-    return ", ".join(image_set.facts["label_names"][k] for k in image_set.inputs["label"])
 
 
 def test_the_nearest_folder_is_the_label_and_numbers_are_sorted_as_such(coloured):

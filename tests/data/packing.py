@@ -9,8 +9,10 @@ import pytest
 from PIL import Image
 
 from data import packed
+from data.datasets import load_images
 from data.packed import open_packed
 from data.sources import find_source
+from functions.support.errors import UserError
 
 
 def random_pixels(*shape):
@@ -56,6 +58,15 @@ def write_folder(path, images=IMAGES, pattern="{number:05d}.png", more=()):
 def load(path, size=8, max_bad_images=0):
     """Return the images of a folder or an archive, by way of a packed file."""
     return open_packed(find_source(path), (3, size, size), max_bad_images)
+
+
+def labels_of(path):
+    """Return the label of each image, or why there is none."""
+    try:
+        image_set = load_images(path, 8, inputs=["label"])
+    except UserError as error:
+        return str(error)
+    return ", ".join(image_set.facts["label_names"][k] for k in image_set.inputs["label"])
 
 
 def packed_files(folder):

@@ -95,9 +95,8 @@ def test_a_pack_that_is_not_whole_is_made_anew(path, ending):
 
 @posix
 def test_a_disk_without_locks_is_a_warning(path, monkeypatch, capsys):
-    fcntl = pytest.importorskip("fcntl")
     unlocked = OSError(errno.ENOLCK, "No locks available")
-    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=unlocked))
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=unlocked))
     assert_array_equal(load(path).images, IMAGES)
     said = f"warning: {path} is on a disk without locks; "
     assert f"{said}while one process prepares images there" in capsys.readouterr().err

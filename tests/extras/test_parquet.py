@@ -8,11 +8,9 @@ import pytest
 from numpy.testing import assert_array_equal
 from pyarrow import parquet
 
-from data.datasets import load_images, split_images
 from data.sources import find_source
-from functions.support.errors import UserError
 from tests.conftest import refused
-from tests.data.packing import IMAGES, encoded, load
+from tests.data.packing import IMAGES, encoded, labels_of, load
 
 PICTURE = encoded(IMAGES[0])
 
@@ -44,12 +42,6 @@ def test_one_file_and_several_shards_are_the_same_set(tmp_path):
         assert image_set.ids == list(range(10))
     assert (one.names[6], several.names[6]) == ("6", "data/b.parquet/6")
     assert several.summary.endswith("; 1 other files")
-
-
-def test_folders_of_files_say_which_rows_are_held_out(tmp_path):
-    for side, part in (("val", IMAGES[6:]), ("train", IMAGES[:6])):
-        write_images(tmp_path / side / "a.parquet", part)
-    assert split_images(load(tmp_path), "reference").val_indices.tolist() == [6, 7, 8, 9]
 
 
 def test_a_file_that_is_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch):
@@ -86,10 +78,6 @@ def test_a_row_without_an_image_is_one_bad_image(tmp_path):
     write_rows(path, [{"bytes": PICTURE}, None, {"bytes": None}])
     with refused(r"set.parquet: 2 of 3 .*: 1 \(empty file\), 2 \(empty file\)"):
         load(path)
-    assert load(path, max_bad_images=2).ids == [0]
-    write_rows(path, [{"bytes": "a text"}])
-    with refused(r"1 of 1 images .*: 0 \(empty file\)"):
-        load(path)
 
 
 def test_without_pyarrow_it_says_what_is_missing(tmp_path, monkeypatch):
@@ -119,9 +107,4 @@ def test_a_row_has_the_class_of_its_column(metadata, column, expected, tmp_path)
     """By the names of Hugging Face's metadata, else by its number."""
     path = tmp_path / "data" / "a.parquet"
     write_rows(path, [{"bytes": PICTURE}] * 3, {"huggingface": metadata}, label=column)
-    try:
-        found = load_images(tmp_path, 8, inputs=["label"])
-        labels = ", ".join(found.facts["label_names"][k] for k in found.inputs["label"])
-    except UserError as error:
-        labels = str(error)
-    assert expected in labels
+    assert expected in labels_of(tmp_path)
