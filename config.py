@@ -304,7 +304,7 @@ class DiffusionConfig:
     """The settings of data, diffusion and training. One *step* is one optimiser step."""
 
     # The data set: "emoji_faces" or "emoji_people" (embedded), "FFHQ", "CIFAR10", "MNIST", or the
-    # path of a folder, zip, parquet or npz.
+    # path of a folder of images, a zip of one, or parquet files.
     dataset_name: str
     # The learning rate after the warm-up.
     learning_rate: float = setting(at_least=1e-9, at_most=1)

@@ -7,10 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# All images stay on a GPU if they need at most this fraction of its free memory. So a GPU with
-# 16 GB keeps FFHQ at 128 px.
-FREE_MEMORY_FRACTION = 0.25
-
 
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     """Return the order of an epoch's n images: an int64 permutation (n,), by seed and epoch."""
@@ -48,8 +44,7 @@ def indices_of_steps(
 class ImageFeeder:
     """Images (N, S, S, C) uint8, memory-mapped or not, that are fed to a device in batches.
 
-    With them goes what the network gets beside them, `inputs`: (N, ...) by name. A CUDA device
-    keeps all images if there is room. Otherwise the CPU gathers each batch.
+    With them goes what the network gets beside them, `inputs`: (N, ...) by name.
     """
 
     def __init__(
@@ -57,16 +52,8 @@ class ImageFeeder:
     ):
         self.device = device
         self.inputs = inputs or {}
-        self.on_cuda = device.type == "cuda"
-
         # Gathering from a plain array is faster, because np.memmap does bookkeeping in every call.
         self.images = np.asarray(images)
-
-        self.resident = None
-        if self.on_cuda:
-            free_bytes, _ = torch.cuda.mem_get_info(device)
-            if self.images.nbytes <= FREE_MEMORY_FRACTION * free_bytes:
-                self.resident = torch.tensor(self.images, device=device)
 
     def gather(self, indices: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the images with indices (B,) int64, uint8 (B, S, S, C), and their inputs (B, ...).
@@ -74,14 +61,12 @@ class ImageFeeder:
         All are on the device.
         """
         inputs = {name: self.on_device(values[indices]) for name, values in self.inputs.items()}
-        if self.resident is not None:
-            return self.resident[torch.from_numpy(indices)], inputs
         return self.on_device(self.images[indices]), inputs
 
     def on_device(self, values: np.ndarray) -> Tensor:
         """Copy an array to the device."""
         batch = torch.from_numpy(values)
-        if self.on_cuda:
+        if self.device.type == "cuda":
             # The CPU does not wait for this copy. PyTorch's allocator of pinned memory reuses the
             # buffer only after it is done.
             return batch.pin_memory().to(self.device, non_blocking=True)

@@ -8,15 +8,8 @@ import numpy as np
 
 from data.labels import read_labels
 from data.packed import ImageSet, open_packed
-from data.sources import (
-    ARCHIVES,
-    TORCHVISION,
-    Source,
-    choose_ids,
-    find_source,
-    read_torchvision_set,
-)
-from functions.support.errors import UserError, printable
+from data.sources import Source, choose_ids, find_source
+from functions.support.errors import UserError, door, printable
 from functions.support.files import sha256
 
 DATA_FOLDER = Path(__file__).resolve().parent
@@ -87,24 +80,31 @@ def locate(dataset_name: str) -> Source:
     if dataset_name in ("emoji_faces", "emoji_people"):
         return find_source(EMBEDDED_SET, "id")
     if dataset_name == "FFHQ":
-        # There may be an empty folder next to an archive, so archives come first.
-        archives = [f"FFHQ{suffix}" for suffix in ARCHIVES]
-        path = next(filter(Path.exists, map(DATA_FOLDER.joinpath, [*archives, "FFHQ"])), None)
-        if path is None:
+        # There may be an empty folder next to a zip, so the zip comes first.
+        paths = [DATA_FOLDER / "FFHQ.zip", DATA_FOLDER / "FFHQ"]
+        found = [path for path in paths if path.exists()]
+        if not found:
             raise UserError(
-                f"FFHQ was not found at {DATA_FOLDER / 'FFHQ'} (a folder, or "
-                f"{' or '.join(archives)}, or a link to one); docs/ffhq.md says where to get it"
+                f"FFHQ was not found at {paths[1]} (a folder, or {paths[0].name}, or a link to "
+                "one); docs/ffhq.md says where to get it"
             )
-        source = find_source(path, "FFHQ")
+        source = find_source(found[0], "FFHQ")
         if isinstance(min(source.members), str):
             raise UserError(
                 f"{source.path}: each image of FFHQ must have a number of its own as its name. "
                 "Remove other images and second copies."
             )
         return source
-    if dataset_name in TORCHVISION:
-        return read_torchvision_set(dataset_name, DATA_FOLDER)
+    if dataset_name in ("CIFAR10", "MNIST"):
+        return read_torchvision_set(dataset_name)
     return find_source(dataset_name)
+
+
+def read_torchvision_set(name: str, download: bool = False) -> Source:
+    """Read CIFAR10 or MNIST in data/ by extras/, which can download it. Raises UserError."""
+    with door(name):
+        import extras.torchvision_sets as sets
+    return sets.read_set(name, DATA_FOLDER, download)
 
 
 def split_images(image_set: ImageSet, split: str) -> Split:
@@ -124,7 +124,6 @@ def split_images(image_set: ImageSet, split: str) -> Split:
     rule = image_set.rule
     count = len(ids)
     first = 60_000 if split == "official" else 63_000
-    note = ""
     if rule == "FFHQ" and ids[0] < first <= ids[-1]:
         held_out = np.array(ids) >= first
         reason = f"FFHQ's ids from {first:,} on"
@@ -136,8 +135,6 @@ def split_images(image_set: ImageSet, split: str) -> Split:
         hashes = np.array([int(sha256(file)[:8], 16) / 16**8 for file in files])
         held_out = hashes <= max(HELD_OUT, hashes.min())
         reason = "by a hash of each name"
-        if len({*files}) < count:
-            note = "; all images of one name are on one side: folders train/ and val/ decide better"
     else:
         held_out = np.array(image_set.sides) == rule
         reason = f"its {rule} images"
@@ -160,7 +157,7 @@ def split_images(image_set: ImageSet, split: str) -> Split:
         "pixels_hash": image_set.pixels_hash,
     }
     examples = ", ".join(printable(names[i]) for i in val_indices[:3])
-    description = f"{counts} {why}, such as {examples}{note}"
+    description = f"{counts} {why}, such as {examples}"
     return Split(train_indices, val_indices, reason, description, hashes)
 
 

@@ -17,31 +17,27 @@ from functions.support.errors import UserError, printable
 # programs to read some of them.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 
-# A small file may have many pixels, and each needs up to 20 bytes. Several images are decoded at a
-# time. Pillow's own limit is 2.7 times this one.
-MAX_PIXELS = 8192 * 8192
-
 
 class BadImage(UserError):
-    """An image, or an archive, cannot be used. The message gives the reason and names no file."""
+    """An image, or a file of several, cannot be used. The message gives the reason."""
 
 
 @contextmanager
-def parsing(problem: str, own: type | None = None) -> Iterator[None]:
+def parsing(problem: str) -> Iterator[None]:
     """Raise BadImage for a library's error about the data that it parses in this context.
 
-    Errors of the disk and of memory are raised as they are. So are those of the call: of a line in
-    data/ itself, such as one that misspells it, and of the type `own`.
+    Errors of the disk and of memory are raised as they are. So are those of a line in data/ or
+    extras/ itself, such as a call that is misspelt.
     """
     try:
         yield
     except Exception as error:
         *_, (frame, _) = walk_tb(error.__traceback__)
-        is_own = Path(frame.f_code.co_filename).parent == Path(__file__).parent
+        is_own = Path(frame.f_code.co_filename).parent.parent == Path(__file__).parent.parent
         # An error of the disk has a number. That of a damaged file has none, or the one for a place
         # that no file has.
         is_of_disk = getattr(error, "errno", None) not in (None, errno.EINVAL)
-        if is_own or is_of_disk or isinstance(error, MemoryError) or type(error) is own:
+        if is_own or is_of_disk or isinstance(error, MemoryError):
             raise
         raise BadImage(f"{problem} ({type(error).__name__}: {printable(error)})") from error
 
@@ -50,7 +46,7 @@ def open_image(data: bytes) -> Image.Image:
     """Decode the bytes of an image of FORMATS, and turn it upright by its EXIF orientation.
 
     Of an animation, the first frame is decoded. Raises BadImage for an image that is truncated,
-    corrupt, larger than MAX_PIXELS, or none.
+    corrupt, larger than Pillow's limit of 179 million pixels, or none.
     """
     with parsing("cannot be decoded"):
         try:
@@ -58,12 +54,6 @@ def open_image(data: bytes) -> Image.Image:
         except UnidentifiedImageError as error:
             reason = f"not a {', '.join(FORMATS)} image" if data else "empty file"
             raise BadImage(reason) from error
-    if image.width * image.height > MAX_PIXELS:
-        raise BadImage(
-            f"it has {image.width:,} x {image.height:,} pixels; images of at most "
-            f"{MAX_PIXELS:,} can be read"
-        )
-    with parsing("cannot be decoded"):
         image.load()
         return ImageOps.exif_transpose(image)
 
@@ -77,7 +67,10 @@ def to_pixels(image: Image.Image, channels: int) -> np.ndarray:
     if image.mode.startswith("I"):
         # convert("RGB") would clip 16-bit grey. Here its values, at most 65535, are divided by
         # 65535 / 255 = 257 and rounded to the nearest level.
-        levels = (np.asarray(image, np.int32) + 128) // 257
+        values = np.asarray(image, np.int32)
+        levels = (values + 128) // 257
+        # One value can stand for what is transparent.
+        levels[values == image.info.get("transparency")] = 255
         return np.repeat(np.uint8(levels)[..., None], channels, axis=2)
 
     if image.has_transparency_data:

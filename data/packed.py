@@ -1,20 +1,19 @@
 """Decode and resize every image of a source once, into one packed file, and memory-map the file.
 
 <name>-<S>px.packed contains uint8 (N, S, S, 3), and <name>-<S>px-grey.packed (N, S, S, 1). The
-.json next to it has a hash of all that decides the pixels, and, with a checksum, a record.
+.json next to it is its record, with a hash of all that decides the pixels, and one of these.
 """
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Lock
 
 import numpy as np
-from filelock import FileLock
 from tqdm import tqdm
 
 from data.batches import batches_of
@@ -22,10 +21,11 @@ from data.decode import BadImage, fit_square, open_image, to_pixels
 from data.pixels import picture_of
 from data.sources import Source
 from functions.support.errors import CheckpointError, UserError, printable
-from functions.support.files import read_json, sha256, write_text
+from functions.support.files import holding, read_json, sha256, write_text
 
-# Increase this whenever the same files would give different pixels. Then all packs are made again.
-FORMAT_VERSION = 2
+# Increase this whenever the same files would give different pixels, or another record. Then all
+# packs are made again.
+FORMAT_VERSION = 3
 
 # (C, S, S): the number of channels, and the side in pixels
 Shape = tuple[int, int, int]
@@ -49,7 +49,7 @@ class ImageSet:
     sides: Sequence[str | None] = ()
     # This hash shows whether two sets have the same pixels. A part of a pack has the pack's hash.
     pixels_hash: str = ""
-    # The summary counts the images, those that were left out, and files that were ignored.
+    # The summary counts the images, those that were left out, and other files.
     summary: str = ""
     # What the network gets beside x_t and t: (N, ...) by the names of its arguments.
     inputs: dict[str, np.ndarray] = field(default_factory=dict)
@@ -111,20 +111,24 @@ def open_packed(source: Source, shape: Shape, max_bad_images: int) -> ImageSet:
     record = read_record(path, key)
     if record is None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
+        advice = "while one process prepares images there, start no other"
+        with holding(Path(f"{path}.lock"), advice):
             # Another process may have made it while this one waited for the lock.
             record = read_record(path, key) or write_pack(path, key, source, shape)
 
     bad_images = record["bad_images"]
-    if len(bad_images) > max_bad_images:
+    if len(bad_images) > max_bad_images or not record["ids"]:
         first = ", ".join(f"{printable(name)} ({reason})" for name, reason in bad_images[:3])
         raise UserError(
-            f"{source.path}: {len(bad_images)} unusable image(s), {max_bad_images} allowed: "
-            f"{first}. {path}.json lists all; fix or remove them, or let train.py leave them out: "
-            f"--diffusion.max-bad-images {len(bad_images)}. Deleting {path} reads them again"
+            f"{source.path}: {len(bad_images)} of {len(source.members)} images are unusable, "
+            f"{max_bad_images} allowed: {first}. {path}.json lists all; fix or remove them, or let "
+            f"train.py leave them out: --diffusion.max-bad-images {len(bad_images)}. Deleting "
+            f"{path} reads them again"
         )
-    # Ignored files may come and go, and the pack stays.
-    summary = record["summary"] + source.describe_ignored()
+    summary = record["summary"]
+    # Other files may come and go, and the pack stays.
+    if source.others:
+        summary += f"; {source.others:,} other files"
     if bad_images:
         summary += f"; deleting {path} reads those left out again"
     members = [source.members[i] for i in record["ids"]]
@@ -159,19 +163,17 @@ def pack_path(source: Source, shape: Shape) -> Path:
 
 
 def read_record(path: Path, key: str) -> dict | None:
-    """Return a pack's record, or None if it is missing, outdated, or not whole by its hashes."""
+    """Return a pack's record, or None if it is missing, outdated, or that of another size.
+
+    The pixels were hashed when they were written, and are not read again.
+    """
     try:
-        file = read_json(Path(f"{path}.json"))
+        record = read_json(Path(f"{path}.json"))
     except CheckpointError:
         return None
-    record = file.get("record")
-    if file.get("key") != key or file.get("sha256") != sha256(json.dumps(record)):
+    if record.get("key") != key or not path.is_file():
         return None
-    if not path.is_file():
-        return None
-    with open(path, "rb") as pixels:
-        digest = hashlib.file_digest(pixels, "sha256").hexdigest()
-    return record if digest.startswith(record["pixels_hash"]) else None
+    return record if path.stat().st_size == math.prod(record["shape"]) else None
 
 
 def write_pack(path: Path, key: str, source: Source, shape: Shape) -> dict:
@@ -179,17 +181,14 @@ def write_pack(path: Path, key: str, source: Source, shape: Shape) -> dict:
 
     Prints a summary.
     """
-    if path.exists():
-        print(f"rebuilding {path}: outdated or damaged")
     # Without its record a file is not used, so nothing is wrong after a kill. The old file is
     # deleted and not overwritten, because a training may still read it.
     record_path = Path(f"{path}.json")
     record_path.unlink(missing_ok=True)
     path.unlink(missing_ok=True)
     try:
-        record = write_images(path, source, shape)
-        file = {"key": key, "sha256": sha256(json.dumps(record)), "record": record}
-        write_text(record_path, json.dumps(file))
+        record = {"key": key} | write_images(path, source, shape)
+        write_text(record_path, json.dumps(record))
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
@@ -225,12 +224,6 @@ def write_images(path: Path, source: Source, shape: Shape) -> dict:
             smaller_count += side < image_size
         file.flush()
         os.fsync(file.fileno())
-    if not ids:
-        first, reason = bad_images[0]
-        raise UserError(
-            f"{source.path}: none of its images can be used: {printable(first)}: {reason}."
-        )
-
     smaller = f", {smaller_count:,} smaller than that" if smaller_count else ""
     return {
         "shape": [len(ids), image_size, image_size, channels],
@@ -247,13 +240,10 @@ def map_images(source: Source, shape: Shape) -> Iterator[tuple[np.ndarray, int] 
 
     The order is that of source.members. Raises OSError when an image cannot be read.
     """
-    reading = Lock()
 
     def prepare(member):
         try:
-            # Archives must be read by one thread at a time.
-            with reading:
-                data = member.read()
+            data = member.read()
             image = picture_of(data) if isinstance(data, np.ndarray) else open_image(data)
         except BadImage as error:
             return error

@@ -1,7 +1,7 @@
 """Prepare a data set ahead of training, or download one.
 
     python data/prepare.py FFHQ
-    python data/prepare.py path/to/folder-or-archive --image-size 64
+    python data/prepare.py path/to/folder-or-zip --image-size 64
     python data/prepare.py MNIST --download
 
 Preparing is optional, because train.py does it, too. The exit code is 0 on success, and 2 if the
@@ -18,8 +18,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data.datasets import DATA_FOLDER, load_images
-from data.sources import read_torchvision_set
+from data.datasets import load_images, read_torchvision_set
 from functions.support.command_line import Parser, add_flags, run_script
 from functions.support.settings import choice
 
@@ -43,7 +42,7 @@ def main() -> None:
     add_flags(parser, PrepareFlags)
     args = parser.parse_args()
     if args.download:
-        read_torchvision_set(args.source, DATA_FOLDER, download=True)
+        read_torchvision_set(args.source, download=True)
         return
     image_set = load_images(args.source, args.image_size, channels=args.channels)
     print(f"Ready: {image_set.summary}")

@@ -3,12 +3,13 @@
 The mathematics (functions/*.py) import torch and each other alone. Of the rooms (functions/*/),
 support imports itself and the pixels alone, so it knows no preset and no network. The others import
 the mathematics, `config`, `models` and no room after their own of support, saved, sampling and
-evaluation; training imports support and saved. Whoever samples loads no data set.
+evaluation; training imports support and saved. Whoever samples loads no data set. What is in
+extras/ is imported within functions alone.
 """
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -37,11 +38,13 @@ MAY_IMPORT = {
     # The flags are those of the script, prepare.py.
     "data": {
         "data",
+        "extras",
         "functions.support.command_line",
         "functions.support.errors",
         "functions.support.files",
         "functions.support.settings",
     },
+    "extras": {"data", "functions.support.errors"},
     "functions": MATHEMATICS,
     "functions/support": {"functions.support", "data.pixels"},
     "functions/saved": SAVED,
@@ -53,9 +56,9 @@ MAY_IMPORT = {
 }
 
 
-def imported(path: Path) -> Iterator[str]:
+def imported(path: Path, nodes: Callable = ast.walk) -> Iterator[str]:
     """Yield all names that a file imports, anywhere in it: modules, and their members."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(ast.parse(path.read_text())):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             module = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
             yield from (f"{module}{alias.name}" for alias in node.names)
@@ -81,3 +84,10 @@ def test_imports_never_turn_round(place):
             of_project = (ROOT / package).is_dir() or (ROOT / f"{package}.py").is_file()
             allowed = any(f"{module}.".startswith(f"{name}.") for name in MAY_IMPORT[place])
             assert allowed or not of_project, f"{file} imports {module}"
+
+
+def test_what_is_in_extras_is_behind_doors():
+    rooms = ("*.py", "data/*.py", "models/*.py", "functions/**/*.py")
+    for file in (file for room in rooms for file in ROOT.glob(room)):
+        at_once = [*imported(file, ast.iter_child_nodes)]
+        assert not any(name.startswith("extras") for name in at_once), file

@@ -20,7 +20,6 @@ from functions.guidance import Guided
 from functions.sampling import editing
 from functions.sampling.generation import given
 from functions.saved.loading import load_denoiser
-from functions.support.errors import UserError
 from functions.training.opening import new_run
 from models.unet import UNet
 from tests.conftest import (
@@ -38,7 +37,7 @@ from tests.conftest import (
     small_unet,
     train_tiny,
 )
-from tests.data.packing import IMAGES, encoded, write_folder
+from tests.data.packing import IMAGES, encoded, labels_of, write_folder
 
 # Pictures with these labels are red, green and blue.
 NAMES = ["2", "10", "blue"]
@@ -79,15 +78,6 @@ def labelled_run(coloured, tmp_path_factory):
     return train_tiny(coloured, tmp_path_factory.mktemp("labelled"), ONE_LEVEL, LABELS, flags)
 
 
-def labels_of(path):
-    """Return the label of each image, or why there is none."""
-    try:
-        image_set = load_images(path, 8, labels=True)
-    except UserError as error:
-        return str(error)
-    return ", ".join(image_set.label_names[k] for k in image_set.inputs["label"])
-
-
 def test_the_nearest_folder_is_the_label_and_numbers_are_sorted_as_such(coloured):
     plain = load_images(coloured, 8)
     labelled = load_images(coloured, 8, labels=True)
@@ -108,7 +98,7 @@ def test_the_nearest_folder_is_the_label_and_numbers_are_sorted_as_such(coloured
         ("test/train/a.png test/val/b.png", "has one label, test; two are needed"),
         ("train/1/a.png train/2/c.png val/1/b.png", "1, 2, 1"),
         ("cat/b.png train/a.png", "cat, train"),
-        ("vehicles/test/bus/b.png vehicles/train/train/a.png", "bus, train"),
+        ("test/bus/b.png train/train/a.png", "bus, train"),
     ],
 )
 def test_folders_are_labels_or_one_sentence_says_why_not(names, expected, tmp_path):
@@ -138,27 +128,6 @@ def test_dropout_of_labels_without_labels_is_a_warning(coloured):
     assert warning not in begun(coloured).describe()
     # A network of details is trained without its small image, too.
     assert warning not in begun(coloured, dropout, "--diffusion.objective details").describe()
-
-
-@pytest.mark.parametrize(
-    "metadata, expected",
-    [
-        ('{"info": {"features": {"label": {"names": ["cat", "dog"]}}}}', "dog, cat, dog"),
-        ('{"info": {"features": 5}}', "1, 0, 1"),
-        # It is no JSON.
-        (9**5 * "[", "a.parquet: the labels cannot be read"),
-    ],
-    ids=["names", "none", "hostile"],
-)
-def test_a_row_has_the_class_of_its_column(metadata, expected, tmp_path):
-    """By the names of Hugging Face's metadata, else by its number."""
-    pa = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    image = {"bytes": encoded(IMAGES[0]), "path": None}
-    table = pa.table({"image": [image] * 3, "label": [1, 0, 1]})
-    table = table.replace_schema_metadata({"huggingface": metadata})
-    parquet.write_table(table, tmp_path / "a.parquet")
-    assert expected in labels_of(tmp_path / "a.parquet")
 
 
 def test_the_embedding_is_added_to_that_of_t_and_begins_at_zero():

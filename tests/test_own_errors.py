@@ -7,7 +7,8 @@ from unittest import mock
 import pytest
 
 import sample
-from data import decode, sources
+from data import decode
+from extras import torchvision_sets
 from functions.saved import diffusers_folder
 from functions.saved.checkpoint import load_weights
 from functions.support.command_line import run_script
@@ -44,9 +45,9 @@ def test_a_call_that_a_library_does_not_know_is_no_damaged_file(tmp_path):
     ours = planted(decode, "transpose(image)", "transpose(image, turn=1)")
     with pytest.raises(TypeError, match="turn"):
         ours.open_image(encoded(IMAGES[0]))
-    ours = planted(sources, "download=download)", "fetch=download)")
+    ours = planted(torchvision_sets, "download=download)", "fetch=download)")
     with pytest.raises(TypeError, match="fetch"):
-        ours.read_torchvision_set("MNIST", tmp_path)
+        ours.read_set("MNIST", tmp_path)
 
 
 def test_the_cause_of_a_sentence_is_printed_if_asked_for(monkeypatch, capsys):

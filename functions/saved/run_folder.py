@@ -15,16 +15,17 @@ The time is in UTC, so that the newest run is the newest in every time zone.
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from functions.saved.checkpoint import Checkpoint, SavedModel, verify_checkpoint
-from functions.support.errors import WRITE_ERRORS, CheckpointError, UserError, quoted, warn
+from functions.support.errors import CheckpointError, UserError, quoted, warn
+from functions.support.files import holding
 
 Result = TypeVar("Result")
 # The two groups are the experiment's name and the start time.
@@ -90,23 +91,16 @@ def locked(run: Path) -> Iterator[None]:
 
     Raises UserError when another process has locked it, and OSError when it is read-only.
     """
-    # The system releases the lock when the process ends, even when it is killed.
-    lock = FileLock(run / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise UserError(f"{run}: another process is already training in this folder") from error
-    except (NotImplementedError, OSError) as error:
-        if getattr(error, "errno", None) in WRITE_ERRORS:
-            raise
-        warn(f"warning: {run} is on a disk without locks; do not start another process in it")
-    try:
+    advice = "do not start another process in it"
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(holding(run / ".lock", advice, timeout=0))
+        except Timeout as error:
+            raise UserError(f"{run}: another process is already training in this folder") from error
         for pattern in TRAINING_LEFTOVERS:
             for leftover in filter(Path.is_file, run.glob(pattern)):
                 leftover.unlink()
         yield
-    finally:
-        lock.release()
 
 
 def paths_in(folder: Path) -> list[Path]:

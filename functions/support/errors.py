@@ -6,6 +6,8 @@ Scripts print such an error in one line, and exit with status 2.
 import errno
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # The errors of a disk that is full or broken, and of a place that may not be written to.
@@ -31,6 +33,18 @@ class CheckpointError(UserError):
 def warn(text: str) -> None:
     """Print a warning to stderr."""
     print(text, file=sys.stderr)
+
+
+@contextmanager
+def door(what: str) -> Iterator[None]:
+    """Import a module of extras/, which `what` needs. Raises UserError if it is not there."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        # Another missing module is a fault of the code.
+        if not error.name.startswith("extras"):
+            raise
+        raise UserError(f"{what} needs the folder extras/ of this repository: {error}") from error
 
 
 def quoted(path: Path) -> str:

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from functions.support.errors import CheckpointError, printable
+from filelock import FileLock, Timeout
+
+from functions.support.errors import WRITE_ERRORS, CheckpointError, printable, warn
 
 
 @contextmanager
@@ -39,6 +41,29 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+@contextmanager
+def holding(path: Path, advice: str, timeout: float = -1) -> Iterator[None]:
+    """Hold the lock `path` within the context; other processes wait, or wait `timeout` seconds.
+
+    A disk without locks is a warning, which ends with the advice. Raises filelock's Timeout, and
+    OSError when the lock cannot be written.
+    """
+    # The system releases the lock when the process ends, even when it is killed.
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout)
+    except Timeout:
+        raise
+    except (NotImplementedError, OSError) as error:
+        if getattr(error, "errno", None) in WRITE_ERRORS:
+            raise
+        warn(f"warning: {path.parent} is on a disk without locks; {advice}")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_text(path: Path, text: str) -> None:

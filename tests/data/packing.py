@@ -9,8 +9,10 @@ import pytest
 from PIL import Image
 
 from data import packed
+from data.datasets import load_images
 from data.packed import open_packed
 from data.sources import find_source
+from functions.support.errors import UserError
 
 
 def random_pixels(*shape):
@@ -33,9 +35,9 @@ def encoded(image, image_format="PNG", **options):
     return buffer.getvalue()
 
 
-def write_zip(path, images=IMAGES, pattern="{number:05d}.png", more=(), method=zipfile.ZIP_STORED):
+def write_zip(path, images=IMAGES, pattern="{number:05d}.png", more=(), mode="w", **options):
     """Write the images and the files of `more` (bytes by name) to a zip; return its path."""
-    with zipfile.ZipFile(path, "w", method) as archive:
+    with zipfile.ZipFile(path, mode, **options) as archive:
         # The last image comes first, so neither a directory's nor an archive's own order is right.
         for number, image in reversed([*enumerate(images)]):
             name = pattern.format(folder=number % 4, number=number)
@@ -53,17 +55,18 @@ def write_folder(path, images=IMAGES, pattern="{number:05d}.png", more=()):
     return path
 
 
-def write_npz(path, images=IMAGES):
-    """Write the images as one array, beside labels and a text; return the file's path."""
-    np.savez_compressed(path, images, labels=np.arange(len(images)))
-    with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr("readme.txt", "These are images.")
-    return path
-
-
 def load(path, size=8, max_bad_images=0):
     """Return the images of a folder or an archive, by way of a packed file."""
     return open_packed(find_source(path), (3, size, size), max_bad_images)
+
+
+def labels_of(path):
+    """Return the label of each image, or why there is none."""
+    try:
+        image_set = load_images(path, 8, labels=True)
+    except UserError as error:
+        return str(error)
+    return ", ".join(image_set.label_names[k] for k in image_set.inputs["label"])
 
 
 def packed_files(folder):

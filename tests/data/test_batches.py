@@ -13,13 +13,7 @@ from hypothesis import given, settings
 from hypothesis.strategies import integers
 from numpy.testing import assert_array_equal, assert_equal
 
-from data.batches import (
-    FREE_MEMORY_FRACTION,
-    ImageFeeder,
-    batches_of,
-    epoch_order,
-    indices_of_steps,
-)
+from data.batches import ImageFeeder, batches_of, epoch_order, indices_of_steps
 from functions.support import processes
 from tests.conftest import CPU, refused
 from tests.data.packing import random_pixels
@@ -73,12 +67,10 @@ def test_processes_share_each_step_of_an_epoch_and_can_start_anywhere(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("keep", [True, False])
-def test_batches_of_a_memory_map_come_in_order_as_copies(tmp_path, device, keep):
+def test_batches_of_a_memory_map_come_in_order_as_copies(tmp_path, device):
     IMAGES.tofile(tmp_path / "images")
     mapped = np.memmap(tmp_path / "images", np.uint8, "r", shape=IMAGES.shape)
     feeder = ImageFeeder(mapped, torch.device(device), {"number": np.arange(50)})
-    feeder.resident = torch.tensor(mapped, device=device) if keep else None
     indices = [epoch_order(50, 0, epoch)[:7] for epoch in range(6)]
     for expected, (batch, inputs) in zip(indices, feeder.feed(iter(indices)), strict=True):
         assert batch.dtype == torch.uint8
@@ -116,12 +108,3 @@ def test_one_batch_is_read_ahead_and_neither_leaving_early_nor_an_error_leaves_a
     with refused("from the caller", RuntimeError):
         list(ImageFeeder(IMAGES, CPU).feed(indices()))
     assert not feeding_threads()
-
-
-def test_the_whole_set_stays_on_a_gpu_only_when_it_fits(monkeypatch):
-    monkeypatch.setattr(torch, "tensor", lambda images, device: "resident")
-    needed = IMAGES.nbytes / FREE_MEMORY_FRACTION
-    # The GPU is pretended. Its free memory is a byte more or less than the set needs.
-    for free, resident in ((needed + 1, "resident"), (needed - 1, None)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", mock.Mock(return_value=(free, 10**12)))
-        assert ImageFeeder(IMAGES, torch.device("cuda")).resident == resident

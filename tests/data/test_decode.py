@@ -34,6 +34,11 @@ FORMS = {
         np.round(GREY_16[..., None] / 65535 * 255),
         0,
     ),
+    "16-bit grey with a transparent value": (
+        encoded(GREY_16, transparency=300),
+        np.where(GREY_16 == 300, 255, np.round(GREY_16 / 65535 * 255))[..., None],
+        0,
+    ),
     "transparent palette": (
         encoded(PALETTE, transparency=0),
         [[[200, 100, 50], [255, 255, 255]]],
@@ -73,18 +78,10 @@ def test_exif_orientation_is_applied():
     assert_array_equal(open_image(encoded(RGB, exif=exif)), np.rot90(RGB, -1))
 
 
-@pytest.mark.parametrize(
-    "size, reason",
-    [
-        ([8192, 8193], "it has 8,192 x 8,193 pixels; images of at most 67,108,864"),
-        # Pillow raises an error for over twice its limit of pixels.
-        ([20_000, 20_000], "DecompressionBomb"),
-    ],
-)
-def test_images_of_too_many_pixels_are_refused_with_the_reason(size, reason):
+def test_an_image_of_too_many_pixels_is_a_bad_one():
     # A GIF says how large it is, without a checksum.
-    with refused(reason, BadImage):
-        open_image(TWO_FRAMES[:6] + np.uint16(size).tobytes() + TWO_FRAMES[10:])
+    with refused("DecompressionBomb", BadImage):
+        open_image(TWO_FRAMES[:6] + np.uint16([20_000, 20_000]).tobytes() + TWO_FRAMES[10:])
 
 
 @pytest.mark.parametrize("size, kernel", [(5, Image.LANCZOS), (25, Image.BICUBIC)])

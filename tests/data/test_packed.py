@@ -14,6 +14,7 @@ from numpy.testing import assert_array_equal
 
 from data import decode, packed
 from data.decode import fit_square
+from functions.saved.run_folder import locked
 from functions.support.errors import UserError
 from tests.conftest import posix, refused
 from tests.data.packing import (
@@ -43,7 +44,7 @@ def test_the_pack_holds_the_pixels_and_is_made_once(tmp_path, monkeypatch, write
     pack = load(path)
     assert not pack.images.flags.writeable
 
-    # The file holds the pixels and nothing else, and the hash is theirs.
+    # The file holds the pixels and nothing else.
     file = Path(pack.images.filename)
     assert file.read_bytes() == IMAGES.tobytes()
     assert pack.pixels_hash == hashlib.sha256(IMAGES).hexdigest()[:16]
@@ -56,7 +57,11 @@ def test_the_pack_holds_the_pixels_and_is_made_once(tmp_path, monkeypatch, write
     moved = before.rename(tmp_path / "moved") / name
     os.utime(moved, ns=(1, 1))
     forbid_decoding(monkeypatch)
-    assert_array_equal(load(moved).images, IMAGES)
+    pack = load(moved)
+    assert_array_equal(pack.images, IMAGES)
+    # It was hashed when it was written, and is not hashed again at each start.
+    Path(pack.images.filename).write_bytes(bytes(IMAGES.size))
+    assert not load(moved).images.any()
 
 
 def test_what_changed_is_made_anew_in_the_same_place(path):
@@ -77,19 +82,30 @@ def test_what_changed_is_made_anew_in_the_same_place(path):
 
 
 @pytest.mark.parametrize("ending", ["", ".json"])
-def test_a_damaged_pack_is_made_anew(path, ending, capsys):
+def test_a_pack_that_is_not_whole_is_made_anew(path, ending):
     damaged = Path(f"{load(path).images.filename}{ending}")
     whole = damaged.read_bytes()
-    contents = [b"", b"[]", b"{}", b"null"]
-    # A bit is another one.
-    for i in range(0, len(whole), len(whole) // 15):
-        contents.append(whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :])
-    for content in contents:
-        damaged.write_bytes(content)
+    for content in (None, b"", b"[]", b"{}", whole[:-1], whole + b"0"):
+        damaged.unlink()
+        if content is not None:
+            damaged.write_bytes(content)
         assert_array_equal(load(path).images, IMAGES)
         assert damaged.read_bytes() == whole
-        said = f"rebuilding {path / 'set-8px.packed'}: outdated or damaged"
-        assert said in capsys.readouterr().out
+
+
+@posix
+def test_a_disk_without_locks_is_a_warning(path, monkeypatch, capsys):
+    unlocked = OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=unlocked))
+    assert_array_equal(load(path).images, IMAGES)
+    said = f"warning: {path} is on a disk without locks; "
+    assert f"{said}while one process prepares images there" in capsys.readouterr().err
+    with locked(path):
+        assert f"{said}do not start another process in it" in capsys.readouterr().err
+    # Where nothing can be written, there is no lock, either.
+    unlocked.errno = errno.EROFS
+    with pytest.raises(OSError, match="No locks"), locked(path):
+        pass
 
 
 @pytest.mark.parametrize("function", ["to_pixels", "ImageSet"])
@@ -111,7 +127,7 @@ def test_a_pack_is_final_and_says_how_its_bad_images_are_read_again(path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(decode, "FORMATS", ("PNG",))
         named = r"00002\.png \(cannot be .*, 00005\.png \(not a .*, 00010\.webp \(not a .*"
-        with refused(rf"3 unusable.*2 allowed: {named}images 3\. D{again}them"):
+        with refused(rf"3 of 11 images are unusable, 2 allowed: {named}images 3\. D{again}them"):
             load(path, max_bad_images=2)
 
         # Nothing is decoded again to allow them, or to refuse them.
@@ -120,38 +136,35 @@ def test_a_pack_is_final_and_says_how_its_bad_images_are_read_again(path, monkey
         assert f"8 images at 8x8, 3 left out; d{again}those left out" in pack.summary
         assert pack.ids == [0, 1, 3, 4, 6, 7, 8, 9]
         assert_array_equal(pack.images, IMAGES[pack.ids])
-        with refused("3 unusable"):
+        with refused("3 of 11"):
             load(path)
     Path(pack.images.filename).unlink()
     assert load(path, max_bad_images=2).ids == [*pack.ids, 10]
 
 
-def test_what_is_ignored_or_smaller_than_the_size_is_counted(tmp_path, capsys, monkeypatch):
+def test_other_files_and_what_is_smaller_than_the_size_are_counted(tmp_path, capsys, monkeypatch):
     images = [random_pixels(1, 1, 3), random_pixels(300, 7, 3), random_pixels(9, 300, 3)]
-    path = write_folder(tmp_path / "set", images, more={"a.TIF": b"", ".hidden.png": b"", "b": b""})
+    path = write_folder(tmp_path / "set", images, more={"a.TIF": b"", ".hidden.png": b""})
     start = "set: 3 images at 8x8, 0 left out, 2 smaller than that"
-    summary = f"{start}; ignored: 1 .tif, 1 hidden, 1 without an ending"
-    assert load(path).summary == summary
+    assert load(path).summary == f"{start}; 1 other files"
     assert capsys.readouterr().out == f"{start}\n"
 
     # A pack that was made before says the same, but of the files of now.
     forbid_decoding(monkeypatch)
-    assert load(path).summary == summary
-    (path / "b.tif").touch()
-    (path / "b").unlink()
-    assert load(path).summary == f"{start}; ignored: 2 .tif, 1 hidden"
+    (path / "b").touch()
+    assert load(path).summary == f"{start}; 2 other files"
 
 
 # The errors of their parsers are of three classes.
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_a_damaged_member_of_a_zip_is_one_bad_image(tmp_path, method):
-    path = write_zip(tmp_path / "set.zip", method=method)
+    path = write_zip(tmp_path / "set.zip", compression=method)
     offset = zipfile.ZipFile(path).getinfo("00005.png").header_offset
     with open(path, "r+b") as file:
         # The headers of the member and of LZMA have 48 bytes.
         file.seek(offset + 60)
         file.write(bytes(10))
-    with refused(r"set.zip: 1 unusable.* 00005.png \(cannot be read \(\w+: "):
+    with refused(r"set.zip: 1 of 10 .* 00005.png \(cannot be read \(\w+: "):
         load(path)
     assert load(path, max_bad_images=1).ids == [0, 1, 2, 3, 4, 6, 7, 8, 9]
 
@@ -162,7 +175,7 @@ def test_a_damaged_member_of_a_zip_is_one_bad_image(tmp_path, method):
         (OSError(errno.EIO, "the disk"), OSError, r"the disk: '.*set.zip: 0000\d.png'"),
         (MemoryError("no memory"), MemoryError, "no memory"),
         # A damaged file may name a place that no file has.
-        (OSError(errno.EINVAL, "a place"), UserError, "none of its images .*OSError: .* a place"),
+        (OSError(errno.EINVAL, "a place"), UserError, "10 of 10 images .*OSError: .* a place"),
     ],
 )
 def test_an_error_of_disk_or_memory_is_no_bad_image(error, kind, message, tmp_path, monkeypatch):
@@ -175,9 +188,8 @@ def test_an_error_of_disk_or_memory_is_no_bad_image(error, kind, message, tmp_pa
 def test_a_set_without_one_good_image_is_an_error(tmp_path):
     path = write_folder(tmp_path / "set", [], more={"\x1b.png": b""})
     # A name must not control the terminal.
-    with refused(r"none of its images can be used: \\x1b.png: empty file"):
-        load(path)
-    assert packed_files(path) == ["set-8px.packed.lock"]
+    with refused(r"1 of 1 images are unusable, 9 allowed: \\x1b.png \(empty file\)"):
+        load(path, max_bad_images=9)
 
 
 def test_read_only_data_go_to_the_cache(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""What we add to CIFAR-10 and MNIST of torchvision, for whose classes others stand here."""
+"""extras/torchvision_sets.py: what we add to torchvision, for whose classes others stand here."""
 
 import pytest
 from numpy.testing import assert_array_equal
@@ -15,8 +15,7 @@ LABELS = [3 * i % 10 for i in range(50)]
 
 @pytest.fixture(autouse=True)
 def data_folder(tmp_path, monkeypatch):
-    for module in (datasets, prepare):
-        monkeypatch.setattr(module, "DATA_FOLDER", tmp_path)
+    monkeypatch.setattr(datasets, "DATA_FOLDER", tmp_path)
     return tmp_path
 
 
