@@ -196,7 +196,7 @@ def test_what_only_a_folder_decides(folder, pictures, tmp_path, monkeypatch, cap
         call(sample, "theirs --n 1 --steps", steps)
         used = f"steps {steps}, spacing trailing, variance {variance}, temperature 1.0, clip_x_0 F"
         assert used in capsys.readouterr().out
-    call(edit, "invert 0 theirs --steps 5")
+    call(edit, "vary 0 theirs --steps 5 --depths 0.2")
     with refused("does not say which images it was trained on"):
         call(evaluate, "theirs")
     call(evaluate, "theirs --images 2 --t-stride 10 --data", pictures)
