@@ -6,6 +6,8 @@ Scripts print such an error in one line, and exit with status 2.
 import errno
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # The errors of a disk that is full or broken, and of a place that may not be written to.
@@ -26,6 +28,19 @@ class UserError(Exception):
 
 class CheckpointError(UserError):
     """The file that the message names cannot be used. Callers may use the checkpoint before it."""
+
+
+@contextmanager
+def door(what: str) -> Iterator[None]:
+    """Import from extras/ in the context. Raises UserError, with what needs it, if it is gone."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name.partition(".")[0] != "extras":
+            raise
+        raise UserError(
+            f"{what} needs {error.name.replace('.', '/')} of this project, which is not here"
+        ) from error
 
 
 def warn(text: str) -> None:

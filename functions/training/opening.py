@@ -12,7 +12,6 @@ from config import (
     DEFAULT_EXPERIMENT,
     EXPERIMENTS,
     ConfigError,
-    DiffusersNetwork,
     DiffusionConfig,
     Experiment,
     ModelConfig,
@@ -74,7 +73,7 @@ def make_run(
     """Return a run with the images that its config names, and the network that it describes."""
     config, model = experiment.diffusion, experiment.model
     conditions = turned_on(vars(config))
-    if conditions and isinstance(model, DiffusersNetwork):
+    if conditions and not isinstance(model, ModelConfig):
         raise ConfigError(f"a network of diffusers gets no {', '.join(conditions)} here")
     image_set = load_images(
         config.dataset_name,
