@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from typing import NoReturn
 
 from torch import nn
 
@@ -16,8 +17,7 @@ from functions.denoiser import OBJECTIVES
 from functions.noise_scheduler import BETA_SCHEDULES, LARGEST_TIMESTEPS, NoiseScheduler
 from functions.optimizers import LR_SCHEDULES, OPTIMIZERS
 from functions.samplers import SAMPLERS
-from functions.support.errors import printable
-from functions.support.optional import import_diffusers, refusing_errors
+from functions.support.errors import door, printable
 from functions.support.settings import (
     ConfigError,
     check_fields,
@@ -29,7 +29,6 @@ from functions.support.settings import (
     setting,
 )
 from models.details import DetailsUNet
-from models.diffusers_unet import DiffusersUNet
 from models.unet import UNet
 
 
@@ -458,8 +457,8 @@ def build_scheduler(diffusion: dict) -> NoiseScheduler:
         raise ConfigError(str(error)) from error
 
 
-class ImageShape:
-    """What the configs of all networks have in common."""
+class NetworkConfig:
+    """What the configs of all networks have in common, of other kinds too (`model_from`)."""
 
     channels: int
     image_size: int
@@ -471,7 +470,7 @@ class ImageShape:
 
 
 @dataclass(frozen=True)
-class ModelConfig(ImageShape):
+class ModelConfig(NetworkConfig):
     """The arguments of `models.unet.UNet`."""
 
     # Height and width of the features in the bottleneck.
@@ -532,7 +531,7 @@ class ModelConfig(ImageShape):
 
 
 @dataclass(frozen=True)
-class OwnNetwork(ImageShape):
+class OwnNetwork(NetworkConfig):
     """What a run knows of a network that no `ModelConfig` describes (docs/sampling.md)."""
 
     # The name of its class, which the files of the run have.
@@ -545,26 +544,12 @@ class OwnNetwork(ImageShape):
     def __post_init__(self) -> None:
         check_fields(self)
 
-
-@dataclass(frozen=True)
-class DiffusersNetwork(ImageShape):
-    """A network of diffusers, which that library builds (docs/other-models.md)."""
-
-    # The arguments of its `UNet2DModel`.
-    unet_2d_model: dict
-
-    @property
-    def image_size(self) -> int:
-        """Height and width of the images."""
-        return self.unet_2d_model["sample_size"]
-
-    @property
-    def channels(self) -> int:
-        """Colour channels."""
-        return self.unet_2d_model["in_channels"]
-
-
-NetworkConfig = ModelConfig | OwnNetwork | DiffusersNetwork
+    def build(self) -> NoReturn:
+        """Raise ConfigError: only its author can build it."""
+        raise ConfigError(
+            f"its network, {self.class_name!r:.100}, is not built by a config; docs/sampling.md "
+            "says how to load and resume it from Python"
+        )
 
 
 def model_from(values: dict) -> NetworkConfig:
@@ -577,8 +562,10 @@ def model_from(values: dict) -> NetworkConfig:
             f"dialect = {printable(dialect)} is gone: with commit a67ff70, sample.py --export DIR "
             "makes a folder of it, which this version reads"
         )
-    kinds = {"class_name": OwnNetwork, "unet_2d_model": DiffusersNetwork}
-    kind = next((kinds[name] for name in kinds if name in values), ModelConfig)
+    kind = OwnNetwork if "class_name" in values else ModelConfig
+    if "unet_2d_model" in values:
+        with door("a network of diffusers"):
+            from extras.diffusers_network import DiffusersNetwork as kind
     return from_fields(kind, values)
 
 
@@ -586,19 +573,10 @@ def build_network(config: NetworkConfig, objective: str = "eps") -> nn.Module:
     """Build a network with random weights, f(x_t, t); docs/change.md adds another class here.
 
     With the objective "details" it is f(x, t, low) of models/details.py.
-    Raises ConfigError for an `OwnNetwork`, which only its author can build, and for what diffusers
-    cannot build; and UserError when it is not installed.
+    A config of another kind builds its own, and raises ConfigError if it cannot.
     """
-    if isinstance(config, DiffusersNetwork):
-        diffusers = import_diffusers()
-        with refusing_errors():
-            unet = diffusers.UNet2DModel(**config.unet_2d_model)
-        return DiffusersUNet(unet)
-    if isinstance(config, OwnNetwork):
-        raise ConfigError(
-            f"its network, {config.class_name!r:.100}, is not built by a config; docs/sampling.md "
-            "says how to load and resume it from Python"
-        )
+    if not isinstance(config, ModelConfig):
+        return config.build()
     network = DetailsUNet if objective == "details" else UNet
     return network(**vars(config))
 

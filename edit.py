@@ -1,8 +1,6 @@
 """Edit images with a trained model: `python edit.py interpolate A B` mixes two images.
 
     python edit.py interpolate A B [RUN]             mixes two images
-    python edit.py interpolate A B [RUN] --exact     mixes the noise that they are sampled from
-    python edit.py invert A [RUN]                    finds this noise, and samples from it
     python edit.py vary A [RUN]                      samples images similar to one
     python edit.py inpaint A [RUN] --mask FILE       regenerates a part of one
     python edit.py enlarge FILE [MODEL]              doubles the size of a picture of a face
@@ -10,8 +8,7 @@
 A and B are image files or, except for inpaint, indices of images that the seed generates. Files are
 cropped and resized as training images are, to the size of the model: with --enlarge what they have
 beyond it is lost, except for inpaint. RUN comes right after the images; the flags of sampling are
-those of sample.py. Of a recipe, invert and --exact use the model alone, and inpaint the models.
-enlarge takes the picture as it is.
+those of sample.py. inpaint has its own sampler. enlarge takes the picture as it is.
 """
 
 if __name__ == "__main__":
@@ -24,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from functions.sampling.editing import (
-    EXACT_STEPS,
     INPAINTING_STEPS,
     VERBS,
     check_edit,
@@ -35,11 +31,7 @@ from functions.sampling.settings import SeedFlags, add_sampling_flags, settings_
 from functions.saved.run_folder import PRETRAINED
 from functions.support.command_line import Parser, add_flags, run_script
 from functions.support.device import DTYPES
-from functions.support.errors import UserError
 from functions.support.settings import choice, setting
-
-# How far images are noised unless --depths says otherwise, as fractions of all timesteps
-DEPTHS = (0.25, 0.5, 0.75, 1.0)
 
 
 def main() -> None:
@@ -48,11 +40,9 @@ def main() -> None:
     if args.verb == "enlarge":
         save_enlarged(args)
         return
-    # The mixtures of --exact are those of noise that `invert` finds.
-    verb = "invert" if args.exact else args.verb
-    save, taken, steps = VERBS[verb]
+    save, taken, steps = VERBS[args.verb]
     config = settings_of(args, taken=taken)
-    check_edit(verb, config)
+    check_edit(args.verb, config)
     drawing = open_drawing(args, config, steps)
     print(f"{args.verb}: {drawing}")
     save(args, drawing)
@@ -69,19 +59,10 @@ class EditFlags(SeedFlags):
 
 @dataclass(frozen=True)
 class DepthFlags(EditFlags):
-    """The flags of vary."""
+    """The flags of interpolate and vary."""
 
-    # How far the images are noised, as fractions of all timesteps. Default: 0.25,0.5,0.75,1.
-    depths: tuple[float, ...] = setting((), at_most=1)
-
-
-@dataclass(frozen=True)
-class MixFlags(DepthFlags):
-    """The flags of interpolate."""
-
-    # Instead of that, mix the noise that `edit.py invert` finds, and sample from the mixtures, by
-    # default in 200 steps.
-    exact: bool = False
+    # How far the images are noised, as fractions of all timesteps.
+    depths: tuple[float, ...] = setting((0.25, 0.5, 0.75, 1.0), at_most=1)
 
 
 @dataclass(frozen=True)
@@ -111,19 +92,9 @@ class EnlargeFlags(EditFlags):
 def parse_flags() -> argparse.Namespace:
     """Read the command line."""
     parser = Parser(description=__doc__)
-    parser.set_defaults(exact=False)
     verbs = parser.add_subparsers(dest="verb", required=True)
     for name, image_count, flags_class, help in (
-        ("interpolate", 2, MixFlags, "A B: mix two images."),
-        (
-            "invert",
-            1,
-            EditFlags,
-            "A: find the noise from which DDIM samples an image, and sample the image from it "
-            f"again, in {EXACT_STEPS} steps each way unless --steps says otherwise. Of 40 steps "
-            "another face can come back; 100 steps missed it by up to 26 of 255 levels (RMS), 250 "
-            "by up to 4.",
-        ),
+        ("interpolate", 2, DepthFlags, "A B: mix two images."),
         ("vary", 1, DepthFlags, "A: sample images similar to one."),
         (
             "inpaint",
@@ -148,12 +119,7 @@ def parse_flags() -> argparse.Namespace:
         help="A run or a file of the preset ffhq-details. Default: the included one.",
     )
     add_flags(enlarge, EnlargeFlags)
-    args = parser.parse_args()
-    depths = getattr(args, "depths", ())
-    if args.exact and depths:
-        raise UserError("--depths: not allowed with --exact")
-    args.depths = depths or DEPTHS
-    return args
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

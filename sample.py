@@ -24,9 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data.batches import batches_of
 from data.pixels import to_uint8
-from functions.sampling.export import export
 from functions.sampling.generation import (
     Drawing,
     generate,
@@ -34,7 +35,6 @@ from functions.sampling.generation import (
     sample_batch,
     step_bar,
 )
-from functions.sampling.models import open_models
 from functions.sampling.samples_folder import (
     generate_frames,
     image_indices,
@@ -45,6 +45,8 @@ from functions.sampling.samples_folder import (
     save_columns,
 )
 from functions.sampling.settings import SeedFlags, add_sampling_flags, settings_of
+from functions.saved.checkpoint import export
+from functions.saved.loading import open_model
 from functions.support import processes
 from functions.support.command_line import Parser, run_script
 from functions.support.errors import UserError
@@ -68,10 +70,10 @@ def main(name_prefix: str = "", description: str = __doc__, **defaults: Any) -> 
         # The flags, or the recipe's settings with the given flags in their place
         config = settings_of(args, name_prefix)
         if args.export:
-            models = open_models(config.alone(), args.device)
+            saved, _ = open_model(Path(config.model), torch.device("cpu"))
             if processes.is_main():
-                export(models, args.seed, args.export)
-                print(f"wrote {args.export}")
+                export(saved, args.export)
+                print(f"{saved.path}: {saved}\nwrote {args.export}")
             return
 
         # The networks and their schedules come only from the checkpoints.
@@ -158,8 +160,8 @@ class SampleFlags(SeedFlags):
     # Write an animation of the grid, from noise to images. In sampleFFHQ.py it is the default.
     gif: bool = False
     # Instead of sampling, write the EMA weights (of a run without EMA, the raw weights) as one
-    # file, NAME.safetensors, or as a diffusers folder with a few samples, in 20 steps of dpm++. A
-    # guide and the models of --enlarge are not written. Default: no.
+    # file, NAME.safetensors, or as a diffusers folder. A guide and the models of --enlarge are not
+    # written. Default: no.
     export: Path | None = None
 
 

@@ -28,10 +28,11 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import EXPERIMENTS, ModelConfig, build_network
+from extras.diffusers_folder import network_fields
+from extras.diffusers_network import DiffusersUNet
 from functions.denoiser import Denoiser
 from functions.losses import denoising_loss
 from functions.noise_scheduler import NoiseScheduler
-from functions.saved.diffusers_folder import network_fields
 from functions.support.command_line import Parser, run_script
 from functions.support.device import (
     choose_device,
@@ -40,7 +41,6 @@ from functions.support.device import (
     fast_layout,
     set_deterministic,
 )
-from models.diffusers_unet import DiffusersUNet
 
 PACKAGES = ("ours", "diffusers", "lucidrains")
 OUR_SETTINGS = "our settings"

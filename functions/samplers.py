@@ -1,4 +1,4 @@
-"""The samplers: from noise x_T to images x_0. `ddim_invert` leads from images to noise.
+"""The samplers: from noise x_T to images x_0.
 
 Each sampler is a plain function `f(denoiser, x_T, steps=N) -> x_0` with its paper's defaults. A new
 sampler is a function and a row of `SAMPLERS` at the end of this file. All share these arguments:
@@ -127,35 +127,6 @@ def ddim_sample(
             x = x + sigma * draw_noise(step_noise, k, x)
         if on_step:
             on_step(k, t, x, x_0)
-    return x
-
-
-@torch.no_grad()
-def ddim_invert(
-    denoiser: Predictor,
-    x_0: Tensor,
-    steps: Steps = None,
-    on_step: OnStep | None = None,
-) -> Tensor:
-    """Return the x_T from which `ddim_sample`, with eta = 0, samples x_0; order 1.
-
-    With eta = 0, DDIM is Euler's method for an ODE (Song et al. 2021, Eq. 14). In terms of
-    y = x_t / sqrt(alpha_bar) and sigma = sqrt((1 - alpha_bar) / alpha_bar) it is dy = eps dsigma.
-    This function runs it from the image to the noise (Section 4.3). A step from s to t uses the eps
-    at s, and `ddim_sample` that at t, so the errors of both ways add up. No x_0 is clipped, because
-    clipping cannot be undone.
-    """
-    scheduler = denoiser.scheduler
-    ascending = sampling_times(scheduler, steps)[::-1]
-    x = x_0
-    for k, (s, t) in enumerate(pairwise(ascending)):
-        # The network cannot be called at the clean image, s = -1. There it gets the timestep t.
-        _, eps = denoiser.predict(x, t if s < 0 else s)
-        # Eq. 12 without fresh noise: the x_0 that x_s and eps imply, with the same eps at t.
-        predicted = scheduler.predict_x_0(x, s, eps)
-        x = scheduler.q_sample(predicted, t, eps)
-        if on_step:
-            on_step(k, s, x, predicted)
     return x
 
 

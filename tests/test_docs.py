@@ -23,7 +23,7 @@ PAGES = [
 ]
 
 # The first arguments after which a script has other flags.
-VERBS = ("bits", "interpolate", "invert", "vary", "inpaint", "distance", "images")
+VERBS = ("bits", "interpolate", "vary", "inpaint", "distance", "images")
 FOLDERS = ("benchmarks", "data", "extras", "figures", "functions", "models", "tests")
 FILES = [*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))]
 PATHS = [f"/{path.relative_to(ROOT).as_posix()}" for path in FILES]

@@ -46,7 +46,8 @@ def test_every_picture_is_drawn_from_small_runs(
     for path in folder.iterdir():
         # It has more than one colour.
         assert np.ptp(np.asarray(Image.open(path).convert("L"))) > 0, path.name
-    # `python -m tests.browser` draws the page of demo.py, and benchmarks/same_hour.py its figure.
+    # `python -m tests.browser` draws the page of demo.py. docs/speed.md names the commit whose
+    # script has drawn the other one.
     others = {"demo-draw.jpg", "same_hour.png"}
     pictures = {path.name for path in (ROOT / "figures").iterdir() if path.suffix != ".py"}
     assert {path.name for path in folder.iterdir()} == pictures - others - {"__pycache__"}

@@ -8,8 +8,7 @@ import pytest
 
 import sample
 from data import decode
-from extras import torchvision_sets
-from functions.saved import diffusers_folder
+from extras import diffusers_folder, torchvision_sets
 from functions.saved.checkpoint import load_weights
 from functions.support.command_line import run_script
 from functions.training.stopping import explain_failed_writes

@@ -41,7 +41,7 @@ def test_without_ema_the_raw_weights_are_used_and_it_is_said(trained, capsys):
 @pytest.mark.slow
 def test_a_script_works_from_another_folder(pictures, tmp_path, monkeypatch):
     """Even if packages there have the names of ours; and its threads spin shortly."""
-    for package in ("models", "data", "functions"):
+    for package in ("models", "data", "functions", "extras"):
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").touch()
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

@@ -1,4 +1,4 @@
-"""Edit images: mix two, vary one, find its noise, inpaint it; and the verbs of edit.py.
+"""Edit images: mix two, vary one, inpaint it; and the verbs of edit.py.
 
 An image is noised to t, one of the sampler's timesteps, and denoised (Ho et al. 2020, Section 4.4).
 t = -1 is the image itself. Images are in [-1, 1], on the models' device.
@@ -28,14 +28,12 @@ from data.batches import batches_of
 from data.decode import fit_image, fit_mask, open_image_file, to_pixels
 from data.pixels import to_model_range, to_uint8
 from functions.enlarging import Keeping, Known, enlarge
-from functions.samplers import ddim_invert, ddim_sample
 from functions.sampling.generation import (
     Drawing,
     Noise,
     enlarge_images,
     generate,
     given,
-    step_bar,
     take_steps,
 )
 from functions.sampling.models import ENLARGES, opened
@@ -52,20 +50,9 @@ WEIGHTS = torch.linspace(0, 1, 9)
 MIXTURE_TITLES = ["A", *(f"{weight:.3g}" for weight in WEIGHTS), "B"]
 # A row of a figure has this many variations, after the image itself.
 VARIATION_COUNT = 8
-# An inpainting, and an inversion
+# The steps of an inpainting, and its settings
 INPAINTING_STEPS = 50
-EXACT_STEPS = 200
 INPAINTING = {"sampler": "ddpm", **OF_SAMPLER}
-INVERSION = {
-    "sampler": "ddim",
-    **OF_SAMPLER,
-    "eta": 0.0,
-    "precision": "float32",
-    "guide": None,
-    "guidance": None,
-    "cfg": None,
-    "enlarge": (),
-}
 # Grey that fills the mask in the picture of the known pixels.
 GREY = 128
 
@@ -74,13 +61,6 @@ def check_edit(verb: str, config: DrawingConfig) -> None:
     """Raise UserError for settings that a verb cannot use."""
     if len(config.label) > 1:
         raise UserError("an edit has one --label")
-    if verb == "invert":
-        for name, value in INVERSION.items():
-            if getattr(config, name) != value and name not in ("steps", "spacing"):
-                raise UserError(
-                    f"--{name}: an inversion is that of ddim with eta 0 in float32, without other "
-                    "models; use --steps and --spacing alone"
-                )
     full = config.sampler == "ddpm" or (config.sampler, config.eta) == ("ddim", 1.0)
     if verb == "inpaint" and not (full and config.temperature == 1):
         raise UserError(
@@ -123,42 +103,6 @@ def variations(drawing: Drawing, x_0: Tensor, t: int, indices: Sequence[int]) ->
     x_t = drawing.scheduler.q_sample(x_0, t, noise())
     images = denoise(drawing, x_t, t, noise)
     return enlarge_images(drawing, images, indices, "variation details")
-
-
-def interpolate_exactly(drawing: Drawing, ends: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Mix the noise of two images, and sample by DDIM: the noise and the images, (L, C, H, W) each.
-
-    `ends` are (2, C, H, W), or (1, C, H, W) for an image that is mixed with itself. `weights`,
-    (L,), are the weights of the second end.
-    """
-    denoiser = given(drawing, [0])
-    times = drawing.times
-    with step_bar(drawing, len(ends) + len(weights), True) as bar:
-
-        def on_step(k, t, x, x_0):
-            bar.update(len(x))
-
-        x_T = ddim_invert(denoiser, ends, times, on_step=on_step)
-        noise = slerp(x_T[0], x_T[-1], weights)
-        images = [
-            ddim_sample(denoiser, batch, times, clip_x_0=False, on_step=on_step)
-            for batch in noise.split(drawing.batch_size)
-        ]
-    return noise, torch.cat(images)
-
-
-def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
-    """Interpolate from a to b, both (C, H, W), along a great circle: (L, C, H, W) for (L,) weights.
-
-    A mixture of two draws of standard normal noise is then nearly standard normal; the middle of
-    the straight line would have a standard deviation of 0.71.
-    """
-    cosine = torch.cosine_similarity(a.flatten(), b.flatten(), dim=0)
-    # For a = b the angle would be 0, and the mixture is divided by its sine.
-    angle = torch.acos(cosine.clamp(max=1 - 1e-6))
-    w = weights.view(-1, 1, 1, 1)
-    mixture = torch.sin((1 - w) * angle) * a + torch.sin(w * angle) * b
-    return mixture / torch.sin(angle)
 
 
 def inpaint(drawing: Drawing, known: Known, resample: int, indices: Sequence[int]) -> Tensor:
@@ -256,24 +200,6 @@ def save_mixtures(args: Namespace, drawing: Drawing) -> None:
         mixtures = [interpolate_images(drawing, ends, t, batch) for batch in batches]
         rows[t] = [shown_first, *mixtures, shown_second]
     save_rows(rows, MIXTURE_TITLES, path)
-
-
-def save_inversion(args: Namespace, drawing: Drawing) -> None:
-    """Save a figure of mixtures of the noise of two images; or of one, its noise and way back."""
-    ends = torch.stack([read_image(drawing, text)[0] for text in args.images])
-    is_mixed = len(ends) == 2
-    path = edited_path(args, drawing, "interpolation" if is_mixed else "inversion")
-    weights = WEIGHTS if is_mixed else WEIGHTS[:1]
-    noise, images = interpolate_exactly(drawing, ends, weights.to(ends.device))
-    for name, end, again in zip("AB", ends, images[[0, -1]], strict=False):
-        error = (again - end).square().mean().sqrt()
-        # From -1 to 1 there are 255 levels.
-        print(f"{name} comes back {127.5 * error:.2f} of 255 levels off (RMS)")
-    if is_mixed:
-        row, titles = [ends[:1], images, ends[1:]], MIXTURE_TITLES
-    else:
-        row, titles = [ends, noise, images], ["A", "its noise", "its way back"]
-    save_rows({drawing.times[0]: row}, titles, path)
 
 
 def save_variations(args: Namespace, drawing: Drawing) -> None:
@@ -380,7 +306,6 @@ def save_rows(rows: dict[int, list[Tensor]], titles: list[str], path: Path) -> N
 # of steps, or all if there are fewer, unless --steps says otherwise
 VERBS = {
     "interpolate": (save_mixtures, {}, None),
-    "invert": (save_inversion, INVERSION, EXACT_STEPS),
     "vary": (save_variations, {}, None),
     "inpaint": (save_inpaintings, INPAINTING, INPAINTING_STEPS),
 }

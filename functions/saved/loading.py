@@ -12,12 +12,10 @@ from torch import nn
 from config import ConfigError, DiffusionConfig, build_network
 from functions.denoiser import Denoiser
 from functions.saved.checkpoint import SavedModel, copy_tensors, load_weights
-from functions.saved.diffusers_folder import read_folder
 from functions.saved.run_folder import RUN_NAME, RUNS, find_checkpoints, first_intact
 from functions.support import processes
 from functions.support.device import choose_precision, fast_layout
-from functions.support.errors import CheckpointError, UserError, printable
-from functions.support.optional import import_diffusers
+from functions.support.errors import CheckpointError, door, printable
 
 
 def load_denoiser(
@@ -54,7 +52,7 @@ def open_model(
     read = cache(load_model)
 
     def choose():
-        return first_intact([*map(downloaded, find_checkpoints(path))], read).path
+        return first_intact(find_checkpoints(path), read).path
 
     saved = read(processes.on_main(choose))
     trained = saved.provenance.get("arithmetic", {}).get("precision")
@@ -71,36 +69,16 @@ def is_hub_name(path: Path) -> bool:
     return len(path.parts) == 2 and not is_path and not RUN_NAME.fullmatch(path.name)
 
 
-def downloaded(path: Path) -> Path:
-    """Return the path, or for a name on a model hub its folder in diffusers' cache.
-
-    Raises UserError for a model that is not in the cache and cannot be downloaded.
-    """
-    if not is_hub_name(path):
-        return path
-    diffusers = import_diffusers()
-    print(f"{path}: no such path; diffusers takes it from its cache, or downloads it", flush=True)
-    try:
-        return Path(diffusers.DiffusionPipeline.download(path.as_posix()))
-    except Exception as error:
-        # Without a network, the libraries below diffusers raise errors of many types.
-        raise UserError(
-            f"{path} is no path, and diffusers cannot download it: "
-            f"{type(error).__name__}: {printable(error)}"
-        ) from error
-
-
 def load_model(path: Path) -> SavedModel:
-    """Load a checkpoint, an exported file or a diffusers folder.
+    """Load a checkpoint, an exported file, or a diffusers folder, by its path or name.
 
     Raises CheckpointError for one that cannot be read, or that we cannot sample from.
     """
-    if not path.is_dir():
+    if not path.is_dir() and not is_hub_name(path):
         return load_weights(path)
-    try:
-        return read_folder(path)
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: this model cannot be read: {printable(error)}") from error
+    with door("a model of diffusers"):
+        from extras.diffusers_folder import load_folder
+    return load_folder(path)
 
 
 def rebuild(

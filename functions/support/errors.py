@@ -30,21 +30,22 @@ class CheckpointError(UserError):
     """The file that the message names cannot be used. Callers may use the checkpoint before it."""
 
 
-def warn(text: str) -> None:
-    """Print a warning to stderr."""
-    print(text, file=sys.stderr)
-
-
 @contextmanager
 def door(what: str) -> Iterator[None]:
-    """Import a module of extras/, which `what` needs. Raises UserError if it is not there."""
+    """Import from extras/ in the context. Raises UserError, with what needs it, if it is gone."""
     try:
         yield
     except ModuleNotFoundError as error:
-        # Another missing module is a fault of the code.
-        if not error.name.startswith("extras"):
+        if error.name.partition(".")[0] != "extras":
             raise
-        raise UserError(f"{what} needs the folder extras/ of this repository: {error}") from error
+        raise UserError(
+            f"{what} needs {error.name.replace('.', '/')} of this project, which is not here"
+        ) from error
+
+
+def warn(text: str) -> None:
+    """Print a warning to stderr."""
+    print(text, file=sys.stderr)
 
 
 def quoted(path: Path) -> str:

@@ -12,7 +12,6 @@ from config import (
     DEFAULT_EXPERIMENT,
     EXPERIMENTS,
     ConfigError,
-    DiffusersNetwork,
     DiffusionConfig,
     Experiment,
     ModelConfig,
@@ -72,7 +71,7 @@ def make_run(
 ) -> TrainingRun:
     """Return a run with the images that its config names, and the network that it describes."""
     config, model = experiment.diffusion, experiment.model
-    if config.labels and isinstance(model, DiffusersNetwork):
+    if config.labels and not isinstance(model, ModelConfig):
         raise ConfigError("a network of diffusers gets no label here")
     image_set = load_images(
         config.dataset_name,

@@ -1,4 +1,4 @@
-"""Every sampler, and DDIM backwards, converges as fast as its order says.
+"""Every sampler converges as fast as its order says.
 
 The truths are those of pixels from one normal distribution: the mean and the variance of x_t, and
 the paths along which noise becomes data.
@@ -8,9 +8,7 @@ import pytest
 import torch
 
 from functions.noise_scheduler import BETA_SCHEDULES, NoiseScheduler
-from functions.samplers import ddim_invert, ddim_sample
 from functions.timesteps import sampling_times
-from tests.conftest import normal
 from tests.functions.known_denoisers import mean_and_variance, white
 from tests.functions.test_samplers import CASES
 
@@ -70,34 +68,3 @@ def test_the_error_falls_with_the_order(row, options):
         errors.append(error_of(row.function, scheduler, times, **options))
     assert slopes(errors) == pytest.approx([row.order] * 2, abs=0.15)
     assert errors[-1] < 10 * 0.02**row.order
-
-
-def test_inversion_and_the_way_back_have_order_1():
-    """The truths are the noise to which the exact path leads, and the image.
-
-    For data of standard deviation d, a step from sigma to sigma + h multiplies the distance to the
-    mean by 1 + h f(sigma), where f(sigma) = sigma / (d^2 + sigma^2), and the step back by
-    1 - h f(sigma + h). The product is 1 - h^2 d^2 / (d^2 + sigma^2)^2, up to h^3. If all steps have
-    the same h / sigma = L / N, where L is the log of the ratio of all sigmas, these errors add up
-    to L / N times the integral of sigma d^2 / (d^2 + sigma^2)^2. From 0 to infinity it is 1/2. So
-    N steps bring an image nearer to the mean by the factor 1 - L / 2N.
-    """
-    scheduler = NoiseScheduler(T)
-    # Of data that vary so little, even the step from the image to t = 0 counts.
-    std = 0.05
-    denoiser = white(std, scheduler, MEAN)
-    z = normal(0, 8, 1, dtype=torch.float64)
-    x_0 = MEAN + std * z
-    mean, variance = marginal(scheduler, T - 1, std)
-    L = (scheduler.log_snr(0) - scheduler.log_snr(T - 1)) / 2
-
-    errors = []
-    for steps in (200, 400, 800):
-        times = sampling_times(scheduler, steps, "logsnr")
-        x_T = ddim_invert(denoiser, x_0, times)
-        errors.append((x_T - mean - variance**0.5 * z).norm())
-
-        again = ddim_sample(denoiser, x_T, times, clip_x_0=False)
-        nearer = (again - MEAN) / (x_0 - MEAN)
-        assert 1 - nearer.numpy() == pytest.approx(L / (2 * steps), rel=10 / steps)
-    assert slopes(errors) == pytest.approx([1, 1], abs=0.06)

@@ -4,7 +4,6 @@ Inpainting is compared with the exact mean and variance of its chain. The data a
 Gaussian pixels, for which the ideal network is known, too.
 """
 
-import re
 from itertools import pairwise
 from unittest.mock import Mock
 
@@ -23,7 +22,6 @@ from functions.samplers import ddpm_sample
 from functions.sampling import editing
 from functions.sampling.editing import (
     inpaint,
-    interpolate_exactly,
     interpolate_images,
     read_with_mask,
     variations,
@@ -218,28 +216,6 @@ def test_between_two_images_is_what_comes_back_of_mixtures(network):
     assert_close(row, by_hand, rtol=1e-3, atol=1e-3)
 
 
-def test_mixtures_of_the_noise_of_two_images_are_mixtures_of_the_images():
-    """They are for this network, the ideal one for pixels from N(0, 0.5^2).
-
-    The path of a pixel leads from x_0 to 2 x_0 sqrt(1 - 0.75 alpha_bar) (`Gaussian.path`). So the
-    noise of an image is a multiple of the image, and the two ends, which are orthogonal and of
-    equal length, are mixed by cosine and sine.
-    """
-    network = white(0.5, NoiseScheduler(1000)).network
-    drawing = drawing_of(network, 1000)
-    x = drawing.noise([0])() / 2
-    ends = torch.cat([x, x.flip(3) * torch.tensor([1.0, -1.0]).repeat(8)])
-    angles = WEIGHTS * torch.pi / 2
-    expected = torch.einsum("ke,echw->kchw", torch.stack([angles.cos(), angles.sin()], 1), ends)
-
-    drawing = changed(drawing, batch_size=2)
-    noise, mixtures = interpolate_exactly(drawing, ends, WEIGHTS)
-    alpha_bar = drawing.scheduler.alpha_bar(999)
-    growth = 2 * (1 - 0.75 * alpha_bar) ** 0.5
-    assert_close(noise, growth * expected, rtol=0.01, atol=0.01)
-    assert_close(mixtures, expected, rtol=0.01, atol=0.01)
-
-
 def test_variations_differ_more_the_deeper_they_come_from():
     """The network is the ideal one for pixels from N(0, 0.5^2), so it returns draws of these."""
     drawing = drawing_of(white(0.5, NoiseScheduler(100)).network)
@@ -250,34 +226,6 @@ def test_variations_differ_more_the_deeper_they_come_from():
     assert_close((far - x_0).var(), x_0.var() + far.var(), rtol=0.1, atol=0)
     # A variation depends on its number alone.
     assert_close(variations(drawing, x_0, 99, [4, 1]), far[[4, 1]])
-
-
-@pytest.mark.parametrize(
-    "command, ways_back",
-    [
-        ("invert {} {run}", [(0, 2)]),
-        ("interpolate {} {} {run} --exact --steps 50", [(0, 1), (10, 9)]),
-    ],
-)
-def test_the_script_says_by_how_much_images_come_back_changed(
-    command, ways_back, tiny_run, pictures, saved, capsys
-):
-    """The way back of the image in a column is in another column."""
-    files = [pictures / "00000.png", pictures / "00001.png"]
-    call(edit, command.format(*files, run=tiny_run))
-    shown, path, _ = saved.call_args.args
-    assert (path.parent / "samples.json").exists()
-    output = capsys.readouterr()
-    # The bar counts the steps of both ways.
-    assert "100%" in output.err
-    columns = [images[0].astype(float) for images in shown.values()]
-    errors = []
-    for (column, way_back), file in zip(ways_back, files, strict=False):
-        image = fit_image(open_image_file(file), (3, 16, 16))
-        assert np.array_equal(columns[column], image)
-        errors.append(np.square(columns[way_back] - image).mean() ** 0.5)
-    printed = re.findall(r"([\d.]+) of 255 levels off", output.out)
-    assert [*map(float, printed)] == pytest.approx(errors, rel=0.1)
 
 
 def test_the_script_varies_a_file_and_overwrites_no_other_picture(tiny_run, tmp_path, saved):

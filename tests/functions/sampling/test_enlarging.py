@@ -180,10 +180,11 @@ def test_a_model_of_details_enlarges_and_draws_nothing_alone(tiny_run, details_r
         (sample, details_run),
         (sample, tiny_run, "--guide", details_run),
         (evaluate, "bits", details_run),
-        (sample, details_run, "--export", tmp_path / "folder"),
     ):
         with refused(alone):
             call(script, *command, "--device cpu")
+    with refused("diffusers has no such model .its objective is details"):
+        call(sample, details_run, "--export", tmp_path / "folder")
     with refused("cannot enlarge: it was not trained with objective = details"):
         call(sample, tiny_run, "--n 1 --steps 1 --device cpu --enlarge", tiny_run)
 

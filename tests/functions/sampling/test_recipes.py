@@ -113,21 +113,16 @@ def test_a_given_flag_wins_and_takes_along_what_it_makes_void(recipe, flags, cha
         ("vary 0", "dpm++, steps 4, spacing trailing, eta 1.0, temperature 0.5, guide"),
         ("inpaint 0", "ddpm, steps 50, spacing trailing, variance small, temperature 1.0, guide"),
         ("inpaint --sampler ddim --eta 1 --steps 7 0", "ddim, steps 7, spacing trailing, eta 1.0"),
-        ("invert 0", "ddim, steps 100, spacing trailing, eta 0.0, temperature 1.0\n"),
-        (
-            "interpolate --exact 0 1",
-            "ddim, steps 100, spacing trailing, eta 0.0, temperature 1.0\n",
-        ),
     ],
 )
 def test_edits_use_what_has_a_meaning_for_them(command, settings, recipe, monkeypatch, capsys):
-    """An inversion uses the model alone, and the others the guide and the enlarger, too."""
+    """All of them use the guide and the enlarger, too."""
     for verb in edit.VERBS:
         monkeypatch.setitem(edit.VERBS, verb, (lambda *_: None, *edit.VERBS[verb][1:]))
     call(edit, command, recipe, "--device cpu")
     printed = capsys.readouterr().out
     assert f"float32, sampler {settings}" in printed
-    assert ("guidance 2.0, enlarge (" in printed) == ("eta 0.0" not in settings)
+    assert "guidance 2.0, enlarge (" in printed
 
 
 def test_export_and_evaluation_use_the_model_alone(recipe, monkeypatch, capsys):

@@ -1,16 +1,15 @@
 """Checkpoints: what is written comes back bit for bit, or the old file stays."""
 
 import os
-from unittest.mock import Mock
 
 import pytest
 import safetensors.torch
 import torch
 
 from config import ModelConfig
-from functions.sampling.export import export
 from functions.saved.checkpoint import (
     Checkpoint,
+    export,
     load_weights,
     verify_checkpoint,
     write_tensors,
@@ -63,7 +62,7 @@ def test_an_exported_file_is_the_same_model(write, path, tmp_path):
     assert str(original) == f"EMA weights {steps}, hash {original.digest[:16]}"
 
     exported = tmp_path / "faces.safetensors"
-    export(Mock(saved=original), 0, exported)
+    export(original, exported)
     assert same(vars(load_weights(exported)), vars(original) | {"path": exported})
     assert verify_checkpoint(exported).digests.keys() == {"ema"}
 

@@ -2,16 +2,16 @@
 
 import json
 import shutil
+import sys
 from argparse import Namespace
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -19,15 +19,15 @@ import edit
 import evaluate
 import sample
 from config import ConfigError, ModelConfig, build_network
+from extras.diffusers_folder import copy_weights, network_fields
+from extras.diffusers_network import DiffusersUNet
 from functions.denoiser import OBJECTIVES
-from functions.sampling import export
 from functions.sampling.generation import generate, open_drawing
 from functions.sampling.settings import DrawingConfig
-from functions.saved.diffusers_folder import copy_weights, network_fields
+from functions.saved.checkpoint import export
 from functions.saved.loading import load_denoiser, load_model
 from functions.support.errors import CheckpointError
 from functions.support.random_numbers import seed_of
-from models.diffusers_unet import DiffusersUNet
 from tests.conftest import SMALL_MODEL, call, refused
 from tests.theirs import FEW, OTHER, random_unet, write_pipeline
 
@@ -131,23 +131,16 @@ def test_ours_to_diffusers_and_back(trained, tmp_path, monkeypatch):
     theirs = their_images(pipeline.unet, pipeline.scheduler)
     for path in (run, exported, file):
         assert_close(our_images(path), theirs, rtol=0, atol=1e-3)
-
-    card = (exported / "README.md").read_text()
-    assert ModelCard(card).data.to_dict()["library_name"] == "diffusers"
     # Nobody else needs to know where the run lies on this disk.
-    assert str(tmp_path.parent) not in card
-    assert (exported / "samples.png").exists()
-    # The code that the card shows runs as it is, and writes an image.
-    exec("\n".join(line.strip() for line in card.splitlines() if line.startswith("    ")))
-    assert Path("image.png").exists()
+    texts = [path.read_text() for path in exported.rglob("*.json")]
+    assert str(tmp_path.parent) not in "".join(texts)
 
 
-def test_theirs_comes_back_from_a_file_and_from_a_folder(their_folder, tmp_path, monkeypatch):
+def test_theirs_comes_back_from_a_file_and_from_a_folder(their_folder, tmp_path):
     """An exported folder holds what diffusers wrote, and so does a file of ours.
 
     The digest is that of weights, network and schedule.
     """
-    monkeypatch.setattr(export, "SAMPLE_COUNT", 1)
     file, again = tmp_path / "file.safetensors", tmp_path / "again"
     call(sample, their_folder, "--export", file)
     call(sample, file, "--export", again)
@@ -164,7 +157,7 @@ def test_what_cannot_be_exported_leaves_nothing_behind(their_folder, tmp_path, m
         ("out", "diffusers has no such model .its objective is eps.; export it"),
     ):
         with refused(message):
-            export.export(Mock(saved=saved), 0, tmp_path / name)
+            export(saved, tmp_path / name)
     assert [*tmp_path.iterdir()] == [tmp_path / "there"]
 
 
@@ -196,7 +189,7 @@ def test_what_only_a_folder_decides(folder, pictures, tmp_path, monkeypatch, cap
         call(sample, "theirs --n 1 --steps", steps)
         used = f"steps {steps}, spacing trailing, variance {variance}, temperature 1.0, clip_x_0 F"
         assert used in capsys.readouterr().out
-    call(edit, "invert 0 theirs --steps 5")
+    call(edit, "vary 0 theirs --steps 5 --depths 0.2")
     with refused("does not say which images it was trained on"):
         call(evaluate, "theirs")
     call(evaluate, "theirs --images 2 --t-stride 10 --data", pictures)
@@ -288,6 +281,20 @@ def test_damaged_folders_are_refused_in_a_sentence(their_folder, tmp_path):
         folder = shutil.copytree(their_folder, tmp_path / str(k))
         damage(folder / damaged)
         assert sentence in refusal(folder)
+
+
+def test_a_door_without_its_extra_says_so(their_folder, tiny_run, tmp_path, monkeypatch):
+    file = tmp_path / "file.safetensors"
+    call(sample, their_folder, "--export", file)
+    for module in ("diffusers_folder", "diffusers_network"):
+        monkeypatch.setitem(sys.modules, f"extras.{module}", None)
+    for flags, sentence in (
+        ([their_folder], "a model of diffusers needs extras/diffusers_folder of this project"),
+        ([file], "a network of diffusers needs extras/diffusers_network of this project, which is"),
+        ([tiny_run, "--export", tmp_path / "folder"], "a folder for diffusers needs extras/"),
+    ):
+        with refused(f"^{sentence}"):
+            call(sample, *flags)
 
 
 def test_a_name_is_taken_from_the_cache_of_diffusers(folder, tmp_path, monkeypatch, capsys):

@@ -5,10 +5,12 @@
     scheduler/                                  T, betas, the network's objective, the sampler
 
 The oldest published pipelines have all files in one folder. The network stays one of diffusers
-(`DiffusersNetwork` in config.py). Betas and objective become ours. A field of the scheduler that
-has no counterpart here is refused by its name.
+(`DiffusersNetwork` in diffusers_network.py). Betas and objective become ours. A field of the
+scheduler that has no counterpart here is refused by its name.
 """
 
+import os
+import shutil
 from inspect import signature
 from pathlib import Path
 
@@ -16,13 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from config import ConfigError, DiffusersNetwork, DiffusionConfig, ModelConfig, build_network
+from config import ConfigError, DiffusionConfig, ModelConfig, build_network
+from extras.diffusers_network import (
+    DiffusersNetwork,
+    DiffusersUNet,
+    import_diffusers,
+    refusing_errors,
+)
 from functions.denoiser import OBJECTIVES
 from functions.saved.checkpoint import SavedModel, copy_tensors, digest_of, model_digest
-from functions.support.errors import CheckpointError, printable
+from functions.support.errors import CheckpointError, UserError, printable
 from functions.support.files import read_json
-from functions.support.optional import import_diffusers, refusing_errors
-from models.diffusers_unet import DiffusersUNet
 from models.unet import BLOCKS_DOWN
 
 # The objectives and the variances by diffusers' words.
@@ -44,6 +50,33 @@ SUPPORTED = {
 }
 # Other pipelines, such as those of latents, sample something else with the same network.
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
+
+
+def load_folder(path: Path) -> SavedModel:
+    """Load a model from a folder, or by its name on a model hub from the cache of diffusers.
+
+    Raises CheckpointError for a folder that cannot be read, or that we cannot sample from, and
+    UserError for a model that is not in the cache and cannot be downloaded.
+    """
+    folder = path if path.is_dir() else downloaded(path)
+    try:
+        return read_folder(folder)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder}: this model cannot be read: {printable(error)}") from error
+
+
+def downloaded(name: Path) -> Path:
+    """Return the folder in diffusers' cache of a name on a model hub."""
+    diffusers = import_diffusers()
+    print(f"{name}: no such path; diffusers takes it from its cache, or downloads it", flush=True)
+    try:
+        return Path(diffusers.DiffusionPipeline.download(name.as_posix()))
+    except Exception as error:
+        # Without a network, the libraries below diffusers raise errors of many types.
+        raise UserError(
+            f"{name} is no path, and diffusers cannot download it: "
+            f"{type(error).__name__}: {printable(error)}"
+        ) from error
 
 
 def read_folder(path: Path) -> SavedModel:
@@ -135,7 +168,10 @@ def check_supported(fields: dict, supported: dict) -> None:
 
 
 def write_folder(saved: SavedModel, folder: Path) -> None:
-    """Write a model as a DDPMPipeline. Raises CheckpointError for what diffusers does not have."""
+    """Write a model as a DDPMPipeline, to a new folder.
+
+    Raises CheckpointError for what diffusers does not have.
+    """
     diffusers = import_diffusers()
     diffusion = saved.config["diffusion"]
     objective = diffusion.get("objective", DiffusionConfig.objective)
@@ -148,13 +184,13 @@ def write_folder(saved: SavedModel, folder: Path) -> None:
         clip_sample=diffusion.get("clip_x_0", True),
         timestep_spacing="trailing",
     )
-    network = build_network(saved.model)
-    copy_tensors(saved.weights, network.state_dict(), saved.path)
     try:
         if OBJECTIVES[objective].diffusers is None:
             raise ConfigError(f"its objective is {objective}")
         if saved.label_names:
             raise ConfigError("it was trained with labels")
+        network = build_network(saved.model)
+        copy_tensors(saved.weights, network.state_dict(), saved.path)
         if isinstance(saved.model, ModelConfig):
             with refusing_errors():
                 theirs = DiffusersUNet(diffusers.UNet2DModel(**network_fields(saved.model)))
@@ -165,7 +201,13 @@ def write_folder(saved: SavedModel, folder: Path) -> None:
             f"{saved.path}: diffusers has no such model ({printable(error)}); export it to a file, "
             "NAME.safetensors"
         ) from error
-    diffusers.DDPMPipeline(network.unet.float(), scheduler).save_pretrained(folder)
+    # The folder is filled under a temporary name, so that it is complete as soon as it exists.
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        diffusers.DDPMPipeline(network.unet.float(), scheduler).save_pretrained(temporary)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def network_fields(model: ModelConfig) -> dict:
