@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.batches import ImageFeeder
+from data.batches import gather
 from data.conditions import with_conditions
 from data.pixels import to_model_range
 from functions.evaluation.bits_per_dim import BoundOptions, evenly_spaced, measure_bits_per_dim
@@ -145,10 +145,8 @@ def evaluate_bits(args: Namespace) -> None:
     # The measurement may take hours. So an error of the folder comes first.
     folder.mkdir(parents=True, exist_ok=True)
 
-    feeder = ImageFeeder(image_set.images, device, image_set.inputs)
-
     def load(index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        images, inputs = feeder.gather(np.array([index]))
+        images, inputs = gather(image_set.images, image_set.inputs, device, np.array([index]))
         x_0 = to_model_range(images)
         return x_0, with_conditions(inputs, x_0, saved.facts)
 
