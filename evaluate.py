@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.batches import ImageFeeder
+from data.batches import gather
 from data.pixels import to_model_range
 from functions.evaluation.bits_per_dim import BoundOptions, evenly_spaced, measure_bits_per_dim
 from functions.evaluation.fidelity import (
@@ -144,10 +144,8 @@ def evaluate_bits(args: Namespace) -> None:
     # The measurement may take hours. So an error of the folder comes first.
     folder.mkdir(parents=True, exist_ok=True)
 
-    feeder = ImageFeeder(image_set.images, device, image_set.inputs)
-
     def load(index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        images, inputs = feeder.gather(np.array([index]))
+        images, inputs = gather(image_set.images, image_set.inputs, device, np.array([index]))
         return to_model_range(images), inputs
 
     options = BoundOptions(

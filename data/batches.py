@@ -1,7 +1,6 @@
 """Choose the images of each batch by their indices, and copy batches to the device."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -41,48 +40,22 @@ def indices_of_steps(
         yield order[first + share.start : first + share.stop]
 
 
-class ImageFeeder:
-    """Images (N, S, S, C) uint8, memory-mapped or not, that are fed to a device in batches.
+def gather(
+    images: np.ndarray, inputs: dict[str, np.ndarray], device: torch.device, indices: np.ndarray
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Copy the images with indices (B,) int64, and their inputs, to the device.
 
-    With them goes what the network gets beside them, `inputs`: (N, ...) by name.
+    `images` are uint8 (N, S, S, C), memory-mapped or not, and `inputs` what the network gets beside
+    them, (N, ...) by name. The copies are (B, S, S, C) and (B, ...).
     """
 
-    def __init__(
-        self, images: np.ndarray, device: torch.device, inputs: dict[str, np.ndarray] | None = None
-    ):
-        self.device = device
-        self.inputs = inputs or {}
+    def copied(values):
         # Gathering from a plain array is faster, because np.memmap does bookkeeping in every call.
-        self.images = np.asarray(images)
-
-    def gather(self, indices: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the images with indices (B,) int64, uint8 (B, S, S, C), and their inputs (B, ...).
-
-        All are on the device.
-        """
-        inputs = {name: self.on_device(values[indices]) for name, values in self.inputs.items()}
-        return self.on_device(self.images[indices]), inputs
-
-    def on_device(self, values: np.ndarray) -> Tensor:
-        """Copy an array to the device."""
-        batch = torch.from_numpy(values)
-        if self.device.type == "cuda":
+        batch = torch.from_numpy(np.asarray(values)[indices])
+        if device.type == "cuda":
             # The CPU does not wait for this copy. PyTorch's allocator of pinned memory reuses the
             # buffer only after it is done.
-            return batch.pin_memory().to(self.device, non_blocking=True)
-        return batch.to(self.device)
+            return batch.pin_memory().to(device, non_blocking=True)
+        return batch.to(device)
 
-    def feed(
-        self, batches_of_indices: Iterable[np.ndarray]
-    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """Yield the images of each batch of indices on the device, and their inputs, in order."""
-        # A thread gathers the next batch while the device works on this one.
-        with ThreadPoolExecutor(max_workers=1) as executor:
-            gathered = None
-            for indices in batches_of_indices:
-                previous = gathered
-                gathered = executor.submit(self.gather, indices)
-                if previous:
-                    yield previous.result()
-            if gathered:
-                yield gathered.result()
+    return copied(images), {name: copied(values) for name, values in inputs.items()}

@@ -1,7 +1,7 @@
 """The data of a run: its images and their split, the batches of its steps, and their draws."""
 
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from config import ConfigError, Experiment
 from data.augmentation import augment
-from data.batches import ImageFeeder, indices_of_steps
+from data.batches import gather, indices_of_steps
 from data.datasets import ImageSet, split_images
 from data.labels import drop_labels
 from data.pixels import to_model_range
@@ -59,8 +59,7 @@ class TrainingData:
             )
         self.total_steps = config.epochs * self.steps_per_epoch
         self.share = processes.shard(config.effective_batch)
-        self.feeder = ImageFeeder(image_set.images, device, image_set.inputs)
-        self.gather = self.feeder.gather
+        self.gather = partial(gather, image_set.images, image_set.inputs, device)
 
     def batches(self, steps: range) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Yield this process's images of each of these steps, and their inputs.
@@ -71,7 +70,7 @@ class TrainingData:
         indices = indices_of_steps(
             self.split.train_indices, config.seed, config.effective_batch, self.share, steps
         )
-        return self.feeder.feed(indices)
+        return map(self.gather, indices)
 
     def draw(self, step: int) -> StepDraws:
         """Draw t, the noise and the augmentation of this process's images of a step."""

@@ -1,9 +1,6 @@
-"""data/batches.py: shuffling is a pure function; feeding keeps the order and surfaces errors.
+"""data/batches.py: shuffling is a pure function, and batches are copies on their device."""
 
-It leaves no thread behind.
-"""
-
-import threading
+from functools import partial
 from unittest import mock
 
 import numpy as np
@@ -13,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis.strategies import integers
 from numpy.testing import assert_array_equal, assert_equal
 
-from data.batches import ImageFeeder, batches_of, epoch_order, indices_of_steps
+from data.batches import batches_of, epoch_order, gather, indices_of_steps
 from functions.support import processes
-from tests.conftest import CPU, refused
 from tests.data.packing import random_pixels
 
 IMAGES = random_pixels(50, 4, 4, 3)
@@ -70,9 +66,10 @@ def test_processes_share_each_step_of_an_epoch_and_can_start_anywhere(
 def test_batches_of_a_memory_map_come_in_order_as_copies(tmp_path, device):
     IMAGES.tofile(tmp_path / "images")
     mapped = np.memmap(tmp_path / "images", np.uint8, "r", shape=IMAGES.shape)
-    feeder = ImageFeeder(mapped, torch.device(device), {"number": np.arange(50)})
     indices = [epoch_order(50, 0, epoch)[:7] for epoch in range(6)]
-    for expected, (batch, inputs) in zip(indices, feeder.feed(iter(indices)), strict=True):
+    of_set = partial(gather, mapped, {"number": np.arange(50)}, torch.device(device))
+    batches = map(of_set, indices)
+    for expected, (batch, inputs) in zip(indices, batches, strict=True):
         assert batch.dtype == torch.uint8
         assert batch.device.type == inputs["number"].device.type == device
         assert_array_equal(inputs["number"].cpu(), expected)
@@ -80,31 +77,3 @@ def test_batches_of_a_memory_map_come_in_order_as_copies(tmp_path, device):
         # What is written to a batch reaches no other batch and no file.
         batch.zero_()
     assert_array_equal(mapped, IMAGES)
-
-
-def test_one_batch_is_read_ahead_and_neither_leaving_early_nor_an_error_leaves_a_thread():
-    asked = []
-    # Feeds of other tests may have threads, too.
-    before = {*threading.enumerate()}
-
-    def feeding_threads():
-        return {*threading.enumerate()} - before
-
-    def indices():
-        for i in range(3):
-            asked.append(i)
-            yield np.array([i])
-        raise RuntimeError("from the caller's generator")
-
-    # The caller takes one batch and leaves.
-    feed = ImageFeeder(IMAGES, CPU).feed(indices())
-    next(feed)
-    assert asked == [0, 1]
-    assert feeding_threads()
-    feed.close()
-    assert not feeding_threads()
-
-    # The caller's generator breaks.
-    with refused("from the caller", RuntimeError):
-        list(ImageFeeder(IMAGES, CPU).feed(indices()))
-    assert not feeding_threads()

@@ -94,5 +94,5 @@ def test_without_extras_a_set_that_needs_them_says_so(name, tmp_path, monkeypatc
     for module in [module for module in sys.modules if f"{module}.".startswith("extras.")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setattr(sys, "path", [])
-    with refused(f"{name} needs the folder extras/ of this repository: No module named 'extras'"):
+    with refused(f"{name} needs extras of this project, which is not here"):
         load_images(name, 28)
