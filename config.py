@@ -17,7 +17,7 @@ from functions.denoiser import OBJECTIVES
 from functions.noise_scheduler import BETA_SCHEDULES, LARGEST_TIMESTEPS, NoiseScheduler
 from functions.optimizers import LR_SCHEDULES, OPTIMIZERS
 from functions.samplers import SAMPLERS
-from functions.support.errors import door, printable
+from functions.support.errors import door
 from functions.support.settings import (
     ConfigError,
     check_fields,
@@ -332,7 +332,7 @@ class DiffusionConfig:
     labels: bool = setting(False, fixed=True)
     # The probability that training drops an image's label, so that the network draws without it,
     # too, as --cfg needs (Ho and Salimans 2022); with the objective "details", the small image.
-    condition_dropout: float = setting(0.1, at_most=1, formerly="label_dropout")
+    condition_dropout: float = setting(0.1, at_most=1)
 
     # Noise schedule
 
@@ -554,14 +554,6 @@ class OwnNetwork(NetworkConfig):
 
 def model_from(values: dict) -> NetworkConfig:
     """Return what a file says of a network. Raises ConfigError as `from_fields` does."""
-    # Until commit a67ff70 there were two kinds of our network.
-    values = {"dialect": "ho", **values}
-    dialect = values.pop("dialect")
-    if dialect != "ho":
-        raise ConfigError(
-            f"dialect = {printable(dialect)} is gone: with commit a67ff70, sample.py --export DIR "
-            "makes a folder of it, which this version reads"
-        )
     kind = OwnNetwork if "class_name" in values else ModelConfig
     if "unet_2d_model" in values:
         with door("a network of diffusers"):

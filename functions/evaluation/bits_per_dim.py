@@ -102,7 +102,6 @@ def image_terms(
     """
     parts = []
     for t in draw_t(lengths, index).split(options.batch_size):
-        # Results of earlier versions had this text as their seed, too.
         noise = image_noise(0, t.tolist(), x_0.shape[1:], x_0.device, f"bits per dim/{index}")()
         t = t.to(x_0.device)
         terms = bound_terms(

@@ -15,7 +15,6 @@ sha256      the SHA-256 of `contents`
 import errno
 import hashlib
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,9 +30,7 @@ from functions.noise_scheduler import NoiseScheduler
 from functions.support.errors import CheckpointError, UserError, door, printable
 from functions.support.files import check_file, parse_json, replacing, sha256
 
-FORMAT = "ddpm-faces checkpoint 3"
-# Those of other versions
-OUR_FORMATS = re.compile(r"ddpm-faces checkpoint \d{1,9}")
+FORMAT = "ddpm-faces checkpoint 4"
 # The keys that contents have at least, by their part.
 NEEDED = {"config": {"diffusion", "model"}, "run": {"experiment", "step", "total_steps"}}
 # Tensors by their names.
@@ -92,12 +89,7 @@ class Checkpoint:
         with open_safetensors(path) as file:
             metadata = file.metadata() or {}
         text = metadata.get("contents", "")
-        file_format = metadata.get("format", "")
-        if file_format != FORMAT and OUR_FORMATS.fullmatch(file_format):
-            # It is intact, so the one before it is not used instead.
-            raise UserError(
-                f"{path}: not a checkpoint of this version, but a {file_format} (see CHANGELOG.md)"
-            )
+        file_format = metadata.get("format")
         if file_format != FORMAT:
             raise unreadable(path, f"its format is {file_format!r}")
         if metadata.get("sha256") != sha256(text):
@@ -143,8 +135,8 @@ def open_safetensors(path: Path) -> Iterator[safe_open]:
 def unreadable(path: Path, reason: object) -> CheckpointError:
     """Return the error about a file that nothing can be read from."""
     return CheckpointError(
-        f"{path}: the file is truncated, damaged or not a checkpoint of this version "
-        f"(see CHANGELOG.md): {printable(reason)}"
+        f"{path}: the file is truncated, damaged or not a checkpoint of this version: "
+        f"{printable(reason)}"
     )
 
 

@@ -38,7 +38,6 @@ def setting(default: Any = MISSING, **marks: Any) -> Any:
     fixed_by_weights: weights work only with the value with which they were trained, so it is
         fixed, too.
     no_pixels: the value does not change what is drawn, but for rounding.
-    formerly: the name that the field has in files of earlier versions.
     repeated: the flag is given once for each item of a list.
     also: other names of the flag.
     metavar: what the help shows for the value.
@@ -114,12 +113,9 @@ def from_fields(config_class: type, values: dict) -> Any:
     Raises ConfigError for fields that are missing or unknown, and for values that do not fit.
     """
     known = {each.name: each for each in fields(config_class)}
-    formerly = {each.metadata.get("formerly"): name for name, each in known.items()}
-    values = {formerly.get(name, name): value for name, value in values.items()}
     needed = {name for name, each in known.items() if each.default is MISSING}
     if wrong := sorted(needed - values.keys() | values.keys() - known.keys()):
         raise ConfigError(
-            f"{config_class.__name__}: missing, or unknown to this version (see CHANGELOG.md): "
-            f"{printable(', '.join(wrong))}"
+            f"{config_class.__name__}: missing or unknown: {printable(', '.join(wrong))}"
         )
     return config_class(**values)

@@ -6,7 +6,6 @@ import pytest
 import safetensors.torch
 import torch
 
-from config import ModelConfig
 from functions.saved.checkpoint import (
     Checkpoint,
     export,
@@ -15,7 +14,6 @@ from functions.saved.checkpoint import (
     write_tensors,
 )
 from functions.support.files import replacing
-from tests.conftest import ROOT
 from tests.small_training import same, stepped_run, training_run
 
 
@@ -65,17 +63,6 @@ def test_an_exported_file_is_the_same_model(write, path, tmp_path):
     export(original, exported)
     assert same(vars(load_weights(exported)), vars(original) | {"path": exported})
     assert verify_checkpoint(exported).digests.keys() == {"ema"}
-
-
-def test_a_file_of_before_keeps_its_digest():
-    """Commit a67ff70 wrote its config, with a field that went, and printed this.
-
-    So it has the digest of today's definition, of its config and its weights.
-    """
-    saved = load_weights(ROOT / "pretrained" / "ffhq-32-guide.safetensors")
-    assert saved.config["model"]["dialect"] == "ho"
-    assert saved.digest.startswith("5661a9c5bd196188")
-    assert saved.model == ModelConfig(4, (1, 2, 3, 3), (2,), 32, 32, norm_groups=8)
 
 
 def test_the_whole_file_is_on_the_disk_before_it_has_its_name(path, monkeypatch):
