@@ -18,10 +18,14 @@ from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import OnStep, dpm_solver_sample
 from functions.timesteps import nearest_timesteps
 
-# The steps are even between these log-SNRs. At the first, noise hides all that the small image
-# lacks; from the last on, what is left is clean (docs/ffhq.md#details).
-FIRST_LOG_SNR, LAST_LOG_SNR = -1.41, 6.0
+# At this log-SNR noise hides all that the small image lacks.
+FIRST_LOG_SNR = -1.41
 ENLARGING_STEPS = 7
+# The steps are even in log-SNR, up to this. But for small images below this size, in which a step
+# decides what a face looks like, they are even in t: the last is at 3.5 with cosine betas, and eyes
+# and teeth are less harsh (docs/ffhq.md#details).
+LAST_LOG_SNR = 7.0
+SMALL_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ def enlarge(
             f"images are {(*small.shape,)} and noise is {(*first.shape,)}; they must be "
             "(B, C, H, W) and (B or 1, C, 2 H, 2 W)"
         )
-    times = enlarging_times(model.scheduler)
+    times = enlarging_times(model.scheduler, width)
     start = stretch(small)
     if known:
         start = known.put_into(start)
@@ -117,12 +121,16 @@ def enlarge(
     )
 
 
-def enlarging_times(scheduler: NoiseScheduler) -> list[int]:
-    """Return the timesteps of an enlargement, and -1."""
+def enlarging_times(scheduler: NoiseScheduler, size: int) -> list[int]:
+    """Return the timesteps at which a small image of `size` pixels is enlarged, and -1."""
     steps = min(ENLARGING_STEPS, scheduler.timesteps)
-    even = torch.linspace(FIRST_LOG_SNR, LAST_LOG_SNR, steps, dtype=torch.float64)
-    # In a short schedule some would be below 0.
-    return [*(t for t in nearest_timesteps(scheduler, even) if t >= 0), -1]
+    log_snrs = torch.linspace(FIRST_LOG_SNR, LAST_LOG_SNR, steps, dtype=torch.float64)
+    times = nearest_timesteps(scheduler, log_snrs)
+    if size < SMALL_SIZE:
+        count = times[0] + 1
+        times = [round(count * k / steps) - 1 for k in range(steps, 0, -1)]
+    # A short schedule has not as many.
+    return [*sorted({t for t in times if t >= 0}, reverse=True), -1]
 
 
 @dataclass(frozen=True)

@@ -222,6 +222,8 @@ def generate(
 def step_bar(drawing: Drawing, count: int, shown: bool) -> tqdm:
     """Return a progress bar for the steps of `count` images."""
     enlargers = drawing.models.enlargers
-    details = sum(len(enlarging_times(each.denoiser.scheduler)) - 1 for each in enlargers)
+    details = sum(
+        len(enlarging_times(each.denoiser.scheduler, each.shape[-1] // 2)) - 1 for each in enlargers
+    )
     total = count * (drawing.step_count + details)
     return tqdm(desc="sampling", total=total, unit="step", unit_scale=True, disable=not shown)

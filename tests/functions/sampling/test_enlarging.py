@@ -53,7 +53,7 @@ def test_images_shrink_to_the_small_ones_and_details_are_those_of_the_data():
     shrink = shrunk(torch.eye(256).view(256, 1, 16, 16)).flatten(1)
     free = torch.eye(256) - shrink @ torch.linalg.pinv(shrink)
     details = large.flatten(2) @ free
-    times = enlarging_times(COSINE)
+    times = enlarging_times(COSINE, 8)
     start = 0.0, 1 - COSINE.alpha_bar(times[0])
     _, variance = mean_and_variance(WHITE, dpm_solver_sample, times, start, eta=1)
     assert details.square().mean().item() == pytest.approx(0.75 * variance, rel=0.02)
@@ -117,16 +117,18 @@ def test_a_model_that_does_not_clip_enlarges_without_clipping():
     assert_close(shrunk(bare), bright, atol=1e-3, rtol=0)
 
 
-def test_steps_are_even_in_log_snr_whatever_the_schedule():
+def test_steps_are_even_in_log_snr_and_for_small_images_in_t_whatever_the_schedule():
     shifted = NoiseScheduler(1000, beta_schedule="cosine", log_snr_shift=-2 * math.log(2))
     for scheduler in (COSINE, NoiseScheduler(1000), shifted):
-        *times, last = enlarging_times(scheduler)
+        *times, last = enlarging_times(scheduler, 64)
         assert last == -1
         log_snr = torch.logit(scheduler.alphas_cumprod)[times]
-        expected = torch.linspace(-1.41, 6, 7, dtype=torch.float64)
-        assert_close(log_snr, expected, atol=0.1, rtol=0)
+        expected = torch.linspace(-1.41, 7, 7, dtype=torch.float64)
+        assert_close(log_snr, expected, atol=0.15, rtol=0)
+    assert enlarging_times(shifted, 63) == [499, 428, 356, 285, 213, 142, 70, -1]
     # A short schedule has fewer.
-    assert enlarging_times(NoiseScheduler(4, beta_schedule="cosine")) == [2, 1, 0, -1]
+    for size in (32, 64):
+        assert enlarging_times(NoiseScheduler(4, beta_schedule="cosine"), size) == [2, 1, 0, -1]
 
 
 def test_enlargements_depend_on_the_seed_and_the_index_alone(network):
