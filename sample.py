@@ -36,6 +36,7 @@ from functions.sampling.generation import (
     step_bar,
 )
 from functions.sampling.samples_folder import (
+    enlarged_pixels,
     generate_frames,
     image_indices,
     image_path,
@@ -43,6 +44,7 @@ from functions.sampling.samples_folder import (
     new_samples_folder,
     open_folder,
     save_columns,
+    save_gif,
 )
 from functions.sampling.settings import SeedFlags, add_sampling_flags, settings_of
 from functions.saved.checkpoint import export
@@ -50,7 +52,7 @@ from functions.saved.loading import open_model
 from functions.support import processes
 from functions.support.command_line import Parser, run_script
 from functions.support.errors import UserError
-from functions.support.pictures import enlarged_pixels, save_gif, save_grid, save_image
+from functions.support.pictures import save_grid, save_image
 from functions.support.settings import setting
 
 # A grid has at most this many images.

@@ -91,10 +91,6 @@ class Drawing:
         is_cpu = self.models.device.type == "cpu"
         return self.config.batch_size or (CPU_BATCH if is_cpu else GPU_BATCH)
 
-    def time_at(self, depth: float) -> int:
-        """Return the sampler's timestep nearest to `depth`, from 0 (the image) to 1 (noise)."""
-        return min(self.times, key=lambda t: abs(t + 1 - depth * self.scheduler.timesteps))
-
     def noise(self, indices: Sequence[int], purpose: str = "image") -> Noise:
         """Return what draws the noise of these images: first x_T, then that of the steps."""
         return image_noise(self.seed, indices, self.models.shape, self.models.device, purpose)
@@ -123,11 +119,8 @@ def given(drawing: Drawing, indices: Sequence[int]) -> Predictor:
     With `cfg` it is guided by itself without these. A single index is for all images.
     """
     models, config = drawing.models, drawing.config
-    inputs = {
-        name: values[[i % len(values) for i in indices]] for name, values in models.inputs.items()
-    }
     chosen = chosen_inputs(config, models.facts, indices, config.cfg)
-    inputs |= {name: values.to(models.device) for name, values in chosen.items()}
+    inputs = {name: values.to(models.device) for name, values in chosen.items()}
     denoiser = models.denoiser.given(**inputs)
     if config.cfg is None:
         return denoiser

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from data.conditions import CONDITIONS, chosen_inputs
 from functions.denoiser import Predictor
@@ -37,10 +36,7 @@ class Models:
     guide_digest: str = ""
     # What is known of the model (data/conditions.py)
     facts: dict = field(default_factory=dict)
-    # What the network gets beside x_t and t, (N, ...) by name; image i gets that of i mod N. Only a
-    # training, which draws grids, gives it.
-    inputs: dict[str, Tensor] = field(default_factory=dict)
-    # Where the denoiser comes from; a training, which draws grids, has not saved it.
+    # Where the denoiser comes from; None for one of your own.
     saved: SavedModel | None = None
 
     @property

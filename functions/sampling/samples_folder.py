@@ -11,22 +11,23 @@ grid.png        and the other PICTURES, all of the same images
 import json
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from data.pixels import to_uint8
 from functions.sampling.generation import Drawing, generate
 from functions.saved.checkpoint import SavedModel
-from functions.saved.run_folder import is_recipe, new_folder, results_folder, run_of
+from functions.saved.run_folder import PRETRAINED, is_recipe, new_folder, run_of
 from functions.support import processes
 from functions.support.errors import UserError, printable
 from functions.support.files import read_json, write_text
-from functions.support.pictures import save_strip
-from functions.timesteps import FIRST_LOG_SNR
+from functions.support.pictures import grid_of, save_figure
 
 MANIFEST = "samples.json"
 # These show several images. The manifest's SHOWN has their indices, or None without pictures.
@@ -42,6 +43,17 @@ STRIP_ROWS = 4
 Frames = dict[int, np.ndarray]
 
 
+def results_folder(saved: SavedModel, kind: str) -> Path:
+    """Return the folder for results of a kind: in a checkpoint's run, or next to an export.
+
+    Those of the models that come with the repository go into the working directory.
+    """
+    # Nothing is written to a diffusers folder, either.
+    if saved.path.is_dir() or saved.path.parent.resolve() == PRETRAINED.parent:
+        return Path(kind)
+    return (run_of(saved.path) or saved.path.parent) / kind
+
+
 def image_path(folder: Path, i: int) -> Path:
     return folder / f"{i:05d}.png"
 
@@ -49,7 +61,7 @@ def image_path(folder: Path, i: int) -> Path:
 def manifest_of(drawing: Drawing) -> dict[str, Any]:
     """Return all that determines the pixels of all samples in a folder."""
     saved = drawing.models.saved
-    manifest = {
+    return {
         "experiment": saved.provenance["experiment"],
         "checkpoint": saved.digest,
         "weights": saved.kind,
@@ -57,9 +69,6 @@ def manifest_of(drawing: Drawing) -> dict[str, Any]:
         "split": saved.config["diffusion"].get("split", "reference"),
         **drawing.settings,
     }
-    if manifest["spacing"] == "logsnr":
-        manifest["first_log_snr"] = FIRST_LOG_SNR
-    return manifest
 
 
 def new_samples_folder(run: Path, saved: SavedModel) -> Path:
@@ -150,3 +159,39 @@ def save_columns(frames: Frames, path: Path) -> None:
     shown = dict.fromkeys(nearest)
     save_strip({f"t = {t}": frames[t][:STRIP_ROWS] for t in shown}, path)
     print(f"wrote {path}")
+
+
+def enlarged_pixels(images: np.ndarray, size: int) -> np.ndarray:
+    """Return images (N, H, W, C) at `size`, a multiple of theirs: each pixel becomes a square."""
+    factor = size // images.shape[1]
+    return images.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+def save_gif(frames: Iterable[np.ndarray], path: Path, columns: int | None = None) -> None:
+    """Write an animated GIF. Each frame is the grid of one batch, (N, H, W, C)."""
+    grids = [grid_of(frame, columns) for frame in frames]
+    # All frames share the palette of the last frame, so that colours do not flicker.
+    palette = grids[-1].quantize(256)
+    first, *others = [grid.quantize(palette=palette, dither=Image.Dither.NONE) for grid in grids]
+    # The durations are in milliseconds: about 12 frames per second. loop=0 repeats it forever.
+    durations = [80] * len(others) + [2000]
+    first.save(path, save_all=True, append_images=others, duration=durations, loop=0)
+
+
+def save_strip(columns: dict[str, np.ndarray], path: Path, row_titles: Sequence[str] = ()) -> None:
+    """Draw a figure of columns of images, {title: (N, H, W, C)}, with titles left of the rows."""
+    # The images fill the figure, 1.1 inches each. `save_figure` adds room for the titles.
+    rows = len(next(iter(columns.values())))
+    figure = Figure(figsize=(1.1 * len(columns), 1.1 * rows))
+    figure.subplots_adjust(left=0, bottom=0, right=1, top=1, wspace=0.04, hspace=0.04)
+    no_frame = {"xticks": [], "yticks": [], "frame_on": False}
+    axes = figure.subplots(rows, len(columns), squeeze=False, subplot_kw=no_frame)
+
+    for column, (title, images) in zip(axes.T, columns.items(), strict=True):
+        column[0].set_title(title, fontsize=9)
+        for ax, image in zip(column, images, strict=True):
+            # The colour map and its range are only used for grey.
+            ax.imshow(image, "gray", vmin=0, vmax=255, interpolation="bicubic")
+    for ax, title in zip(axes[:, 0], row_titles, strict=False):
+        ax.set_ylabel(title, fontsize=9, rotation=0, ha="right", va="center")
+    save_figure(figure, path)

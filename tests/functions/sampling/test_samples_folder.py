@@ -100,7 +100,7 @@ def test_a_folder_of_other_settings_is_refused(tiny_run, tmp_path):
     for folder, run, flags, changed in (
         (single, early, "--seed 1 --precision bfloat16", "checkpoint seed precision"),
         (pictures, "", "--sampler ddim --individual", "sampler eta variance"),
-        (single, "", "--steps 4 --spacing logsnr --individual", "steps spacing first_log_snr"),
+        (single, "", "--steps 4 --spacing logsnr --individual", "steps spacing"),
         (pictures, "", "--guide 5", "guide guidance"),
         # Pictures of other images are refused, too, but not single images of the same settings.
         (pictures, "", "-n 3", "grid"),
