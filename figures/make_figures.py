@@ -30,12 +30,8 @@ from figures import saved_model
 from figures.saved_model import GUIDE_STEPS, open_saved
 from functions.noise_scheduler import NoiseScheduler
 from functions.sampling.generation import Drawing, generate
-from functions.sampling.samples_folder import (
-    generate_frames,
-    save_columns,
-    save_gif,
-    save_strip,
-)
+from functions.sampling.samples_folder import generate_frames, save_gif
+from functions.sampling.strips import save_columns, save_strip
 from functions.saved.loading import load_and_split
 from functions.saved.run_folder import PRETRAINED, checkpoints_of, step_of
 from functions.support.command_line import Parser, run_script

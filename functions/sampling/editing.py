@@ -42,9 +42,9 @@ from functions.sampling.samples_folder import (
     manifest_of,
     new_samples_folder,
     open_folder,
-    save_strip,
 )
 from functions.sampling.settings import OF_SAMPLER, DrawingConfig
+from functions.sampling.strips import save_strip
 from functions.saved.run_folder import new_folder
 from functions.support.device import choose_device
 from functions.support.errors import UserError

@@ -16,42 +16,35 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 from data.pixels import to_uint8
 from functions.sampling.generation import Drawing, generate
 from functions.saved.checkpoint import SavedModel
-from functions.saved.run_folder import PRETRAINED, is_recipe, new_folder, run_of
+from functions.saved.run_folder import is_recipe, new_folder, run_of
 from functions.support import processes
 from functions.support.errors import UserError, printable
 from functions.support.files import read_json, write_text
-from functions.support.pictures import grid_of, save_figure
+from functions.support.pictures import grid_of
 
 MANIFEST = "samples.json"
 # These show several images. The manifest's SHOWN has their indices, or None without pictures.
-PICTURES = ("grid.png", "strip.png", "progressive.png", "denoising.gif")
+PICTURES = ("grid.png", "denoising.gif")
 SHOWN = "grid"
-# About this many steps are recorded for the figures. An animation shows all of them.
+# An animation shows about this many steps.
 RECORDED_STEPS = 40
-# A figure of the denoising has at most this many columns and rows.
-STRIP_COLUMNS = 9
-STRIP_ROWS = 4
 # The frames of a denoising, uint8 (N, H, W, C) each. The keys are the paper's t, in descending
 # order. The state at 0 is the final image, before it is enlarged.
 Frames = dict[int, np.ndarray]
 
 
 def results_folder(saved: SavedModel, kind: str) -> Path:
-    """Return the folder for results of a kind: in a checkpoint's run, or next to an export.
+    """Return the folder for results of a kind: in a checkpoint's run, or in the working directory.
 
-    Those of the models that come with the repository go into the working directory.
+    That is the place for an exported file, for models of the box, and for those of diffusers.
     """
-    # Nothing is written to a diffusers folder, either.
-    if saved.path.is_dir() or saved.path.parent.resolve() == PRETRAINED.parent:
-        return Path(kind)
-    return (run_of(saved.path) or saved.path.parent) / kind
+    return (run_of(saved.path) or Path()) / kind
 
 
 def image_path(folder: Path, i: int) -> Path:
@@ -74,7 +67,7 @@ def manifest_of(drawing: Drawing) -> dict[str, Any]:
 def new_samples_folder(run: Path, saved: SavedModel) -> Path:
     """Make the default folder for samples by RUN, whose name is the time, and return its path.
 
-    It is in the run, or next to an exported file; that of a recipe is in the working directory.
+    It is in the run, or in the working directory.
     """
     if is_recipe(run):
         return processes.on_main(new_folder, Path("samples"), run.stem)
@@ -149,18 +142,6 @@ def generate_frames(drawing: Drawing, indices: Sequence[int]) -> tuple[Tensor, F
     return images, states, estimates
 
 
-def save_columns(frames: Frames, path: Path) -> None:
-    """Write a figure with a column for each of STRIP_COLUMNS frames, from the first to the last."""
-    times = list(frames)
-    # An image forms at low t, so the columns are closer there.
-    wanted = times[0] * np.linspace(1, 0, STRIP_COLUMNS) ** 1.5
-    nearest = [min(times, key=lambda t: abs(t - wanted_t)) for wanted_t in wanted]
-    # With few frames, several columns would show the same one.
-    shown = dict.fromkeys(nearest)
-    save_strip({f"t = {t}": frames[t][:STRIP_ROWS] for t in shown}, path)
-    print(f"wrote {path}")
-
-
 def enlarged_pixels(images: np.ndarray, size: int) -> np.ndarray:
     """Return images (N, H, W, C) at `size`, a multiple of theirs: each pixel becomes a square."""
     factor = size // images.shape[1]
@@ -176,22 +157,3 @@ def save_gif(frames: Iterable[np.ndarray], path: Path, columns: int | None = Non
     # The durations are in milliseconds: about 12 frames per second. loop=0 repeats it forever.
     durations = [80] * len(others) + [2000]
     first.save(path, save_all=True, append_images=others, duration=durations, loop=0)
-
-
-def save_strip(columns: dict[str, np.ndarray], path: Path, row_titles: Sequence[str] = ()) -> None:
-    """Draw a figure of columns of images, {title: (N, H, W, C)}, with titles left of the rows."""
-    # The images fill the figure, 1.1 inches each. `save_figure` adds room for the titles.
-    rows = len(next(iter(columns.values())))
-    figure = Figure(figsize=(1.1 * len(columns), 1.1 * rows))
-    figure.subplots_adjust(left=0, bottom=0, right=1, top=1, wspace=0.04, hspace=0.04)
-    no_frame = {"xticks": [], "yticks": [], "frame_on": False}
-    axes = figure.subplots(rows, len(columns), squeeze=False, subplot_kw=no_frame)
-
-    for column, (title, images) in zip(axes.T, columns.items(), strict=True):
-        column[0].set_title(title, fontsize=9)
-        for ax, image in zip(column, images, strict=True):
-            # The colour map and its range are only used for grey.
-            ax.imshow(image, "gray", vmin=0, vmax=255, interpolation="bicubic")
-    for ax, title in zip(axes[:, 0], row_titles, strict=False):
-        ax.set_ylabel(title, fontsize=9, rotation=0, ha="right", va="center")
-    save_figure(figure, path)

@@ -10,7 +10,6 @@ from PIL import Image, ImageSequence
 import edit
 import evaluate
 import sample
-from functions.sampling import samples_folder
 from functions.sampling.settings import add_sampling_flags, settings_of
 from functions.saved import run_folder
 from functions.saved.run_folder import checkpoints_of
@@ -129,8 +128,7 @@ def test_edits_use_what_has_a_meaning_for_them(command, settings, recipe, monkey
 def test_export_and_evaluation_use_the_model_alone(recipe, monkeypatch, capsys):
     """Without a run, it is evaluated, too."""
     call(sample, recipe, "--export exported.safetensors")
-    for module in (run_folder, samples_folder):
-        monkeypatch.setattr(module, "PRETRAINED", recipe)
+    monkeypatch.setattr(run_folder, "PRETRAINED", recipe)
     call(evaluate, "--images 2 --t-stride 100 --device cpu")
     assert [*Path("evaluation").glob("model-bpd-*.json")]
     printed = capsys.readouterr().out
