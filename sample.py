@@ -26,8 +26,7 @@ from typing import Any
 
 import torch
 
-from data.batches import batches_of
-from data.pixels import to_uint8
+from data.pixels import batches_of, to_uint8
 from functions.sampling.generation import (
     Drawing,
     generate,

@@ -16,7 +16,6 @@ from numpy.testing import assert_array_equal, assert_equal
 from data.batches import (
     FREE_MEMORY_FRACTION,
     ImageFeeder,
-    batches_of,
     epoch_order,
     indices_of_steps,
 )
@@ -33,10 +32,6 @@ def test_the_order_is_the_same_on_every_machine():
     # that is to be resumed.
     assert epoch_order(10, 0, 0).tolist() == [0, 8, 9, 3, 7, 5, 1, 2, 6, 4]
     assert epoch_order(10, 1234, 7).tolist() == [0, 5, 7, 8, 1, 2, 9, 4, 3, 6]
-
-
-def test_the_last_batch_may_be_smaller():
-    assert batches_of(range(7), 3) == [range(3), range(3, 6), range(6, 7)]
 
 
 @settings(deadline=None, max_examples=40, derandomize=True)
