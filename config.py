@@ -458,7 +458,7 @@ def build_scheduler(diffusion: dict) -> NoiseScheduler:
 
 
 class NetworkConfig:
-    """What the configs of all networks have in common, of other kinds too (`model_from`)."""
+    """What the configs of all networks have in common; all but ModelConfig `build` their own."""
 
     channels: int
     image_size: int
@@ -553,7 +553,10 @@ class OwnNetwork(NetworkConfig):
 
 
 def model_from(values: dict) -> NetworkConfig:
-    """Return what a file says of a network. Raises ConfigError as `from_fields` does."""
+    """Return what a file says of a network.
+
+    Raises ConfigError as `from_fields` does, and UserError for a network of a missing extra.
+    """
     kind = OwnNetwork if "class_name" in values else ModelConfig
     if "unet_2d_model" in values:
         with door("a network of diffusers"):
@@ -565,7 +568,8 @@ def build_network(config: NetworkConfig, objective: str = "eps") -> nn.Module:
     """Build a network with random weights, f(x_t, t); docs/change.md adds another class here.
 
     With the objective "details" it is f(x, t, low) of models/details.py.
-    A config of another kind builds its own, and raises ConfigError if it cannot.
+    A config of another kind builds its own, and raises ConfigError if it cannot, or UserError if a
+    library is not installed.
     """
     if not isinstance(config, ModelConfig):
         return config.build()

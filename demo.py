@@ -30,6 +30,7 @@ from functions.sampling.editing import (
     inpaint_image,
     interpolate_images,
     read_image,
+    time_at,
 )
 from functions.sampling.generation import Drawing, generate, open_drawing
 from functions.sampling.settings import DrawingConfig, add_sampling_flags, settings_of
@@ -178,7 +179,7 @@ def mix(drawing: Drawing, depth: float, share: float, *images: int | str | None)
         for index, file in zip(images[::2], images[1::2], strict=True)
     )
     # Both images are noised to timestep t. Depth 0 is t = -1, at which images get no noise.
-    t = drawing.time_at(depth)
+    t = time_at(drawing, depth)
     weights = torch.tensor([share], device=first.device)
     mixture = interpolate_images(drawing, torch.stack([first, second]), t, weights)
     return grid_of(to_uint8(torch.cat([shown_first, mixture, shown_second])), columns=3)

@@ -19,7 +19,7 @@ if __name__ == "__main__":
 import json
 import sys
 from argparse import Namespace
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +41,9 @@ from functions.evaluation.training_images import load_and_split
 from functions.samplers import VARIANCES
 from functions.sampling.generation import Drawing
 from functions.sampling.models import open_models
-from functions.sampling.samples_folder import MANIFEST
-from functions.sampling.settings import add_model_flags, settings_of
-from functions.saved.run_folder import PlaceFlags, results_folder
+from functions.sampling.samples_folder import MANIFEST, results_folder
+from functions.sampling.settings import DrawingConfig, add_model_flags, settings_of
+from functions.saved.run_folder import PlaceFlags
 from functions.support.command_line import Parser, add_flags, run_script
 from functions.support.device import choose_device
 from functions.support.errors import UserError, warn
@@ -122,7 +122,9 @@ def evaluate_bits(args: Namespace) -> None:
     """Measure bits/dim of held-out images; print and write it."""
     # The bound is computed in float32, whatever the precision of sampling, and is that of a single
     # model, which the mix of a guided one is not.
-    config = replace(settings_of(args).alone(), precision="float32", batch_size=args.batch_size)
+    config = DrawingConfig(
+        model=settings_of(args).model, precision="float32", batch_size=args.batch_size
+    )
     models = open_models(config, args.device)
     saved = models.saved
     device = models.device

@@ -26,8 +26,7 @@ from typing import Any
 
 import torch
 
-from data.batches import batches_of
-from data.pixels import to_uint8
+from data.pixels import batches_of, to_uint8
 from functions.sampling.generation import (
     Drawing,
     generate,
@@ -36,13 +35,14 @@ from functions.sampling.generation import (
     step_bar,
 )
 from functions.sampling.samples_folder import (
+    enlarged_pixels,
     generate_frames,
     image_indices,
     image_path,
     manifest_of,
     new_samples_folder,
     open_folder,
-    save_columns,
+    save_gif,
 )
 from functions.sampling.settings import SeedFlags, add_sampling_flags, settings_of
 from functions.saved.checkpoint import export
@@ -50,7 +50,7 @@ from functions.saved.loading import open_model
 from functions.support import processes
 from functions.support.command_line import Parser, run_script
 from functions.support.errors import UserError
-from functions.support.pictures import enlarged_pixels, save_gif, save_grid, save_image
+from functions.support.pictures import save_grid, save_image
 from functions.support.settings import setting
 
 # A grid has at most this many images.
@@ -86,13 +86,13 @@ def main(name_prefix: str = "", description: str = __doc__, **defaults: Any) -> 
 
 
 def sample_pictures(args: Namespace, drawing: Drawing, folder: Path) -> None:
-    """Sample the images, and write a grid and the figures that the flags ask for."""
+    """Sample the images, and write a grid and, if the flags ask for it, its animation."""
     indices = list(args.indices)
     manifest = manifest_of(drawing)
     open_folder(folder, manifest, indices)
     print(f"sampling {len(indices)} images: {drawing}")
-    if args.strip or args.progressive or args.gif:
-        images, states, estimates = generate_frames(drawing, indices)
+    if args.gif:
+        images, states, _ = generate_frames(drawing, indices)
     else:
         images = generate(drawing, indices, progress=True)
     # Another command may have opened the folder at the same moment.
@@ -102,10 +102,6 @@ def sample_pictures(args: Namespace, drawing: Drawing, folder: Path) -> None:
         frames = [enlarged_pixels(state, images.shape[-1]) for state in states.values()]
         save_gif([*frames[:-1], to_uint8(images)], folder / "denoising.gif")
         print(f"wrote {folder / 'denoising.gif'}")
-    if args.strip:
-        save_columns(states, folder / "strip.png")
-    if args.progressive:
-        save_columns(estimates, folder / "progressive.png")
     save_grid(to_uint8(images), folder / "grid.png")
     print(f"wrote {folder / 'grid.png'}")
 
@@ -151,12 +147,8 @@ class SampleFlags(SeedFlags):
     # The folder for the written files. An interrupted command that is started again with it goes
     # on. Default: a new folder in samples/ of the run, or here for a recipe.
     out: Path | None = None
-    # Write a PNG file for each image, unless the file exists, and no grid, figures or animation.
+    # Write a PNG file for each image, unless the file exists, and no grid or animation.
     individual: bool = False
-    # Draw a figure of the states x_t, from noise to images, before they are enlarged.
-    strip: bool = False
-    # Draw a figure of the model's estimates of x_0, from t = T down.
-    progressive: bool = False
     # Write an animation of the grid, from noise to images. In sampleFFHQ.py it is the default.
     gif: bool = False
     # Instead of sampling, write the EMA weights (of a run without EMA, the raw weights) as one

@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from config import DEFAULT_EXPERIMENT, EXPERIMENTS, DiffusionConfig, ModelConfig
-from data.batches import batches_of
-from data.pixels import to_model_range
+from data.pixels import batches_of, to_model_range
 from functions.ema import copy_buffers, update_ema
 from functions.losses import denoising_loss
 from functions.saved.run_folder import PlaceFlags

@@ -63,17 +63,14 @@ def training(name: str) -> Iterator[Fact]:
         # Before layers that start at zero, the gradients would be zero, too.
         parameter.data.add_(0.02 * torch.randn_like(parameter))
 
+    x_0, noise = torch.randn(2, *shape, device=DEVICE)
+    t = torch.zeros(len(x_0), dtype=torch.int64, device=DEVICE)
     gradients = []
     # On a CPU the compiler would take a minute, so there the network is only traced.
     compiled = torch.compile(run.model, dynamic=False, backend="inductor" if GPU else "eager")
     for mode, network in {"eager": run.model, "compiled": compiled}.items():
-        x_0 = torch.randn(shape, device=DEVICE)
-        t = torch.zeros(len(x_0), dtype=torch.int64, device=DEVICE)
-        denoiser = replace(run.denoiser, network=network)
-        one_pass = partial(run_pass, denoiser, x_0, t, torch.randn_like(x_0))
+        one_pass = partial(run_pass, replace(run.denoiser, network=network), x_0, t, noise)
         run.optimizer.zero_grad()
-        # Both networks get the same noise.
-        torch.manual_seed(0)
         yield f"{name}, {mode}: s of the first pass", one_pass()
         # Copies on the CPU take no memory of the GPU.
         gradients.append([parameter.grad.cpu().clone() for parameter in parameters])

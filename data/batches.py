@@ -1,6 +1,6 @@
 """Choose the images of each batch by their indices, and copy batches to the device."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -14,11 +14,6 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     # permutation().
     generator = np.random.Philox(np.random.SeedSequence([seed, epoch]))
     return np.argsort(generator.random_raw(n), kind="stable")
-
-
-def batches_of(items: Sequence, batch_size: int) -> list:
-    """Split a sequence into batches of at most batch_size."""
-    return [items[first : first + batch_size] for first in range(0, len(items), batch_size)]
 
 
 def indices_of_steps(

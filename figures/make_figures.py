@@ -31,16 +31,11 @@ from figures.saved_model import GUIDE_STEPS, open_saved
 from functions.evaluation.training_images import load_and_split
 from functions.noise_scheduler import NoiseScheduler
 from functions.sampling.generation import Drawing, generate
-from functions.sampling.samples_folder import generate_frames, save_columns
+from functions.sampling.samples_folder import generate_frames, save_gif
+from functions.sampling.strips import save_columns, save_strip
 from functions.saved.run_folder import PRETRAINED, checkpoints_of, step_of
 from functions.support.command_line import Parser, run_script
-from functions.support.pictures import (
-    save_figure,
-    save_gif,
-    save_grid,
-    save_image,
-    save_strip,
-)
+from functions.support.pictures import save_figure, save_grid, save_image
 from functions.support.random_numbers import generator_of
 from functions.training.metrics import plot_losses
 from models.blocks import Downsample, ResidualBlock, SelfAttention, Upsample

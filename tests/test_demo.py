@@ -5,7 +5,6 @@ import itertools
 import shutil
 import socket
 from argparse import ArgumentTypeError
-from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -20,8 +19,9 @@ from data.pixels import picture_of, to_uint8
 from edit import InpaintFlags
 from figures.saved_model import open_saved
 from functions.samplers import SAMPLERS
-from functions.sampling.editing import inpaint_image, interpolate_images
+from functions.sampling.editing import inpaint_image, interpolate_images, time_at
 from functions.sampling.generation import generate
+from functions.sampling.settings import DrawingConfig
 from tests.conftest import call, changed, pixels_of, refused, train_tiny
 
 pytest.importorskip("playwright", reason="requirements-dev.txt is not installed")
@@ -102,7 +102,7 @@ def test_mix_is_that_of_edits(tiny_run):
 
     drawing = open_saved(tiny_run, "--seed 3 --sampler dpm++ --steps 5 --device cpu")
     ends = generate(changed(drawing, batch_size=1), [0, 12])
-    mixture = interpolate_images(drawing, ends, drawing.time_at(0.5), torch.tensor([0.3]))
+    mixture = interpolate_images(drawing, ends, time_at(drawing, 0.5), torch.tensor([0.3]))
     expected = to_uint8(torch.stack([ends[0], mixture[0], ends[1]]))
     assert_array_equal(cut(mix(drawing, 0.5, 0.3, 0, None, 12, None)), expected)
 
@@ -192,7 +192,7 @@ def test_flags_of_one_sampler_leave_the_others_as_they_are(tiny_run, shown):
     begun = open_saved(tiny_run, "--sampler dpm++ --steps 4 --eta 0.5 --temperature 0.5")
     submit = drawing_tab(begun)
     assert submit(None, 0, "dpm++", 4).config == begun.config
-    plain = replace(begun.config.alone(), sampler="ddim", steps=3)
+    plain = DrawingConfig(model=begun.config.model, precision="float32", sampler="ddim", steps=3)
     assert submit(None, 0, "ddim", 3).config == plain
 
 

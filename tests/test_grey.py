@@ -32,10 +32,7 @@ def test_grey_packs_lie_beside_those_of_colours(tmp_path):
 
 @pytest.mark.slow
 def test_samples_of_a_grey_network_are_grey_and_it_is_evaluated(grey_run, pictures, tmp_path):
-    call(sample, grey_run, FEW, "--n 2 --strip --progressive --gif --out", tmp_path)
-    # These figures have nine of the steps.
-    for name in ("strip.png", "progressive.png"):
-        assert Image.open(tmp_path / name).width > 9 * 100
+    call(sample, grey_run, FEW, "--n 2 --gif --out", tmp_path)
     assert Image.open(tmp_path / "grid.png").mode == "L"
 
     # This file has colours.
@@ -43,7 +40,7 @@ def test_samples_of_a_grey_network_are_grey_and_it_is_evaluated(grey_run, pictur
     Image.fromarray(255 * np.eye(20, dtype=np.uint8)).save(mask, lossless=True)
     call(edit, "inpaint", picture, grey_run, FEW, "--n 1 --mask", mask, "--out", tmp_path)
     figures = [file for file in tmp_path.iterdir() if file.suffix in (".png", ".gif")]
-    assert len(figures) == 5
+    assert len(figures) == 3
     for file in figures:
         red, green, blue = Image.open(file).convert("RGB").split()
         assert red == green == blue

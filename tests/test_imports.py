@@ -63,6 +63,7 @@ OUTSIDE = (
     "demo.py",
     "functions/evaluation",
     "functions/sampling/editing",
+    "functions/sampling/strips",
 )
 MOST_DOORS = 5
 

@@ -24,9 +24,8 @@ from PIL import ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from data.batches import batches_of
 from data.decode import fit_image, fit_mask, open_image_file, to_pixels
-from data.pixels import to_model_range, to_uint8
+from data.pixels import batches_of, to_model_range, to_uint8
 from functions.enlarging import Keeping, Known, enlarge
 from functions.sampling.generation import (
     Drawing,
@@ -37,12 +36,17 @@ from functions.sampling.generation import (
     take_steps,
 )
 from functions.sampling.models import ENLARGES, opened
-from functions.sampling.samples_folder import manifest_of, new_samples_folder, open_folder
+from functions.sampling.samples_folder import (
+    manifest_of,
+    new_samples_folder,
+    open_folder,
+)
 from functions.sampling.settings import OF_SAMPLER, DrawingConfig
+from functions.sampling.strips import save_strip
 from functions.saved.run_folder import new_folder
 from functions.support.device import choose_device
 from functions.support.errors import UserError
-from functions.support.pictures import save_grid, save_image, save_strip
+from functions.support.pictures import save_grid, save_image
 from functions.support.random_numbers import image_noise
 
 # A row of a figure has mixtures with these weights of the second image, between both.
@@ -67,6 +71,11 @@ def check_edit(verb: str, config: DrawingConfig) -> None:
             "inpaint needs --sampler ddpm, or ddim --eta 1, with --temperature 1: others add too "
             "little noise, or depend on earlier steps, which inpainting undoes"
         )
+
+
+def time_at(drawing: Drawing, depth: float) -> int:
+    """Return the sampler's timestep nearest to `depth`, from 0 (the image) to 1 (noise)."""
+    return min(drawing.times, key=lambda t: abs(t + 1 - depth * drawing.scheduler.timesteps))
 
 
 def denoise(drawing: Drawing, x_t: Tensor, t: int, noise: Noise) -> Tensor:
@@ -215,7 +224,7 @@ def save_variations(args: Namespace, drawing: Drawing) -> None:
 
 def times_of(args: Namespace, drawing: Drawing) -> Iterable[int]:
     """Return the sampler's timesteps nearest to --depths, each once, with a progress bar."""
-    times = dict.fromkeys(map(drawing.time_at, args.depths))
+    times = dict.fromkeys(time_at(drawing, depth) for depth in args.depths)
     return tqdm(times, args.verb, unit="row")
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.batches import batches_of
 from data.labels import chosen_labels
+from data.pixels import batches_of
 from functions.denoiser import Predictor
 from functions.enlarging import Known, enlarge, enlarging_times
 from functions.guidance import Guided
@@ -89,10 +89,6 @@ class Drawing:
         """At most so many images are sampled at a time. It affects pixels only by rounding."""
         is_cpu = self.models.device.type == "cpu"
         return self.config.batch_size or (CPU_BATCH if is_cpu else GPU_BATCH)
-
-    def time_at(self, depth: float) -> int:
-        """Return the sampler's timestep nearest to `depth`, from 0 (the image) to 1 (noise)."""
-        return min(self.times, key=lambda t: abs(t + 1 - depth * self.scheduler.timesteps))
 
     def noise(self, indices: Sequence[int], purpose: str = "image") -> Noise:
         """Return what draws the noise of these images: first x_T, then that of the steps."""

@@ -11,35 +11,40 @@ grid.png        and the other PICTURES, all of the same images
 import json
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from data.pixels import to_uint8
 from functions.sampling.generation import Drawing, generate
 from functions.saved.checkpoint import SavedModel
-from functions.saved.run_folder import is_recipe, new_folder, results_folder, run_of
+from functions.saved.run_folder import is_recipe, new_folder, run_of
 from functions.support import processes
 from functions.support.errors import UserError, printable
 from functions.support.files import read_json, write_text
-from functions.support.pictures import save_strip
-from functions.timesteps import FIRST_LOG_SNR
+from functions.support.pictures import grid_of
 
 MANIFEST = "samples.json"
 # These show several images. The manifest's SHOWN has their indices, or None without pictures.
-PICTURES = ("grid.png", "strip.png", "progressive.png", "denoising.gif")
+PICTURES = ("grid.png", "denoising.gif")
 SHOWN = "grid"
-# About this many steps are recorded for the figures. An animation shows all of them.
+# An animation shows about this many steps.
 RECORDED_STEPS = 40
-# A figure of the denoising has at most this many columns and rows.
-STRIP_COLUMNS = 9
-STRIP_ROWS = 4
 # The frames of a denoising, uint8 (N, H, W, C) each. The keys are the paper's t, in descending
 # order. The state at 0 is the final image, before it is enlarged.
 Frames = dict[int, np.ndarray]
+
+
+def results_folder(saved: SavedModel, kind: str) -> Path:
+    """Return the folder for results of a kind: in a checkpoint's run, or in the working directory.
+
+    That is the place for an exported file, for models of the box, and for those of diffusers.
+    """
+    return (run_of(saved.path) or Path()) / kind
 
 
 def image_path(folder: Path, i: int) -> Path:
@@ -49,7 +54,7 @@ def image_path(folder: Path, i: int) -> Path:
 def manifest_of(drawing: Drawing) -> dict[str, Any]:
     """Return all that determines the pixels of all samples in a folder."""
     saved = drawing.models.saved
-    manifest = {
+    return {
         "experiment": saved.provenance["experiment"],
         "checkpoint": saved.digest,
         "weights": saved.kind,
@@ -57,15 +62,12 @@ def manifest_of(drawing: Drawing) -> dict[str, Any]:
         "split": saved.config["diffusion"].get("split", "reference"),
         **drawing.settings,
     }
-    if manifest["spacing"] == "logsnr":
-        manifest["first_log_snr"] = FIRST_LOG_SNR
-    return manifest
 
 
 def new_samples_folder(run: Path, saved: SavedModel) -> Path:
     """Make the default folder for samples by RUN, whose name is the time, and return its path.
 
-    It is in the run, or next to an exported file; that of a recipe is in the working directory.
+    It is in the run, or in the working directory.
     """
     if is_recipe(run):
         return processes.on_main(new_folder, Path("samples"), run.stem)
@@ -140,13 +142,18 @@ def generate_frames(drawing: Drawing, indices: Sequence[int]) -> tuple[Tensor, F
     return images, states, estimates
 
 
-def save_columns(frames: Frames, path: Path) -> None:
-    """Write a figure with a column for each of STRIP_COLUMNS frames, from the first to the last."""
-    times = list(frames)
-    # An image forms at low t, so the columns are closer there.
-    wanted = times[0] * np.linspace(1, 0, STRIP_COLUMNS) ** 1.5
-    nearest = [min(times, key=lambda t: abs(t - wanted_t)) for wanted_t in wanted]
-    # With few frames, several columns would show the same one.
-    shown = dict.fromkeys(nearest)
-    save_strip({f"t = {t}": frames[t][:STRIP_ROWS] for t in shown}, path)
-    print(f"wrote {path}")
+def enlarged_pixels(images: np.ndarray, size: int) -> np.ndarray:
+    """Return images (N, H, W, C) at `size`, a multiple of theirs: each pixel becomes a square."""
+    factor = size // images.shape[1]
+    return images.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+def save_gif(frames: Iterable[np.ndarray], path: Path, columns: int | None = None) -> None:
+    """Write an animated GIF. Each frame is the grid of one batch, (N, H, W, C)."""
+    grids = [grid_of(frame, columns) for frame in frames]
+    # All frames share the palette of the last frame, so that colours do not flicker.
+    palette = grids[-1].quantize(256)
+    first, *others = [grid.quantize(palette=palette, dither=Image.Dither.NONE) for grid in grids]
+    # The durations are in milliseconds: about 12 frames per second. loop=0 repeats it forever.
+    durations = [80] * len(others) + [2000]
+    first.save(path, save_all=True, append_images=others, duration=durations, loop=0)

@@ -12,7 +12,6 @@ from math import inf
 from pathlib import Path
 
 from functions.samplers import SAMPLERS, VARIANCES
-from functions.saved.loading import is_hub_name
 from functions.saved.run_folder import PlaceFlags, is_recipe, newest_run
 from functions.support import processes
 from functions.support.command_line import add_config_flags, add_flags, given_fields
@@ -113,10 +112,6 @@ class DrawingConfig:
     def guide_weight(self) -> float:
         return GUIDANCE if self.guidance is None else self.guidance
 
-    def alone(self) -> "DrawingConfig":
-        """Return the settings of the model alone, without guide, enlargers and all else."""
-        return DrawingConfig(model=self.model, precision=self.precision, batch_size=self.batch_size)
-
     def override(self, given: dict) -> "DrawingConfig":
         """Return the settings with the given fields replaced, and without what these make void."""
         values = {}
@@ -149,15 +144,13 @@ def read_recipe(path: Path) -> DrawingConfig:
         ) from error
 
     def located(name):
-        """Return the path of a part, or its name on a model hub, or a guide's step."""
+        """Return the path of a part, or a guide's step."""
         if not isinstance(name, str):
             return name
         part = path.parent / name
-        if part.exists():
-            return str(part)
-        if is_hub_name(Path(name)) and not part.parent.exists():
-            return name
-        raise UserError(f"{path}: there is no {printable(part)}")
+        if not part.exists():
+            raise UserError(f"{path}: there is no {printable(part)}")
+        return str(part)
 
     return replace(
         config,

@@ -23,7 +23,7 @@ from typing import TypeVar
 
 from filelock import Timeout
 
-from functions.saved.checkpoint import Checkpoint, SavedModel, verify_checkpoint
+from functions.saved.checkpoint import Checkpoint, verify_checkpoint
 from functions.support.errors import CheckpointError, UserError, quoted, warn
 from functions.support.files import holding
 
@@ -169,17 +169,6 @@ def newest_run(runs: Path, prefix: str = "") -> Path:
 def is_recipe(path: Path) -> bool:
     """Return whether a path is that of a recipe (functions/sampling/settings.py)."""
     return path.suffix == ".toml"
-
-
-def results_folder(saved: SavedModel, kind: str) -> Path:
-    """Return the folder for results of a kind: in a checkpoint's run, or next to an export.
-
-    Those of the models that come with the repository go into the working directory.
-    """
-    # Nothing is written to a diffusers folder, either.
-    if saved.path.is_dir() or saved.path.parent.resolve() == PRETRAINED.parent:
-        return Path(kind)
-    return (run_of(saved.path) or saved.path.parent) / kind
 
 
 def run_of(path: Path) -> Path | None:

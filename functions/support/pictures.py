@@ -1,7 +1,6 @@
-"""Draw grids, animations and strips of images. Images are uint8 (N, H, W, C), RGB or grey."""
+"""Draw grids of images, and write pictures. Images are uint8 (N, H, W, C), RGB or grey."""
 
 import math
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,42 +49,6 @@ def save_grid(images: np.ndarray, path: Path, columns: int | None = None) -> Ima
     grid = grid_of(images, columns)
     save_image(np.asarray(grid), path)
     return grid
-
-
-def enlarged_pixels(images: np.ndarray, size: int) -> np.ndarray:
-    """Return images (N, H, W, C) at `size`, a multiple of theirs: each pixel becomes a square."""
-    factor = size // images.shape[1]
-    return images.repeat(factor, axis=1).repeat(factor, axis=2)
-
-
-def save_gif(frames: Iterable[np.ndarray], path: Path, columns: int | None = None) -> None:
-    """Write an animated GIF. Each frame is the grid of one batch, (N, H, W, C)."""
-    grids = [grid_of(frame, columns) for frame in frames]
-    # All frames share the palette of the last frame, so that colours do not flicker.
-    palette = grids[-1].quantize(256)
-    first, *others = [grid.quantize(palette=palette, dither=Image.Dither.NONE) for grid in grids]
-    # The durations are in milliseconds: about 12 frames per second. loop=0 repeats it forever.
-    durations = [80] * len(others) + [2000]
-    first.save(path, save_all=True, append_images=others, duration=durations, loop=0)
-
-
-def save_strip(columns: dict[str, np.ndarray], path: Path, row_titles: Sequence[str] = ()) -> None:
-    """Draw a figure of columns of images, {title: (N, H, W, C)}, with titles left of the rows."""
-    # The images fill the figure, 1.1 inches each. `save_figure` adds room for the titles.
-    rows = len(next(iter(columns.values())))
-    figure = Figure(figsize=(1.1 * len(columns), 1.1 * rows))
-    figure.subplots_adjust(left=0, bottom=0, right=1, top=1, wspace=0.04, hspace=0.04)
-    no_frame = {"xticks": [], "yticks": [], "frame_on": False}
-    axes = figure.subplots(rows, len(columns), squeeze=False, subplot_kw=no_frame)
-
-    for column, (title, images) in zip(axes.T, columns.items(), strict=True):
-        column[0].set_title(title, fontsize=9)
-        for ax, image in zip(column, images, strict=True):
-            # The colour map and its range are only used for grey.
-            ax.imshow(image, "gray", vmin=0, vmax=255, interpolation="bicubic")
-    for ax, title in zip(axes[:, 0], row_titles, strict=False):
-        ax.set_ylabel(title, fontsize=9, rotation=0, ha="right", va="center")
-    save_figure(figure, path)
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from data.batches import batches_of
-from data.pixels import to_model_range
+from data.pixels import batches_of, to_model_range
 from functions.details import shrink
 from functions.enlarging import enlarge
 from functions.samplers import SAMPLERS

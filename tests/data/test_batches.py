@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis.strategies import integers
 from numpy.testing import assert_array_equal, assert_equal
 
-from data.batches import batches_of, epoch_order, gather, indices_of_steps
+from data.batches import epoch_order, gather, indices_of_steps
 from functions.support import processes
 from tests.data.packing import random_pixels
 
@@ -23,10 +23,6 @@ def test_the_order_is_the_same_on_every_machine():
     # that is to be resumed.
     assert epoch_order(10, 0, 0).tolist() == [0, 8, 9, 3, 7, 5, 1, 2, 6, 4]
     assert epoch_order(10, 1234, 7).tolist() == [0, 5, 7, 8, 1, 2, 9, 4, 3, 6]
-
-
-def test_the_last_batch_may_be_smaller():
-    assert batches_of(range(7), 3) == [range(3), range(3, 6), range(6, 7)]
 
 
 @settings(deadline=None, max_examples=40, derandomize=True)

@@ -94,13 +94,13 @@ def test_a_folder_of_other_settings_is_refused(tiny_run, tmp_path):
     common = "-n 2 --steps 5 --device cpu --out"
     single, pictures = (tmp_path / name for name in ("single", "pictures"))
     call(sample, tiny_run, "--individual", common, single)
-    call(sample, tiny_run, common, pictures, "--strip")
+    call(sample, tiny_run, common, pictures, "--gif")
     before = [contents(single), contents(pictures)]
     early = "checkpoints/step-00000005.safetensors"
     for folder, run, flags, changed in (
         (single, early, "--seed 1 --precision bfloat16", "checkpoint seed precision"),
         (pictures, "", "--sampler ddim --individual", "sampler eta variance"),
-        (single, "", "--steps 4 --spacing logsnr --individual", "steps spacing first_log_snr"),
+        (single, "", "--steps 4 --spacing logsnr --individual", "steps spacing"),
         (pictures, "", "--guide 5", "guide guidance"),
         # Pictures of other images are refused, too, but not single images of the same settings.
         (pictures, "", "-n 3", "grid"),
@@ -110,22 +110,22 @@ def test_a_folder_of_other_settings_is_refused(tiny_run, tmp_path):
         assert re.findall(r"(\w+) was ", str(error.value)) == changed.split()
     assert [contents(single), contents(pictures)] == before
     call(sample, tiny_run, "--individual", common, pictures, "-n 3")
-    call(sample, tiny_run, common, pictures, "--progressive")
+    call(sample, tiny_run, common, pictures)
     call(sample, tiny_run, common, single)
     names = {path.stem for path in pictures.glob("*.png")}
-    assert names == {"grid", "strip", "progressive", "00000", "00001", "00002"}
+    assert names == {"grid", "00000", "00001", "00002"}
 
 
 def test_samples_without_a_folder_go_into_a_new_one_named_by_the_time(
     tiny_run, unfinished, tmp_path, monkeypatch
 ):
-    """In the run, beside an exported file, and for a recipe, under its name, here."""
+    """In the run; of an exported file, and for a recipe, under its name, here."""
     monkeypatch.chdir(tmp_path)
     call(sample, tiny_run, "--export", "there/x.safetensors")
     Path("mine.toml").write_text(f"model = {str(tiny_run)!r}")
     for run, folder, name in (
         (unfinished, unfinished / "samples", TIME),
-        ("there/x.safetensors", Path("there/samples"), f"x-{TIME}"),
+        ("there/x.safetensors", Path("samples"), f"x-{TIME}"),
         ("mine.toml", Path("samples"), f"mine-{TIME}"),
     ):
         before = {*folder.glob("*")}
@@ -153,7 +153,7 @@ def test_two_commands_that_start_at_once_do_not_mix_their_samples(
     assert [*tmp_path.iterdir()] == [manifest]
 
 
-@pytest.mark.parametrize("name", ["00003.png", "strip.png"])
+@pytest.mark.parametrize("name", ["00003.png", "grid.png"])
 def test_images_of_unknown_origin_are_not_gone_on_with(name, tiny_run, tmp_path):
     """Without a manifest, or with one that is cut short, nobody knows what they are."""
     Image.new("RGB", (16, 16)).save(tmp_path / name)
