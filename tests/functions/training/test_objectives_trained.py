@@ -13,7 +13,7 @@ from data.batches import epoch_order
 from data.datasets import load_images
 from data.pixels import to_model_range
 from functions.denoiser import OBJECTIVES
-from functions.training.draws import training_draws
+from functions.training.data import training_draws
 from functions.training.metrics import read_metrics
 from tests.conftest import CPU, TRAINED, call, pixels_of, train_tiny
 from tests.functions.test_denoiser import X_0

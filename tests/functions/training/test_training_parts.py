@@ -18,8 +18,7 @@ from functions.losses import denoising_loss
 from functions.noise_scheduler import NoiseScheduler
 from functions.saved.loading import load_denoiser
 from functions.support.random_numbers import generator_of, image_noise, seed_of
-from functions.training.data import TrainingData
-from functions.training.draws import training_draws
+from functions.training.data import TrainingData, training_draws
 from functions.training.metrics import (
     COLUMNS,
     MetricsLog,
