@@ -439,6 +439,22 @@ class DiffusionConfig:
         return rate * LR_SCHEDULES[self.lr_schedule](step, total_steps)
 
 
+# The fields of DiffusionConfig that change no weights, but what is recorded of a run
+RECORDING = (
+    "log_every",
+    "validate_every",
+    "sample_every",
+    "checkpoint_every",
+    "checkpoint_minutes",
+    "keep_checkpoints",
+    "snapshot_every",
+    "validation_samples",
+    "grid_images",
+    "grid_sampler",
+    "grid_steps",
+)
+
+
 def build_scheduler(diffusion: dict) -> NoiseScheduler:
     """Build the schedule of the fields of a `DiffusionConfig`. Those without a value have defaults.
 

@@ -1,5 +1,6 @@
 """Load data sets by name, and split them into training and validation images."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -165,7 +166,9 @@ def hash_inputs(image_set: ImageSet) -> str:
     """Return a short hash of all inputs and of the names of labels, or "" without any."""
     inputs = dict(image_set.inputs)
     lines = [*image_set.label_names, *inputs.pop("label", np.empty(0)).tolist()]
-    lines += [f"{name} {sha256(str(values.tolist()))}" for name, values in sorted(inputs.items())]
+    for name, values in sorted(inputs.items()):
+        digest = hashlib.sha256(np.ascontiguousarray(values)).hexdigest()
+        lines.append(f"{name} {values.dtype} {values.shape} {digest}")
     return hash_ids(lines) if lines else ""
 
 

@@ -79,6 +79,14 @@ class ImageSet:
         inputs = {name: np.asarray(values) for name, values in (inputs or {}).items()}
         if {len(images)} != {len({*names}), len(names), *map(len, inputs.values())}:
             raise ValueError("each image must have one name of its own, and one of each input")
+        if "label" in inputs:
+            label = inputs["label"]
+            if label.ndim != 1 or label.dtype.kind not in "iu":
+                raise ValueError(
+                    f"labels are {label.dtype} {label.shape}; they must be integers (N,)"
+                )
+            # PyTorch looks up no index of another dtype.
+            inputs["label"] = label.astype(np.int64)
         pixels_hash = hashlib.sha256(np.ascontiguousarray(images)).hexdigest()[:16]
         summary = f"{name}: {len(images):,} images at {images.shape[1]}x{images.shape[2]}"
         return ImageSet(

@@ -19,7 +19,9 @@ from functions.enlarging import Keeping
 from functions.guidance import Guided
 from functions.sampling import editing
 from functions.sampling.generation import given
+from functions.saved.checkpoint import Checkpoint, write_tensors
 from functions.saved.loading import load_denoiser
+from functions.saved.run_folder import checkpoints_of
 from functions.training.opening import new_run
 from models.unet import UNet
 from tests.conftest import (
@@ -235,6 +237,18 @@ def test_weights_with_and_without_labels_begin_other_runs(labelled_run, coloured
         other = begun(data, "--init", init, LABELS).ema_model
         assert_close(other(x_t, t), expected)
         assert_close(other(x_t, t, torch.arange(3)), expected)
+
+
+def test_a_model_that_never_saw_a_missing_label_needs_one(labelled_run, path, tmp_path):
+    last = Checkpoint(checkpoints_of(labelled_run)[-1])
+    last.contents["config"]["diffusion"]["condition_dropout"] = 0.0
+    write_tensors(path, {"ema": last.tensors("ema")}, last.contents)
+    for flags in ("", "--label blue --cfg 2"):
+        with refused(
+            "never saw an image without its label .* needs a --label, without --cfg: 2, 10"
+        ):
+            call(sample, path, FEW, flags, "--n 1")
+    call(sample, path, FEW, "--n 1 --label blue --out", tmp_path / "out")
 
 
 def test_a_file_keeps_labels_and_a_folder_of_diffusers_has_none(labelled_run, path, tmp_path):

@@ -12,6 +12,7 @@ from torch import nn
 import sample
 import train
 from config import EXPERIMENTS, ConfigError, Experiment, OwnNetwork
+from data.datasets import hash_inputs
 from data.packed import ImageSet
 from functions.optimizers import OPTIMIZERS, Adam
 from functions.saved.loading import load_denoiser
@@ -254,7 +255,20 @@ def test_what_does_not_fit_is_refused(tmp_path):
     for others in ({"names": ["a"] * 60}, {"inputs": {"label": np.zeros(59)}}):
         with refused("each image must have one name of its own, and one of each ", ValueError):
             of_array(PIXELS, **others)
+    for label in (np.zeros(60), np.zeros((60, 1), int)):
+        with refused(r"they must be integers \(N,\)", ValueError):
+            of_array(PIXELS, inputs={"label": label})
+    small = of_array(PIXELS, inputs={"label": np.zeros(60, np.uint8)})
+    assert small.inputs["label"].dtype == np.int64
     with refused("mine: labels must be indices of label_names"):
         own_run(tmp_path, images=own_images(label_count=3))
     with refused(r"mine are \(4, 4, 3\) .* the network's \(8, 8, 3\)", ConfigError):
         own_run(tmp_path, images=own_images(PIXELS[:, :4, :4]))
+
+
+def test_inputs_of_other_values_or_dtypes_have_another_hash():
+    """The hash is that of their bytes, and not of a text of each number."""
+    numbers = PIXELS.astype(np.float32)
+    others = numbers, numbers + 1, numbers.astype(np.float64), numbers.reshape(60, -1)
+    hashes = {hash_inputs(ImageSet.from_array("mine", PIXELS, inputs={"n": n})) for n in others}
+    assert len(hashes) == 4

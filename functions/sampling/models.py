@@ -15,7 +15,7 @@ from functions.saved.loading import open_model
 from functions.saved.run_folder import checkpoints_of, run_of, step_of
 from functions.support import processes
 from functions.support.device import choose_device, set_deterministic
-from functions.support.errors import UserError
+from functions.support.errors import UserError, printable
 
 # The role of a model that enlarges
 ENLARGES = "enlarged by "
@@ -57,6 +57,12 @@ def open_models(config: DrawingConfig, device_name: str) -> Models:
     models = opened(Path(config.model), device, config.precision)
     # This raises errors about labels before other models are loaded.
     chosen_labels(config.label, models.label_names, [])
+    always_labelled = models.saved.config["diffusion"].get("condition_dropout") == 0
+    if models.label_names and always_labelled and (config.cfg is not None or not config.label):
+        raise UserError(
+            f"{models.saved.path} never saw an image without its label (condition_dropout 0), so "
+            f"it needs a --label, without --cfg: {printable(', '.join(models.label_names))}"
+        )
     if config.guide is not None:
         models = guided(models, config)
     for path in config.enlarge:
@@ -106,8 +112,10 @@ def guided(models: Models, config: DrawingConfig) -> Models:
     if config.label and guide.label_names != models.label_names:
         raise UserError(f"{refusal}: other labels")
     # Both networks get the same x_t and t, so t must mean the same amount of noise to both.
+    # Files of diffusers have betas in float32.
     schedules = [each.denoiser.scheduler.alphas_cumprod for each in (models, guide)]
-    if guide.shape != models.shape or not torch.equal(*schedules):
+    is_same = schedules[0].shape == schedules[1].shape and torch.allclose(*schedules, rtol=1e-3)
+    if guide.shape != models.shape or not is_same:
         raise UserError(
             f"{refusal}: it has another shape of images, or another noise schedule (the number of "
             "timesteps, or the betas)"

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 
-from config import ConfigError, DiffusionConfig, Experiment, build_scheduler
+from config import RECORDING, ConfigError, DiffusionConfig, Experiment, build_scheduler
 from functions.denoiser import Denoiser
 from functions.saved.checkpoint import Checkpoint
 from functions.support import processes
@@ -131,7 +131,9 @@ def describe_changes(
     facts = earlier["run"]
     before = Experiment.from_dict(earlier["config"])
     for field, (value, now) in before.differences(experiment).items():
-        yield f"changed: {field} was {value}, is now {now}: from here on it is another run"
+        records = field.removeprefix("diffusion.") in RECORDING
+        other = "" if records else ": from here on it is another run"
+        yield f"changed: {field} was {value}, is now {now}{other}"
     # More epochs move a step back on its schedule.
     step, earlier_steps = facts["step"], facts["total_steps"]
     last_rate = before.diffusion.rate_of(step - 1, earlier_steps)

@@ -25,6 +25,7 @@ from functions.saved.run_folder import intact_checkpoint, locked, resume_command
 from functions.support import processes
 from functions.support.command_line import given_fields
 from functions.support.device import choose_device
+from functions.support.errors import UserError
 from functions.support.settings import fields_with
 from functions.training.run import TrainingRun
 from functions.training.stopping import explain_failed_writes
@@ -39,6 +40,8 @@ def open_run(args: Namespace) -> Iterator[TrainingRun]:
     """
     device = choose_device(args.device)
     name = args.experiment or DEFAULT_EXPERIMENT
+    if args.runs.is_file():
+        raise UserError(f"--runs: {args.runs} is a file, and no folder")
     folder = processes.on_main(run_to_resume, args.resume, args.runs, name)
     with ExitStack() as stack:
         if folder and not args.dry_run:

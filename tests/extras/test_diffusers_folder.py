@@ -283,6 +283,14 @@ def test_damaged_folders_are_refused_in_a_sentence(their_folder, tmp_path):
         assert sentence in refusal(folder)
 
 
+def test_an_export_can_guide_the_model(tiny_run, tmp_path):
+    """Its betas have been in float32."""
+    folder = tmp_path / "folder"
+    call(sample, tiny_run, "--export", folder)
+    flags = "--device cpu --n 1 --sampler dpm++ --steps 4 --guidance 2"
+    call(sample, tiny_run, flags, "--guide", folder, "--out", tmp_path / "out")
+
+
 def test_a_door_without_its_extra_says_so(their_folder, tiny_run, tmp_path, monkeypatch):
     file = tmp_path / "file.safetensors"
     call(sample, their_folder, "--export", file)

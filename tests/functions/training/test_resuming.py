@@ -36,11 +36,13 @@ def test_a_run_with_other_settings_is_still_one_run(unfinished, tmp_path, capsys
         --diffusion.use-augmentation false
         --diffusion.batch-size 4
         --diffusion.gradient-accumulation 2
+        --diffusion.validate-every 4
     """
     call(train, "--resume", unfinished, changes)
     printed = capsys.readouterr().out
     for line in (
         "changed: diffusion.learning_rate was 0.002, is now 0.008: from here on it is another run",
+        "changed: diffusion.validate_every was 5, is now 4\n",
         "warning: batch_size was 8, is now 4: no longer bit for bit",
     ):
         assert line in printed
@@ -138,3 +140,10 @@ def test_a_run_is_locked_before_its_checkpoint_is_read(unfinished, monkeypatch):
     call(train, "--resume", unfinished)
     with locked(unfinished):
         pass
+
+
+def test_a_file_in_place_of_the_folder_of_runs_is_found_before_the_data(tmp_path):
+    file = tmp_path / "runs"
+    file.touch()
+    with refused(f"--runs: {file} is a file, and no folder"):
+        call(train, "faces --diffusion.dataset-name no/such/folder --runs", file)
