@@ -3,7 +3,6 @@
 denoiser = load_denoiser("runs/faces-20260101-120000")
 """
 
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -47,14 +46,9 @@ def open_model(
         precision: a name, or "auto": that of the training, or float32 where that is not native.
         network: gets the weights; by default it is built by the saved config.
     """
-    # Rank 0 reads checkpoints until it finds an intact one. Thanks to the cache it does not read
-    # this one a second time.
-    read = cache(load_model)
-
-    def choose():
-        return first_intact(find_checkpoints(path), read).path
-
-    saved = read(processes.on_main(choose))
+    # Rank 0 finds an intact one, and every process loads it.
+    intact = processes.on_main(lambda: first_intact(find_checkpoints(path), load_model).path)
+    saved = load_model(intact)
     trained = saved.provenance.get("arithmetic", {}).get("precision")
     dtype = choose_precision(precision, device, trained, "float32")
     return saved, rebuild(saved, device, dtype, network)
