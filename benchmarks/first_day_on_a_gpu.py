@@ -71,6 +71,8 @@ def training(name: str) -> Iterator[Fact]:
     for mode, network in {"eager": run.model, "compiled": compiled}.items():
         one_pass = partial(run_pass, replace(run.denoiser, network=network), x_0, t, noise)
         run.optimizer.zero_grad()
+        # Both networks have the same dropout.
+        torch.manual_seed(0)
         yield f"{name}, {mode}: s of the first pass", one_pass()
         # Copies on the CPU take no memory of the GPU.
         gradients.append([parameter.grad.cpu().clone() for parameter in parameters])
