@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import ROOT, TINY, only_in, pixels_of, script
 from tests.test_imports import core
 
-PEOPLE = "sample.py pretrained/ffhq-32.safetensors -n 1 --sampler dpm++ --steps 2 --device cpu"
+PEOPLE = "sample.py pretrained/people.toml -n 1 --steps 2 --device cpu"
 
 
 @pytest.fixture
