@@ -32,8 +32,8 @@ from functions.sampling.editing import (
     read_image,
     time_at,
 )
-from functions.sampling.generation import Drawing, generate, open_drawing
-from functions.sampling.settings import DrawingConfig, add_sampling_flags, settings_of
+from functions.sampling.generation import Pipeline, generate, open_pipeline
+from functions.sampling.settings import SamplingConfig, add_sampling_flags, settings_of
 from functions.support.command_line import (
     EXIT_BAD_INPUT,
     Parser,
@@ -56,9 +56,9 @@ STEPS = 20
 RESAMPLE = 10
 # The width and height of the image to paint over, in pixels.
 SIDE = 512
-# The settings of a drawing, and what their flags' help says of them
-FIELDS = {each.name: each for each in fields(DrawingConfig)}
-COMMENTS = field_comments(DrawingConfig)
+# The settings of sampling, and what their flags' help says of them
+FIELDS = {each.name: each for each in fields(SamplingConfig)}
+COMMENTS = field_comments(SamplingConfig)
 # The page uses fonts of the machine, so that it downloads none.
 FONTS = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
 # The page shows the progress bar of the sampler.
@@ -70,8 +70,8 @@ def main() -> None:
     parser = Parser(description=__doc__)
     add_sampling_flags(parser)
     args = parser.parse_args()
-    drawing = open_drawing(args, settings_of(args, sampler="dpm++"), STEPS)
-    tabs = [draw_tab(drawing), mix_tab(drawing), paint_tab(drawing)]
+    pipeline = open_pipeline(args, settings_of(args, sampler="dpm++"), STEPS)
+    tabs = [draw_tab(pipeline), mix_tab(pipeline), paint_tab(pipeline)]
     page = gr.TabbedInterface(tabs, ["Draw", "Mix", "Paint"], "DDPM", analytics_enabled=False)
     # Old pictures are deleted from the disk.
     page.delete_cache = (600, 3600)
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def tab(
-    drawing: Drawing,
+    pipeline: Pipeline,
     work: Callable[..., Image.Image],
     samplers: Sequence[str],
     *inputs: gr.components.Component,
@@ -92,8 +92,8 @@ def tab(
     shown in the page as one sentence.
     """
 
-    begun = drawing.config
-    names = ["label", "cfg"] if drawing.models.label_names else []
+    begun = pipeline.config
+    names = ["label", "cfg"] if pipeline.models.label_names else []
     texts = []
     for name in names:
         value = vars(begun)[name]
@@ -108,12 +108,12 @@ def tab(
             for name, text in zip(names, rest, strict=False)
         }
         config = replace(begun.override({"sampler": sampler, "steps": steps}), **chosen)
-        return work(replace(drawing, config=config, seed=seed or 0), *rest[len(names) :])
+        return work(replace(pipeline, config=config, seed=seed or 0), *rest[len(names) :])
 
     return gr.Interface(
         call,
         [
-            gr.Number(drawing.seed, label="Seed", precision=0),
+            gr.Number(pipeline.seed, label="Seed", precision=0),
             gr.Radio(samplers, value=begun.sampler, label="Sampler"),
             gr.Number(begun.steps, label="Steps", info="Empty: all timesteps.", precision=0),
             *texts,
@@ -126,12 +126,12 @@ def tab(
     )
 
 
-def draw_tab(drawing: Drawing) -> gr.Interface:
+def draw_tab(pipeline: Pipeline) -> gr.Interface:
     count = gr.Slider(1, 64, 16, step=1, precision=0, label="How many")
-    return tab(drawing, draw, [*SAMPLERS], count)
+    return tab(pipeline, draw, [*SAMPLERS], count)
 
 
-def mix_tab(drawing: Drawing) -> gr.Interface:
+def mix_tab(pipeline: Pipeline) -> gr.Interface:
     depth = gr.Slider(0, 1, 0.75, label="Depth", info="How far both are noised; 0 mixes pixels.")
     share = gr.Slider(0, 1, 0.5, label="Share", info="How much of it is the second image.")
     images = []
@@ -140,11 +140,11 @@ def mix_tab(drawing: Drawing) -> gr.Interface:
             gr.Number(index, label=f"Index of the {name} image", precision=0),
             gr.Image(label="Or a file", type="filepath", sources=["upload"], height=150),
         ]
-    return tab(drawing, mix, [*SAMPLERS], depth, share, *images)
+    return tab(pipeline, mix, [*SAMPLERS], depth, share, *images)
 
 
-def paint_tab(drawing: Drawing) -> gr.Interface:
-    first = picture_of(to_uint8(generate(drawing, [0]))[0])
+def paint_tab(pipeline: Pipeline) -> gr.Interface:
+    first = picture_of(to_uint8(generate(pipeline, [0]))[0])
     editor = gr.ImageEditor(
         first.resize((SIDE, SIDE)),
         label="Paint over the part to inpaint",
@@ -158,37 +158,37 @@ def paint_tab(drawing: Drawing) -> gr.Interface:
         height=600,
     )
     count = gr.Slider(1, 8, 4, step=1, precision=0, label="How many")
-    steps = min(INPAINTING_STEPS, drawing.scheduler.timesteps)
-    config = replace(drawing.config, **INPAINTING | {"steps": steps})
-    return tab(replace(drawing, config=config), paint, ["ddpm"], count, editor)
+    steps = min(INPAINTING_STEPS, pipeline.scheduler.timesteps)
+    config = replace(pipeline.config, **INPAINTING | {"steps": steps})
+    return tab(replace(pipeline, config=config), paint, ["ddpm"], count, editor)
 
 
-def draw(drawing: Drawing, n: int) -> Image.Image:
+def draw(pipeline: Pipeline, n: int) -> Image.Image:
     """Return a grid of images 0 .. n-1."""
-    return grid_of(to_uint8(generate(drawing, range(n), progress=True)))
+    return grid_of(to_uint8(generate(pipeline, range(n), progress=True)))
 
 
-def mix(drawing: Drawing, depth: float, share: float, *images: int | str | None) -> Image.Image:
+def mix(pipeline: Pipeline, depth: float, share: float, *images: int | str | None) -> Image.Image:
     """Return the first image, the mixture and the second image.
 
     `images` are the index and the file of each. A file replaces an index.
     """
-    check_edit("interpolate", drawing.config)
+    check_edit("interpolate", pipeline.config)
     (first, shown_first), (second, shown_second) = (
-        read_image(drawing, file or str(index))
+        read_image(pipeline, file or str(index))
         for index, file in zip(images[::2], images[1::2], strict=True)
     )
     # Both images are noised to timestep t. Depth 0 is t = -1, at which images get no noise.
-    t = time_at(drawing, depth)
+    t = time_at(pipeline, depth)
     weights = torch.tensor([share], device=first.device)
-    mixture = interpolate_images(drawing, torch.stack([first, second]), t, weights)
+    mixture = interpolate_images(pipeline, torch.stack([first, second]), t, weights)
     return grid_of(to_uint8(torch.cat([shown_first, mixture, shown_second])), columns=3)
 
 
-def paint(drawing: Drawing, n: int, edit: dict) -> Image.Image:
+def paint(pipeline: Pipeline, n: int, edit: dict) -> Image.Image:
     """Return a grid of the image, its known pixels, and n inpaintings."""
-    check_edit("inpaint", drawing.config)
-    shape = drawing.models.enlarged_shape
+    check_edit("inpaint", pipeline.config)
+    shape = pipeline.models.enlarged_shape
     # The editor's layer is RGBA, and opaque where the user has painted.
     mask = np.zeros(1)
     for layer in edit["layers"]:
@@ -196,7 +196,7 @@ def paint(drawing: Drawing, n: int, edit: dict) -> Image.Image:
     if edit["background"] is None or mask.all() or not mask.any():
         raise UserError("choose an image and paint over a part of it, but not over the whole image")
     image = fit_image(edit["background"], shape)
-    return grid_of(inpaint_image(drawing, image, mask, RESAMPLE, n))
+    return grid_of(inpaint_image(pipeline, image, mask, RESAMPLE, n))
 
 
 if __name__ == "__main__":

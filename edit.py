@@ -26,7 +26,7 @@ from functions.sampling.editing import (
     check_edit,
     save_enlarged,
 )
-from functions.sampling.generation import open_drawing
+from functions.sampling.generation import open_pipeline
 from functions.sampling.settings import SeedFlags, add_sampling_flags, settings_of
 from functions.saved.run_folder import PRETRAINED
 from functions.support.command_line import Parser, add_flags, run_script
@@ -43,9 +43,9 @@ def main() -> None:
     save, taken, steps = VERBS[args.verb]
     config = settings_of(args, taken=taken)
     check_edit(args.verb, config)
-    drawing = open_drawing(args, config, steps)
-    print(f"{args.verb}: {drawing}")
-    save(args, drawing)
+    pipeline = open_pipeline(args, config, steps)
+    print(f"{args.verb}: {pipeline}")
+    save(args, pipeline)
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,10 @@ from functions.evaluation.fidelity import (
 )
 from functions.evaluation.training_images import load_and_split
 from functions.samplers import VARIANCES
-from functions.sampling.generation import Drawing
+from functions.sampling.generation import Pipeline
 from functions.sampling.models import open_models
 from functions.sampling.samples_folder import MANIFEST, results_folder
-from functions.sampling.settings import DrawingConfig, add_model_flags, settings_of
+from functions.sampling.settings import SamplingConfig, add_model_flags, settings_of
 from functions.saved.run_folder import PlaceFlags
 from functions.support.command_line import Parser, add_flags, run_script
 from functions.support.device import choose_device
@@ -122,7 +122,7 @@ def evaluate_bits(args: Namespace) -> None:
     """Measure bits/dim of held-out images; print and write it."""
     # The bound is computed in float32, whatever the precision of sampling, and is that of a single
     # model, which the mix of a guided one is not.
-    config = DrawingConfig(
+    config = SamplingConfig(
         model=settings_of(args).model, precision="float32", batch_size=args.batch_size
     )
     models = open_models(config, args.device)
@@ -152,7 +152,7 @@ def evaluate_bits(args: Namespace) -> None:
 
     options = BoundOptions(
         args.t_stride,
-        Drawing(models, config).batch_size,
+        Pipeline(models, config).batch_size,
         args.bpd_variance,
         # For some diffusers models, samplers do not clip x_0. The bound then does not either.
         models.clip_x_0,

@@ -28,9 +28,9 @@ import torch
 
 from data.pixels import batches_of, to_uint8
 from functions.sampling.generation import (
-    Drawing,
+    Pipeline,
     generate,
-    open_drawing,
+    open_pipeline,
     sample_batch,
     step_bar,
 )
@@ -77,24 +77,24 @@ def main(name_prefix: str = "", description: str = __doc__, **defaults: Any) -> 
             return
 
         # The networks and their schedules come only from the checkpoints.
-        drawing = open_drawing(args, config)
-        folder = args.out or new_samples_folder(args.checkpoint, drawing.models.saved)
+        pipeline = open_pipeline(args, config)
+        folder = args.out or new_samples_folder(args.checkpoint, pipeline.models.saved)
         if args.individual:
-            sample_files(args.indices, drawing, folder)
+            sample_files(args.indices, pipeline, folder)
         elif processes.is_main():
-            sample_pictures(args, drawing, folder)
+            sample_pictures(args, pipeline, folder)
 
 
-def sample_pictures(args: Namespace, drawing: Drawing, folder: Path) -> None:
+def sample_pictures(args: Namespace, pipeline: Pipeline, folder: Path) -> None:
     """Sample the images, and write a grid and, if the flags ask for it, its animation."""
     indices = list(args.indices)
-    manifest = manifest_of(drawing)
+    manifest = manifest_of(pipeline)
     open_folder(folder, manifest, indices)
-    print(f"sampling {len(indices)} images: {drawing}")
+    print(f"sampling {len(indices)} images: {pipeline}")
     if args.gif:
-        images, states, _ = generate_frames(drawing, indices)
+        images, states, _ = generate_frames(pipeline, indices)
     else:
-        images = generate(drawing, indices, progress=True)
+        images = generate(pipeline, indices, progress=True)
     # Another command may have opened the folder at the same moment.
     open_folder(folder, manifest, indices)
     if args.gif:
@@ -106,25 +106,25 @@ def sample_pictures(args: Namespace, drawing: Drawing, folder: Path) -> None:
     print(f"wrote {folder / 'grid.png'}")
 
 
-def sample_files(indices: Sequence[int], drawing: Drawing, folder: Path) -> None:
+def sample_files(indices: Sequence[int], pipeline: Pipeline, folder: Path) -> None:
     """Sample those images that are not in the folder, and write a PNG file of each.
 
     The processes share the batches, which depend neither on the number of processes nor on where
     an earlier command was interrupted. So the images are the same up to rounding.
     """
-    manifest = manifest_of(drawing)
+    manifest = manifest_of(pipeline)
     processes.on_main(open_folder, folder, manifest)
     on_disk = processes.on_main(image_indices, folder)
-    batches = batches_of(indices, drawing.batch_size)
+    batches = batches_of(indices, pipeline.batch_size)
     remaining = [batch for batch in batches if not on_disk.issuperset(batch)]
     processes.print_main(
-        f"sampling {sum(map(len, remaining))} of {len(indices)} images into {folder}: {drawing}"
+        f"sampling {sum(map(len, remaining))} of {len(indices)} images into {folder}: {pipeline}"
     )
 
     shard = [remaining[i] for i in processes.shard(len(remaining))]
-    with step_bar(drawing, sum(map(len, shard)), processes.is_main()) as bar:
+    with step_bar(pipeline, sum(map(len, shard)), processes.is_main()) as bar:
         for batch in shard:
-            images = to_uint8(sample_batch(drawing, batch, bar))
+            images = to_uint8(sample_batch(pipeline, batch, bar))
             # Another command may have opened the folder at the same moment.
             open_folder(folder, manifest)
             for i, image in zip(batch, images, strict=True):

@@ -65,7 +65,7 @@ def drop_labels(label: Tensor, dropped: Tensor, names: Sequence[str]) -> Tensor:
 
 
 def chosen_labels(chosen: Sequence[str], names: Sequence[str], indices: Sequence[int]) -> Tensor:
-    """Return the labels (B,) of a drawing's images with these B indices: i has chosen[i mod K].
+    """Return the labels (B,) of the images with these B indices: i has chosen[i mod K].
 
     Raises UserError for one of the K chosen names that is not among those of the model.
     """

@@ -30,7 +30,7 @@ from figures import saved_model
 from figures.saved_model import GUIDE_STEPS, open_saved
 from functions.evaluation.training_images import load_and_split
 from functions.noise_scheduler import NoiseScheduler
-from functions.sampling.generation import Drawing, generate
+from functions.sampling.generation import Pipeline, generate
 from functions.sampling.samples_folder import generate_frames, save_gif
 from functions.sampling.strips import save_columns, save_strip
 from functions.saved.run_folder import PRETRAINED, checkpoints_of, step_of
@@ -254,15 +254,15 @@ def draw_faces(run: Path) -> None:
     And the training image that is nearest to each of some samples.
     """
     plot_losses(run / "metrics.csv", FIGURES / "losses.png")
-    drawing = open_saved(run)
-    images, states, estimates = generate_frames(drawing, range(36))
+    pipeline = open_saved(run)
+    images, states, estimates = generate_frames(pipeline, range(36))
     faces = to_uint8(images)
     save_grid(faces, FIGURES / "faces.png", columns=9)
     save_columns(states, FIGURES / "strip.png")
     save_columns(estimates, FIGURES / "progressive.png")
 
     # Each nearest training image is right below its sample, to show which samples are copies.
-    image_set, split = load_and_split(drawing.models.saved)
+    image_set, split = load_and_split(pipeline.models.saved)
     neighbours, _ = nearest(faces[:12], image_set.images[split.train_indices])
     save_grid(np.concatenate([faces[:12], neighbours]), FIGURES / "neighbours.png", columns=12)
 
@@ -279,16 +279,16 @@ def draw_people(run: Path) -> None:
     rows = [draw_pixels(open_saved(path, GUIDED), 9) for path in chosen]
     save_grid(np.concatenate(rows), FIGURES / "people_by_step.png", columns=9)
 
-    drawing = open_saved(run, GUIDED)
+    pipeline = open_saved(run, GUIDED)
     columns = {}
     for weight in WEIGHTS:
-        denoiser = replace(drawing.models.denoiser, weight=weight)
-        guided = replace(drawing, models=replace(drawing.models, denoiser=denoiser))
+        denoiser = replace(pipeline.models.denoiser, weight=weight)
+        guided = replace(pipeline, models=replace(pipeline.models, denoiser=denoiser))
         columns[f"w = {weight:g}"] = draw_pixels(guided, 8)
     save_strip(columns, FIGURES / "guidance.png")
 
-    drawing = open_saved(run, f"--steps 250 {GUIDE}")
-    _, states, _ = generate_frames(drawing, range(6))
+    pipeline = open_saved(run, f"--steps 250 {GUIDE}")
+    _, states, _ = generate_frames(pipeline, range(6))
     save_gif(states.values(), FIGURES / "denoising.gif", columns=6)
 
 
@@ -310,24 +310,24 @@ def draw_labels(run: Path) -> None:
     """Draw a sample of each label, from the same noise in both rows, with each weight."""
     names = open_saved(run).models.label_names
     flags = f"--sampler dpm++ --steps 20 --label {','.join(names)}"
-    drawings = [open_saved(run, f"{flags} --cfg {weight}") for weight in LABEL_WEIGHTS]
-    rows = [draw_pixels(drawing, len(names)) for drawing in drawings]
+    pipelines = [open_saved(run, f"{flags} --cfg {weight}") for weight in LABEL_WEIGHTS]
+    rows = [draw_pixels(pipeline, len(names)) for pipeline in pipelines]
     titles = [f"w = {weight}" for weight in LABEL_WEIGHTS]
     columns = dict(zip(names, np.stack(rows, axis=1), strict=True))
     save_strip(columns, FIGURES / "labels.png", titles)
 
 
-def draw_pixels(drawing: Drawing, count: int) -> np.ndarray:
+def draw_pixels(pipeline: Pipeline, count: int) -> np.ndarray:
     """Return the first samples as uint8 images, (count, H, W, C)."""
-    return to_uint8(generate(drawing, range(count)))
+    return to_uint8(generate(pipeline, range(count)))
 
 
 def draw_commands(run: Path, temporary: Path) -> None:
     """Run each of COMMANDS in a temporary folder, and copy its picture into this folder."""
     # Inpainting reads its image and the mask from files. White marks what is replaced: the lower
     # half.
-    drawing = open_saved(run, GUIDED)
-    [image] = to_uint8(generate(drawing, [26]))
+    pipeline = open_saved(run, GUIDED)
+    [image] = to_uint8(generate(pipeline, [26]))
     save_image(image, temporary / "26.png")
     mask = np.zeros(image.shape[:2], np.uint8)
     mask[len(mask) // 2 :] = 255

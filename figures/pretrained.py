@@ -29,9 +29,9 @@ from functions.details import details, shrink
 from functions.evaluation.bits_per_dim import evenly_spaced
 from functions.evaluation.fidelity import frechet_distance, training_features
 from functions.evaluation.training_images import load_and_split
-from functions.sampling.generation import Drawing, generate
+from functions.sampling.generation import Pipeline, generate
 from functions.sampling.models import guide_path
-from functions.sampling.settings import DrawingConfig, read_recipe
+from functions.sampling.settings import SamplingConfig, read_recipe
 from functions.saved.checkpoint import SavedModel, load_weights
 from functions.saved.loading import load_denoiser, open_model
 from functions.saved.run_folder import PRETRAINED
@@ -90,12 +90,12 @@ def main() -> None:
         if boxed.stem == Path(recipe.model).stem:
             flags = flags_of(replace(recipe, guide=None, guidance=None, enlarge=()))
         command = f"{boxed.name} {flags} --guide pretrained/{boxed_guide.name}"
-        drawing = open_saved(snapshot, f"{flags} --guide {shlex.quote(str(path))} --device cpu")
+        pipeline = open_saved(snapshot, f"{flags} --guide {shlex.quote(str(path))} --device cpu")
     elif args.guide:
         raise UserError(f"{boxed.stem} enlarges, without a guide")
     else:
         parts = [f"--enlarge={snapshot}" for _ in recipe.enlarge]
-        drawing = open_saved(PRETRAINED, f"{shlex.join(parts)} --device cpu")
+        pipeline = open_saved(PRETRAINED, f"{shlex.join(parts)} --device cpu")
         command = PRETRAINED.name
         photos = image_set.images[evenly_spaced(split.val_indices, DETAILS_COUNT)]
         rows |= detail_errors(load_denoiser(snapshot), to_model_range(photos))
@@ -107,18 +107,18 @@ def main() -> None:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         copied |= {kind: f"`{path.name}`", f"SHA-256 of the {kind}": f"`{digest}`"}
     rows = copied | rows | facts_of_run(run, source)
-    rows |= measured(image_set, split, drawing, f"python sample.py pretrained/{command}")
+    rows |= measured(image_set, split, pipeline, f"python sample.py pretrained/{command}")
     card = boxed.with_suffix(".md")
     write_table(card, rows)
     print(f"wrote {boxed} and {card}")
 
 
-def flags_of(config: DrawingConfig) -> str:
+def flags_of(config: SamplingConfig) -> str:
     """Return the flags of settings that have no guide and no enlargers."""
     return shlex.join(
         f"--{name.replace('_', '-')}={value}"
         for name, value in vars(config).items()
-        if name != "model" and value != getattr(DrawingConfig, name)
+        if name != "model" and value != getattr(SamplingConfig, name)
     )
 
 
@@ -160,12 +160,12 @@ def facts_of_run(run: Path, source: SavedModel) -> dict[str, str]:
     }
 
 
-def measured(image_set: ImageSet, split: Split, drawing: Drawing, command: str) -> dict[str, str]:
+def measured(image_set: ImageSet, split: Split, pipeline: Pipeline, command: str) -> dict[str, str]:
     """Return what is measured on samples, by this command, and on as many held-out images."""
     ids = image_set.ids
     trained, held_out = split.train_indices, split.val_indices
     real = image_set.images[evenly_spaced(held_out, SAMPLE_COUNT)]
-    samples = generate(drawing, range(len(real)), progress=True)
+    samples = generate(pipeline, range(len(real)), progress=True)
 
     features = training_features(image_set, split)
     distances = [frechet_distance(features([images])) for images in (samples, to_model_range(real))]

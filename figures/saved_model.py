@@ -3,7 +3,7 @@
 import shlex
 from pathlib import Path
 
-from functions.sampling.generation import Drawing, open_drawing
+from functions.sampling.generation import Pipeline, open_pipeline
 from functions.sampling.settings import add_sampling_flags, settings_of
 from functions.support.command_line import Parser
 
@@ -13,10 +13,10 @@ GUIDE_STEPS = {"ffhq-32": 1000, "ffhq-64": 3000}
 GUIDED = "--sampler dpm++ --steps 11 --spacing trailing --guidance 2"
 
 
-def open_saved(path: Path, flags: str = "") -> Drawing:
-    """Return the drawing by a run, a file or a recipe, with these flags, in float32."""
+def open_saved(path: Path, flags: str = "") -> Pipeline:
+    """Return the pipeline by a run, a file or a recipe, with these flags, in float32."""
     parser = Parser()
     add_sampling_flags(parser)
     words = [str(path), "--precision", "float32", *shlex.split(flags)]
     args = parser.parse_args(words)
-    return open_drawing(args, settings_of(args))
+    return open_pipeline(args, settings_of(args))

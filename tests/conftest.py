@@ -20,9 +20,9 @@ from PIL import Image
 import train
 from functions.denoiser import Denoiser
 from functions.noise_scheduler import NoiseScheduler
-from functions.sampling.generation import Drawing
+from functions.sampling.generation import Pipeline
 from functions.sampling.models import Models
-from functions.sampling.settings import DrawingConfig
+from functions.sampling.settings import SamplingConfig
 from functions.saved import run_folder
 from functions.saved.checkpoint import verify_checkpoint
 from functions.support.errors import UserError
@@ -214,16 +214,16 @@ def path(tmp_path):
     return tmp_path / "step-00000005.safetensors"
 
 
-def drawing_of(network, timesteps=100, seed=0, device=CPU, **settings) -> Drawing:
-    """Return the drawing with these settings by a network for images of 16 x 16."""
+def pipeline_of(network, timesteps=100, seed=0, device=CPU, **settings) -> Pipeline:
+    """Return the pipeline with these settings by a network for images of 16 x 16."""
     models = Models(Denoiser(network, NoiseScheduler(timesteps)), (3, 16, 16), device)
-    return Drawing(models, DrawingConfig(model="network", **settings), seed)
+    return Pipeline(models, SamplingConfig(model="network", **settings), seed)
 
 
-def changed(drawing, models=(), **settings) -> Drawing:
-    """Return a drawing with other settings, and other fields of its `Models`."""
-    models = replace(drawing.models, **dict(models))
-    return replace(drawing, models=models, config=replace(drawing.config, **settings))
+def changed(pipeline, models=(), **settings) -> Pipeline:
+    """Return a pipeline with other settings, and other fields of its `Models`."""
+    models = replace(pipeline.models, **dict(models))
+    return replace(pipeline, models=models, config=replace(pipeline.config, **settings))
 
 
 def normal(seed, *shape, dtype=torch.float32):

@@ -17,10 +17,10 @@ from tests.conftest import (
     TINY,
     call,
     changed,
-    drawing_of,
     during,
     newest,
     only_in,
+    pipeline_of,
     small_unet,
     terminate,
     train_tiny,
@@ -84,23 +84,23 @@ def test_muon_waits_for_no_device(waiting_is_an_error):
 
 def test_the_host_never_waits_for_the_gpu(waiting_is_an_error):
     cuda = torch.device("cuda")
-    drawing = drawing_of(small_unet().cuda(), device=cuda, sampler="dpm++", steps=5)
-    noise = drawing.noise(range(4))
+    pipeline = pipeline_of(small_unet().cuda(), device=cuda, sampler="dpm++", steps=5)
+    noise = pipeline.noise(range(4))
     # The first call loads kernels, for which the host waits.
-    denoiser = drawing.models.denoiser
-    take_steps(drawing, denoiser, noise(), drawing.times, noise)
+    denoiser = pipeline.models.denoiser
+    take_steps(pipeline, denoiser, noise(), pipeline.times, noise)
     # In the second one tables are made before the end of the first step.
     take_steps(
-        drawing, denoiser, noise(), drawing.times, noise, lambda *step: waiting_is_an_error()
+        pipeline, denoiser, noise(), pipeline.times, noise, lambda *step: waiting_is_an_error()
     )
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_samples_are_those_of_the_cpu(precision):
     model = small_unet()
-    expected = generate(drawing_of(model, sampler="ddim", steps=10), range(8))
+    expected = generate(pipeline_of(model, sampler="ddim", steps=10), range(8))
     cuda = torch.device("cuda")
-    on_gpu = drawing_of(model.cuda(), device=cuda, sampler="ddim", steps=10)
+    on_gpu = pipeline_of(model.cuda(), device=cuda, sampler="ddim", steps=10)
     denoiser = replace(on_gpu.models.denoiser, precision=precision)
     on_gpu = changed(on_gpu, {"denoiser": denoiser})
     assert (generate(on_gpu, range(8)) - expected).square().mean().sqrt() < 0.05

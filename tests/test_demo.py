@@ -21,7 +21,7 @@ from figures.saved_model import open_saved
 from functions.samplers import SAMPLERS
 from functions.sampling.editing import inpaint_image, interpolate_images, time_at
 from functions.sampling.generation import generate
-from functions.sampling.settings import DrawingConfig
+from functions.sampling.settings import SamplingConfig
 from tests.conftest import call, changed, pixels_of, refused, train_tiny
 
 pytest.importorskip("playwright", reason="requirements-dev.txt is not installed")
@@ -100,11 +100,11 @@ def test_mix_in_the_page_shows_an_upload(page, pictures):
 def test_mix_is_that_of_edits(tiny_run):
     from demo import mix  # This imports Gradio.
 
-    drawing = open_saved(tiny_run, "--seed 3 --sampler dpm++ --steps 5 --device cpu")
-    ends = generate(changed(drawing, batch_size=1), [0, 12])
-    mixture = interpolate_images(drawing, ends, time_at(drawing, 0.5), torch.tensor([0.3]))
+    pipeline = open_saved(tiny_run, "--seed 3 --sampler dpm++ --steps 5 --device cpu")
+    ends = generate(changed(pipeline, batch_size=1), [0, 12])
+    mixture = interpolate_images(pipeline, ends, time_at(pipeline, 0.5), torch.tensor([0.3]))
     expected = to_uint8(torch.stack([ends[0], mixture[0], ends[1]]))
-    assert_array_equal(cut(mix(drawing, 0.5, 0.3, 0, None, 12, None)), expected)
+    assert_array_equal(cut(mix(pipeline, 0.5, 0.3, 0, None, 12, None)), expected)
 
 
 def test_paint_in_the_page_shows_in_grey_what_is_painted_over(page, tiny_run):
@@ -115,9 +115,9 @@ def test_paint_in_the_page_shows_in_grey_what_is_painted_over(page, tiny_run):
     tab(page, "Paint")
     fill(page, Seed=3, Steps=4)
     image, kept, *answers = cut(inpaint(page))
-    drawing = open_saved(tiny_run, f"{FLAGS} --steps 20 --device cpu")
-    first = picture_of(to_uint8(generate(drawing, [0]))[0]).resize((512, 512))
-    assert_array_equal(image, fit_image(first, drawing.models.shape))
+    pipeline = open_saved(tiny_run, f"{FLAGS} --steps 20 --device cpu")
+    first = picture_of(to_uint8(generate(pipeline, [0]))[0]).resize((512, 512))
+    assert_array_equal(image, fit_image(first, pipeline.models.shape))
     painted = (kept == 128).all(axis=2)
     assert 0.02 < painted.mean() < 0.4
     for answer in answers:
@@ -127,10 +127,10 @@ def test_paint_in_the_page_shows_in_grey_what_is_painted_over(page, tiny_run):
 def test_mix_and_paint_have_one_label(tiny_run):
     from demo import mix, paint
 
-    drawing = changed(open_saved(tiny_run, "--device cpu"), label=("a", "b"))
+    pipeline = changed(open_saved(tiny_run, "--device cpu"), label=("a", "b"))
     for work, values in ((mix, (0.5, 0.3, 0, None, 1, None)), (paint, (1, {}))):
         with refused("an edit has one --label"):
-            work(drawing, *values)
+            work(pipeline, *values)
 
 
 @small_grids
@@ -141,10 +141,10 @@ def test_paint_is_that_of_edits(tiny_run, pictures):
     mask = np.zeros((SIZE, SIZE), bool)
     mask[4:9] = True
     photo = Image.open(pictures / "00003.png").resize((SIZE, SIZE))
-    drawing = open_saved(tiny_run, "--steps 4 --seed 3 --sampler ddpm --device cpu")
+    pipeline = open_saved(tiny_run, "--steps 4 --seed 3 --sampler ddpm --device cpu")
     layer = np.dstack([np.uint8(255) * mask] * 4)
-    edited = paint(drawing, 2, {"background": photo, "layers": [layer]})
-    expected = inpaint_image(drawing, np.array(photo), mask, InpaintFlags.resample, 2)
+    edited = paint(pipeline, 2, {"background": photo, "layers": [layer]})
+    expected = inpaint_image(pipeline, np.array(photo), mask, InpaintFlags.resample, 2)
     assert_array_equal(cut(edited), expected)
 
 
@@ -171,10 +171,10 @@ def shown(monkeypatch):
 
 
 def drawing_tab(begun):
-    """Return a tab that returns its drawing."""
+    """Return a tab that returns its pipeline."""
     import demo
 
-    return demo.tab(begun, lambda drawing: drawing, [*SAMPLERS])
+    return demo.tab(begun, lambda pipeline: pipeline, [*SAMPLERS])
 
 
 def test_a_model_of_few_timesteps_begins_with_all_of_them(trained, shown, monkeypatch):
@@ -192,7 +192,7 @@ def test_flags_of_one_sampler_leave_the_others_as_they_are(tiny_run, shown):
     begun = open_saved(tiny_run, "--sampler dpm++ --steps 4 --eta 0.5 --temperature 0.5")
     submit = drawing_tab(begun)
     assert submit(None, 0, "dpm++", 4).config == begun.config
-    plain = DrawingConfig(model=begun.config.model, precision="float32", sampler="ddim", steps=3)
+    plain = SamplingConfig(model=begun.config.model, precision="float32", sampler="ddim", steps=3)
     assert submit(None, 0, "ddim", 3).config == plain
 
 

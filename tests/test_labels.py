@@ -31,8 +31,8 @@ from tests.conftest import (
     TINY,
     call,
     changed,
-    drawing_of,
     normal,
+    pipeline_of,
     pixels_of,
     refused,
     samples_of,
@@ -171,12 +171,12 @@ def test_samples_have_the_colours_of_their_labels(labelled_run, tmp_path):
 
 def test_guidance_by_the_label_is_that_of_the_same_network_without_it():
     """tests/functions/test_guidance.py has what a guide does."""
-    drawing = drawing_of(UNet(**SMALL_MODEL, label_count=2), label=("b", "a"), cfg=2.5)
-    guided = given(changed(drawing, {"label_names": ["b", "a"]}), [0, 1, 2])
+    pipeline = pipeline_of(UNet(**SMALL_MODEL, label_count=2), label=("b", "a"), cfg=2.5)
+    guided = given(changed(pipeline, {"label_names": ["b", "a"]}), [0, 1, 2])
     assert isinstance(guided, Guided)
     assert guided.weight == 2.5
     assert guided.model.inputs["label"].tolist() == [0, 1, 0]
-    assert guided.guide == drawing.models.denoiser
+    assert guided.guide == pipeline.models.denoiser
     # What has no network of its own says so.
     with refused("Keeping takes no label", TypeError):
         Keeping(guided.guide, None).given(label=torch.tensor([0]))

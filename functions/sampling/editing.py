@@ -28,8 +28,8 @@ from data.decode import fit_image, fit_mask, open_image_file, to_pixels
 from data.pixels import batches_of, to_model_range, to_uint8
 from functions.enlarging import Keeping, Known, enlarge
 from functions.sampling.generation import (
-    Drawing,
     Noise,
+    Pipeline,
     enlarge_images,
     generate,
     given,
@@ -41,7 +41,7 @@ from functions.sampling.samples_folder import (
     new_samples_folder,
     open_folder,
 )
-from functions.sampling.settings import OF_SAMPLER, DrawingConfig
+from functions.sampling.settings import OF_SAMPLER, SamplingConfig
 from functions.sampling.strips import save_strip
 from functions.saved.run_folder import new_folder
 from functions.support.device import choose_device
@@ -61,7 +61,7 @@ INPAINTING = {"sampler": "ddpm", **OF_SAMPLER}
 GREY = 128
 
 
-def check_edit(verb: str, config: DrawingConfig) -> None:
+def check_edit(verb: str, config: SamplingConfig) -> None:
     """Raise UserError for settings that a verb cannot use."""
     if len(config.label) > 1:
         raise UserError("an edit has one --label")
@@ -73,18 +73,18 @@ def check_edit(verb: str, config: DrawingConfig) -> None:
         )
 
 
-def time_at(drawing: Drawing, depth: float) -> int:
+def time_at(pipeline: Pipeline, depth: float) -> int:
     """Return the sampler's timestep nearest to `depth`, from 0 (the image) to 1 (noise)."""
-    return min(drawing.times, key=lambda t: abs(t + 1 - depth * drawing.scheduler.timesteps))
+    return min(pipeline.times, key=lambda t: abs(t + 1 - depth * pipeline.scheduler.timesteps))
 
 
-def denoise(drawing: Drawing, x_t: Tensor, t: int, noise: Noise) -> Tensor:
+def denoise(pipeline: Pipeline, x_t: Tensor, t: int, noise: Noise) -> Tensor:
     """Denoise states (B, C, H, W) at t, one of the sampler's timesteps, to images."""
-    times = [s for s in drawing.times if s <= t]
-    return take_steps(drawing, given(drawing, [0]), x_t, times, noise)
+    times = [s for s in pipeline.times if s <= t]
+    return take_steps(pipeline, given(pipeline, [0]), x_t, times, noise)
 
 
-def interpolate_images(drawing: Drawing, ends: Tensor, t: int, weights: Tensor) -> Tensor:
+def interpolate_images(pipeline: Pipeline, ends: Tensor, t: int, weights: Tensor) -> Tensor:
     """Noise two images to timestep t, interpolate linearly, denoise and enlarge: (L, C, H, W).
 
     `ends` are (2, C, H, W). `weights`, (L,), are the weights of the second end. The images are on
@@ -92,29 +92,29 @@ def interpolate_images(drawing: Drawing, ends: Tensor, t: int, weights: Tensor) 
     """
     # An end may have been sampled from the noise of image 0. The purpose makes this noise differ
     # from that of image 0.
-    noise = drawing.noise([0], "interpolation")
+    noise = pipeline.noise([0], "interpolation")
     # Both ends get the same noise, so the mixture is as noisy as the ends are.
-    first, second = drawing.scheduler.q_sample(ends, t, noise())
+    first, second = pipeline.scheduler.q_sample(ends, t, noise())
     w = weights.view(-1, 1, 1, 1)
     x_t = (1 - w) * first + w * second
     # The noise of a step, and that of the details, is the same for all mixtures, too.
-    images = denoise(drawing, x_t, t, noise)
-    return enlarge_images(drawing, images, [0], "interpolation details")
+    images = denoise(pipeline, x_t, t, noise)
+    return enlarge_images(pipeline, images, [0], "interpolation details")
 
 
-def variations(drawing: Drawing, x_0: Tensor, t: int, indices: Sequence[int]) -> Tensor:
+def variations(pipeline: Pipeline, x_0: Tensor, t: int, indices: Sequence[int]) -> Tensor:
     """Noise x_0 (C, H, W) to t with different noise, denoise and enlarge: (N, C, H, W).
 
     For the same x_0 and t, each variation depends only on the seed and its index. The images are on
     the CPU.
     """
-    noise = drawing.noise(indices, "variation")
-    x_t = drawing.scheduler.q_sample(x_0, t, noise())
-    images = denoise(drawing, x_t, t, noise)
-    return enlarge_images(drawing, images, indices, "variation details")
+    noise = pipeline.noise(indices, "variation")
+    x_t = pipeline.scheduler.q_sample(x_0, t, noise())
+    images = denoise(pipeline, x_t, t, noise)
+    return enlarge_images(pipeline, images, indices, "variation details")
 
 
-def inpaint(drawing: Drawing, known: Known, resample: int, indices: Sequence[int]) -> Tensor:
+def inpaint(pipeline: Pipeline, known: Known, resample: int, indices: Sequence[int]) -> Tensor:
     """Inpaint by RePaint's Algorithm 1, with jumps of length 1: each step is done `resample` times.
 
     The known image is in [-1, 1], on the models' device, for its size (C, H, W), and its mask is
@@ -123,11 +123,11 @@ def inpaint(drawing: Drawing, known: Known, resample: int, indices: Sequence[int
     """
     x_0, mask = known.at_size()
     # Of an image that is larger, pixels at the edge of the mask are known in part.
-    keeping = Keeping(given(drawing, [0]), known)
-    scheduler = drawing.scheduler
+    keeping = Keeping(given(pipeline, [0]), known)
+    scheduler = pipeline.scheduler
     # A step leads from timestep t to s.
-    steps = list(pairwise(drawing.times))
-    noise = drawing.noise(indices, "inpainting")
+    steps = list(pairwise(pipeline.times))
+    noise = pipeline.noise(indices, "inpainting")
     x = noise()
     for t, s in tqdm(steps, "inpainting", unit="step"):
         # The last step leads to x_0, and is not repeated.
@@ -136,7 +136,7 @@ def inpaint(drawing: Drawing, known: Known, resample: int, indices: Sequence[int
             if repeat > 0:
                 beta = scheduler.step_beta(t, s)
                 x = (1 - beta) ** 0.5 * x + beta**0.5 * noise()
-            unknown = take_steps(drawing, keeping, x, [t, s], noise)
+            unknown = take_steps(pipeline, keeping, x, [t, s], noise)
             # At s = -1, the clean image, this is x_0 itself.
             x = torch.where(mask, unknown, scheduler.q_sample(x_0, s, noise()))
     return x
@@ -174,66 +174,66 @@ def read_with_mask(
 
 
 def inpaint_image(
-    drawing: Drawing, image: np.ndarray, mask: np.ndarray, resample: int, count: int
+    pipeline: Pipeline, image: np.ndarray, mask: np.ndarray, resample: int, count: int
 ) -> np.ndarray:
     """Inpaint a uint8 image (H, W, C) `count` times where the mask, bool (H, W), is true.
 
     H and W are those of enlarged samples. What is known of the image is kept at every size. Returns
     the image, its known pixels on grey, and the results: (2 + count, H, W, C).
     """
-    device = drawing.models.device
+    device = pipeline.models.device
     x_0 = to_model_range(image[None])[0].to(device)
     sizes = [Known(x_0, torch.from_numpy(mask).to(device))]
-    for _ in drawing.models.enlargers:
+    for _ in pipeline.models.enlargers:
         sizes.insert(0, sizes[0].halved())
     smallest, *larger = sizes
     results = []
-    for indices in batches_of(range(count), drawing.batch_size):
-        images = inpaint(drawing, smallest, resample, indices)
-        images = enlarge_images(drawing, images, indices, "inpainting details", larger)
+    for indices in batches_of(range(count), pipeline.batch_size):
+        images = inpaint(pipeline, smallest, resample, indices)
+        images = enlarge_images(pipeline, images, indices, "inpainting details", larger)
         results.append(to_uint8(images))
     pixels_left = np.where(mask[..., None], np.uint8(GREY), image)
     return np.concatenate([[image, pixels_left], *results])
 
 
-def save_mixtures(args: Namespace, drawing: Drawing) -> None:
+def save_mixtures(args: Namespace, pipeline: Pipeline) -> None:
     """Save a figure of mixtures of two images, with a row for each depth."""
     (first, shown_first), (second, shown_second) = (
-        read_image(drawing, text) for text in args.images
+        read_image(pipeline, text) for text in args.images
     )
     ends = torch.stack([first, second])
-    path = edited_path(args, drawing, "interpolation")
-    batches = WEIGHTS.to(ends.device).split(drawing.batch_size)
+    path = edited_path(args, pipeline, "interpolation")
+    batches = WEIGHTS.to(ends.device).split(pipeline.batch_size)
     rows = {}
-    for t in times_of(args, drawing):
-        mixtures = [interpolate_images(drawing, ends, t, batch) for batch in batches]
+    for t in times_of(args, pipeline):
+        mixtures = [interpolate_images(pipeline, ends, t, batch) for batch in batches]
         rows[t] = [shown_first, *mixtures, shown_second]
     save_rows(rows, MIXTURE_TITLES, path)
 
 
-def save_variations(args: Namespace, drawing: Drawing) -> None:
+def save_variations(args: Namespace, pipeline: Pipeline) -> None:
     """Save a figure of an image and its variations, with a row for each depth."""
-    x_0, shown = read_image(drawing, args.images[0])
-    path = edited_path(args, drawing, "variations")
-    batches = batches_of(range(VARIATION_COUNT), drawing.batch_size)
+    x_0, shown = read_image(pipeline, args.images[0])
+    path = edited_path(args, pipeline, "variations")
+    batches = batches_of(range(VARIATION_COUNT), pipeline.batch_size)
     rows = {}
-    for t in times_of(args, drawing):
-        rows[t] = [shown, *(variations(drawing, x_0, t, batch) for batch in batches)]
+    for t in times_of(args, pipeline):
+        rows[t] = [shown, *(variations(pipeline, x_0, t, batch) for batch in batches)]
     save_rows(rows, ["A", *map(str, range(VARIATION_COUNT))], path)
 
 
-def times_of(args: Namespace, drawing: Drawing) -> Iterable[int]:
+def times_of(args: Namespace, pipeline: Pipeline) -> Iterable[int]:
     """Return the sampler's timesteps nearest to --depths, each once, with a progress bar."""
-    times = dict.fromkeys(time_at(drawing, depth) for depth in args.depths)
+    times = dict.fromkeys(time_at(pipeline, depth) for depth in args.depths)
     return tqdm(times, args.verb, unit="row")
 
 
-def save_inpaintings(args: Namespace, drawing: Drawing) -> None:
+def save_inpaintings(args: Namespace, pipeline: Pipeline) -> None:
     """Save a grid of an image, its known pixels, and its inpaintings."""
-    shape = drawing.models.enlarged_shape
+    shape = pipeline.models.enlarged_shape
     image, mask = read_with_mask(args.images[0], args.mask, shape)
-    path = edited_path(args, drawing, "inpainting")
-    pictures = inpaint_image(drawing, image, mask, args.resample, args.n)
+    path = edited_path(args, pipeline, "inpainting")
+    pictures = inpaint_image(pipeline, image, mask, args.resample, args.n)
     save_grid(pictures, path, columns=min(len(pictures), 8))
     print(f"wrote {path}")
 
@@ -259,7 +259,7 @@ def save_enlarged(args: Namespace) -> None:
     print(f"wrote {path}")
 
 
-def read_image(drawing: Drawing, text: str) -> tuple[Tensor, Tensor]:
+def read_image(pipeline: Pipeline, text: str) -> tuple[Tensor, Tensor]:
     """Return the image that the command line names, at the model's size and as it is shown.
 
     The first is (C, H, W) in [-1, 1], on the models' device, and the second is (1, C, H, W) on
@@ -269,24 +269,24 @@ def read_image(drawing: Drawing, text: str) -> tuple[Tensor, Tensor]:
     if text.isdecimal():
         indices = [int(text)]
         purpose = "details"
-        alone = replace(drawing, models=replace(drawing.models, enlargers=()))
+        alone = replace(pipeline, models=replace(pipeline.models, enlargers=()))
         small = generate(alone, indices)
     else:
         hint = "; give an image file, or the index (0, 1, ...) of an image that the seed generates"
-        pixels = fit_image(open_image_file(text, hint), drawing.models.shape)
+        pixels = fit_image(open_image_file(text, hint), pipeline.models.shape)
         indices = [0]
         purpose = "file details"
         small = to_model_range(pixels[None])
-    small = small.to(drawing.models.device)
-    return small[0], enlarge_images(drawing, small, indices, purpose)
+    small = small.to(pipeline.models.device)
+    return small[0], enlarge_images(pipeline, small, indices, purpose)
 
 
-def edited_path(args: Namespace, drawing: Drawing, kind: str) -> Path:
+def edited_path(args: Namespace, pipeline: Pipeline, kind: str) -> Path:
     """Return a free path for a picture of the images, in --out or a new folder with a manifest."""
     folder = args.out
     if not folder:
-        folder = new_samples_folder(args.checkpoint, drawing.models.saved)
-        open_folder(folder, manifest_of(drawing))
+        folder = new_samples_folder(args.checkpoint, pipeline.models.saved)
+        open_folder(folder, manifest_of(pipeline))
     folder.mkdir(parents=True, exist_ok=True)
     # A file name has at most 255 bytes, and a letter up to four.
     return free_path(folder, "-".join([kind, *(Path(text).stem[:25] for text in args.images)]))

@@ -17,7 +17,7 @@ from functions.guidance import Guided
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import SAMPLERS, OnStep
 from functions.sampling.models import Models, open_models
-from functions.sampling.settings import DrawingConfig
+from functions.sampling.settings import SamplingConfig
 from functions.support.errors import UserError
 from functions.support.random_numbers import image_noise
 from functions.support.settings import fields_with
@@ -35,14 +35,14 @@ Noise = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
-class Drawing:
+class Pipeline:
     """Models, settings and a seed, which make image i reproducible.
 
     Raises UserError when the settings ask for more steps than the model has timesteps.
     """
 
     models: Models
-    config: DrawingConfig
+    config: SamplingConfig
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -66,7 +66,7 @@ class Drawing:
             values |= {"guide": models.guide_digest[:16], "guidance": config.guide_weight}
         values["enlarge"] = tuple(each.saved.digest[:16] for each in models.enlargers)
         values["clip_x_0"] = None if models.clip_x_0 else False
-        without = fields_with(DrawingConfig, "no_pixels")
+        without = fields_with(SamplingConfig, "no_pixels")
         without |= {name for name, value in values.items() if value in (None, ())}
         return {"seed": self.seed} | {name: values[name] for name in values if name not in without}
 
@@ -95,11 +95,13 @@ class Drawing:
         return image_noise(self.seed, indices, self.models.shape, self.models.device, purpose)
 
 
-def open_drawing(args: Namespace, config: DrawingConfig, most_steps: int | None = None) -> Drawing:
+def open_pipeline(
+    args: Namespace, config: SamplingConfig, most_steps: int | None = None
+) -> Pipeline:
     """Load the models of the settings, for the device and the seed that flags ask for.
 
     Without a number of steps there are `most_steps`, or all if there are fewer, or that is None.
-    Raises UserError as `open_models` and `Drawing` do.
+    Raises UserError as `open_models` and `Pipeline` do.
     """
     models = open_models(config, args.device)
     timesteps = models.denoiser.scheduler.timesteps
@@ -109,15 +111,15 @@ def open_drawing(args: Namespace, config: DrawingConfig, most_steps: int | None 
     # timesteps.
     if config.sampler == "ddpm" and not config.variance and config.steps in (None, timesteps):
         config = replace(config, variance=models.saved.config["diffusion"].get("variance"))
-    return Drawing(models, config, args.seed)
+    return Pipeline(models, config, args.seed)
 
 
-def given(drawing: Drawing, indices: Sequence[int]) -> Predictor:
+def given(pipeline: Pipeline, indices: Sequence[int]) -> Predictor:
     """Return the denoiser with the labels of these images, if the settings choose any.
 
     With `cfg` it is guided by itself without them. A single index is for all images.
     """
-    models, config = drawing.models, drawing.config
+    models, config = pipeline.models, pipeline.config
     if not config.label:
         return models.denoiser
     label = chosen_labels(config.label, models.label_names, indices)
@@ -128,7 +130,7 @@ def given(drawing: Drawing, indices: Sequence[int]) -> Predictor:
 
 
 def take_steps(
-    drawing: Drawing,
+    pipeline: Pipeline,
     denoiser: Predictor,
     x: Tensor,
     times: list[int],
@@ -140,10 +142,10 @@ def take_steps(
     The denoiser is that of `given`, or what wraps it. `noise()` draws a step's noise. The
     temperature scales it in steps that end above TEMPERATURE_MIN_LOG_SNR.
     """
-    config = drawing.config
+    config = pipeline.config
 
     def step_noise(k):
-        cooled = drawing.scheduler.log_snr(times[k + 1]) > TEMPERATURE_MIN_LOG_SNR
+        cooled = pipeline.scheduler.log_snr(times[k + 1]) > TEMPERATURE_MIN_LOG_SNR
         return (config.temperature if cooled else 1.0) * noise()
 
     return SAMPLERS[config.sampler].function(
@@ -151,14 +153,14 @@ def take_steps(
         x,
         times,
         **config.arguments,
-        clip_x_0=drawing.models.clip_x_0,
+        clip_x_0=pipeline.models.clip_x_0,
         step_noise=step_noise,
         on_step=on_step,
     )
 
 
 def sample_batch(
-    drawing: Drawing, indices: Sequence[int], bar: tqdm, on_step: OnStep | None = None
+    pipeline: Pipeline, indices: Sequence[int], bar: tqdm, on_step: OnStep | None = None
 ) -> Tensor:
     """Sample these images at once: (B, C, H, W) in [-1, 1], on the CPU.
 
@@ -171,14 +173,14 @@ def sample_batch(
         if on_step:
             on_step(*step)
 
-    noise = drawing.noise(indices)
-    denoiser = given(drawing, indices)
-    images = take_steps(drawing, denoiser, noise(), drawing.times, noise, after_step)
-    return enlarge_images(drawing, images, indices, on_step=lambda *_: bar.update(len(indices)))
+    noise = pipeline.noise(indices)
+    denoiser = given(pipeline, indices)
+    images = take_steps(pipeline, denoiser, noise(), pipeline.times, noise, after_step)
+    return enlarge_images(pipeline, images, indices, on_step=lambda *_: bar.update(len(indices)))
 
 
 def enlarge_images(
-    drawing: Drawing,
+    pipeline: Pipeline,
     images: Tensor,
     indices: Sequence[int],
     purpose: str = "details",
@@ -192,16 +194,16 @@ def enlarge_images(
         purpose: the noise of another purpose is other noise.
         known: for each enlarger the pixels that it must keep.
     """
-    enlargers = drawing.models.enlargers
+    enlargers = pipeline.models.enlargers
     known = known or [None] * len(enlargers)
     for k, (model, kept) in enumerate(zip(enlargers, known, strict=True), start=1):
-        noise = image_noise(drawing.seed, indices, model.shape, model.device, f"{purpose} {k}")
+        noise = image_noise(pipeline.seed, indices, model.shape, model.device, f"{purpose} {k}")
         images = enlarge(model.denoiser, images, noise, kept, on_step, model.clip_x_0)
     return images.cpu()
 
 
 def generate(
-    drawing: Drawing,
+    pipeline: Pipeline,
     indices: Sequence[int],
     progress: bool = False,
     on_step: OnStep | None = None,
@@ -210,16 +212,16 @@ def generate(
 
     Each enlarger doubles H and W. `on_step` is called after each of the sampler's steps.
     """
-    batches = batches_of(indices, drawing.batch_size)
-    with step_bar(drawing, len(indices), progress) as bar:
-        return torch.cat([sample_batch(drawing, batch, bar, on_step) for batch in batches])
+    batches = batches_of(indices, pipeline.batch_size)
+    with step_bar(pipeline, len(indices), progress) as bar:
+        return torch.cat([sample_batch(pipeline, batch, bar, on_step) for batch in batches])
 
 
-def step_bar(drawing: Drawing, count: int, shown: bool) -> tqdm:
+def step_bar(pipeline: Pipeline, count: int, shown: bool) -> tqdm:
     """Return a progress bar for the steps of `count` images."""
-    enlargers = drawing.models.enlargers
+    enlargers = pipeline.models.enlargers
     details = sum(
         len(enlarging_times(each.denoiser.scheduler, each.shape[-1] // 2)) - 1 for each in enlargers
     )
-    total = count * (drawing.step_count + details)
+    total = count * (pipeline.step_count + details)
     return tqdm(desc="sampling", total=total, unit="step", unit_scale=True, disable=not shown)

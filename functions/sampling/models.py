@@ -9,7 +9,7 @@ import torch
 from data.labels import chosen_labels
 from functions.denoiser import Predictor
 from functions.guidance import Guided
-from functions.sampling.settings import DrawingConfig
+from functions.sampling.settings import SamplingConfig
 from functions.saved.checkpoint import SavedModel
 from functions.saved.loading import open_model
 from functions.saved.run_folder import checkpoints_of, run_of, step_of
@@ -45,7 +45,7 @@ class Models:
         return [self, *self.enlargers][-1].shape
 
 
-def open_models(config: DrawingConfig, device_name: str) -> Models:
+def open_models(config: SamplingConfig, device_name: str) -> Models:
     """Load the model of the settings, its guide and its enlargers; print what they are.
 
     Of a run, the newest intact checkpoint is loaded. Guide and enlargers have the precision of the
@@ -100,7 +100,7 @@ def opened(path: Path, device: torch.device, precision: str, role: str = "") -> 
     )
 
 
-def guided(models: Models, config: DrawingConfig) -> Models:
+def guided(models: Models, config: SamplingConfig) -> Models:
     """Return the models with the guide that the settings name (functions/guidance.py).
 
     Raises UserError for a guide with another noise schedule, shape of images or labels.

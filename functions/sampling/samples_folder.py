@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from data.pixels import to_uint8
-from functions.sampling.generation import Drawing, generate
+from functions.sampling.generation import Pipeline, generate
 from functions.saved.checkpoint import SavedModel
 from functions.saved.run_folder import is_recipe, new_folder, run_of
 from functions.support import processes
@@ -51,16 +51,16 @@ def image_path(folder: Path, i: int) -> Path:
     return folder / f"{i:05d}.png"
 
 
-def manifest_of(drawing: Drawing) -> dict[str, Any]:
+def manifest_of(pipeline: Pipeline) -> dict[str, Any]:
     """Return all that determines the pixels of all samples in a folder."""
-    saved = drawing.models.saved
+    saved = pipeline.models.saved
     return {
         "experiment": saved.provenance["experiment"],
         "checkpoint": saved.digest,
         "weights": saved.kind,
         # evaluate.py compares the images with the training images of this split.
         "split": saved.config["diffusion"].get("split", "reference"),
-        **drawing.settings,
+        **pipeline.settings,
     }
 
 
@@ -114,20 +114,20 @@ def open_folder(folder: Path, settings: dict, shown: list[int] | None = None) ->
         write_text(folder / MANIFEST, json.dumps(manifest, indent=2))
 
 
-def generate_frames(drawing: Drawing, indices: Sequence[int]) -> tuple[Tensor, Frames, Frames]:
+def generate_frames(pipeline: Pipeline, indices: Sequence[int]) -> tuple[Tensor, Frames, Frames]:
     """Sample the images with these indices, and record about RECORDED_STEPS evenly spaced steps.
 
     Returns the images (N, C, H, W) in [-1, 1], and each enlarger doubles H and W; the noise and
     the states; the estimates of x_0.
     """
-    times = drawing.times
+    times = pipeline.times
     # The last step and the image are always recorded.
-    recorded = {*times[:: math.ceil(drawing.step_count / RECORDED_STEPS)], *times[-2:]}
+    recorded = {*times[:: math.ceil(pipeline.step_count / RECORDED_STEPS)], *times[-2:]}
     states = defaultdict(list)
     estimates = defaultdict(list)
     # Each image begins as noise, which depends only on the seed and the image's index.
-    x_T = drawing.noise(indices)()
-    states[drawing.scheduler.timesteps].append(to_uint8(x_T))
+    x_T = pipeline.noise(indices)()
+    states[pipeline.scheduler.timesteps].append(to_uint8(x_T))
 
     def on_step(k, t, x, x_0):
         for frames, time, images in ((estimates, t, x_0), (states, times[k + 1], x)):
@@ -135,7 +135,7 @@ def generate_frames(drawing: Drawing, indices: Sequence[int]) -> tuple[Tensor, F
                 frames[time + 1].append(to_uint8(images))
 
     # Each batch of images calls `on_step` for all steps.
-    images = generate(drawing, indices, progress=True, on_step=on_step)
+    images = generate(pipeline, indices, progress=True, on_step=on_step)
     states, estimates = (
         {t: np.concatenate(parts) for t, parts in frames.items()} for frames in (states, estimates)
     )

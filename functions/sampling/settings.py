@@ -1,6 +1,6 @@
-"""The settings of a drawing, for flags, recipes and manifests alike.
+"""The settings of sampling, for flags, recipes and manifests alike.
 
-A recipe is a `DrawingConfig` as a TOML file, such as pretrained/people.toml. Its keys are the
+A recipe is a `SamplingConfig` as a TOML file, such as pretrained/people.toml. Its keys are the
 names of the fields, with - or _, and paths are relative to the file. A given flag replaces the
 recipe's field.
 """
@@ -32,7 +32,7 @@ def describe_samplers() -> str:
 
 
 @dataclass(frozen=True)
-class DrawingConfig:
+class SamplingConfig:
     """How images are drawn.
 
     Raises ConfigError for an option that the sampler does not have.
@@ -112,7 +112,7 @@ class DrawingConfig:
     def guide_weight(self) -> float:
         return GUIDANCE if self.guidance is None else self.guidance
 
-    def override(self, given: dict) -> "DrawingConfig":
+    def override(self, given: dict) -> "SamplingConfig":
         """Return the settings with the given fields replaced, and without what these make void."""
         values = {}
         if given.get("sampler", self.sampler) != self.sampler:
@@ -127,14 +127,14 @@ class DrawingConfig:
         return replace(self, **values | given)
 
 
-def read_recipe(path: Path) -> DrawingConfig:
+def read_recipe(path: Path) -> SamplingConfig:
     """Read a recipe. Raises UserError for a file that is none, or whose parts do not exist."""
     check_file(path)
     try:
         # Editors on Windows may begin the file with a byte-order mark.
         values = tomllib.loads(path.read_text("utf-8-sig"))
         config = from_fields(
-            DrawingConfig, {key.replace("-", "_"): value for key, value in values.items()}
+            SamplingConfig, {key.replace("-", "_"): value for key, value in values.items()}
         )
     except ConfigError as error:
         raise UserError(f"{path}: {printable(error)}") from error
@@ -162,7 +162,7 @@ def read_recipe(path: Path) -> DrawingConfig:
 
 def settings_of(
     args: Namespace, name_prefix: str = "", taken: dict | None = None, **defaults: str
-) -> DrawingConfig:
+) -> SamplingConfig:
     """Return the settings that the flags of `add_sampling_flags` ask for.
 
     RUN, or without it the newest run whose name begins with `name_prefix`, is put into
@@ -175,8 +175,8 @@ def settings_of(
     if is_recipe(args.checkpoint):
         config = read_recipe(args.checkpoint)
     else:
-        config = DrawingConfig(model=str(args.checkpoint), **defaults)
-    return replace(config, **taken or {}).override(given_fields(args, DrawingConfig))
+        config = SamplingConfig(model=str(args.checkpoint), **defaults)
+    return replace(config, **taken or {}).override(given_fields(args, SamplingConfig))
 
 
 @dataclass(frozen=True)
@@ -205,4 +205,4 @@ def add_model_flags(parser: ArgumentParser, flags_class: type = PlaceFlags) -> N
 def add_sampling_flags(parser: ArgumentParser, flags_class: type = SeedFlags) -> None:
     """Add the flags of sampling, which include the model flags, and others that a class has."""
     add_model_flags(parser, flags_class)
-    add_config_flags(parser, DrawingConfig, "how images are sampled from noise")
+    add_config_flags(parser, SamplingConfig, "how images are sampled from noise")

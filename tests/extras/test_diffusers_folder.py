@@ -22,8 +22,8 @@ from config import ConfigError, ModelConfig, build_network
 from extras.diffusers_folder import copy_weights, network_fields
 from extras.diffusers_network import DiffusersUNet
 from functions.denoiser import OBJECTIVES
-from functions.sampling.generation import generate, open_drawing
-from functions.sampling.settings import DrawingConfig
+from functions.sampling.generation import generate, open_pipeline
+from functions.sampling.settings import SamplingConfig
 from functions.saved.checkpoint import export
 from functions.saved.loading import load_denoiser, load_model
 from functions.support.errors import CheckpointError
@@ -87,8 +87,8 @@ def our_images(path):
     """Return what sample.py draws of the same noise."""
     images = []
     for settings in ({"sampler": "ddpm"}, {"sampler": "ddim", "steps": 5}):
-        config = DrawingConfig(model=str(path), **settings)
-        x_0 = generate(open_drawing(Namespace(device="cpu", seed=3), config), range(2))
+        config = SamplingConfig(model=str(path), **settings)
+        x_0 = generate(open_pipeline(Namespace(device="cpu", seed=3), config), range(2))
         images.append((x_0 / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy())
     return images
 

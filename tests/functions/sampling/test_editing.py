@@ -30,8 +30,8 @@ from functions.timesteps import sampling_times
 from tests.conftest import (
     call,
     changed,
-    drawing_of,
     normal,
+    pipeline_of,
     refused,
     samples_of,
 )
@@ -93,9 +93,9 @@ def test_samples_have_the_mean_and_variance_of_the_chain():
     """They agree within 4 standard errors of 20,000 samples."""
     N = 20_000
     models = {"shape": (CHANNELS, 1, 2), "clip_x_0": False}
-    drawing = changed(drawing_of(ideal_eps, 1000, steps=10), models)
+    pipeline = changed(pipeline_of(ideal_eps, 1000, steps=10), models)
     known = Known(KEPT.float().expand(CHANNELS, 1, 2), NEW[None])
-    kept, new = inpaint(drawing, known, 4, range(N // CHANNELS)).view(N, 2).T
+    kept, new = inpaint(pipeline, known, 4, range(N // CHANNELS)).view(N, 2).T
     assert (kept == 1.5).all()
 
     mean, variance = chain(steps=10, resample=4)
@@ -203,29 +203,29 @@ WEIGHTS = torch.tensor([0.0, 0.3, 1.0])
 
 def test_between_two_images_is_what_comes_back_of_mixtures(network):
     """Both ends are noised with the same noise, and all are sampled with the noise after it."""
-    drawing = drawing_of(network, seed=5, steps=10)
-    ends = drawing.noise([0, 1])().clamp(-1, 1)
-    row = interpolate_images(drawing, ends, 49, WEIGHTS)
+    pipeline = pipeline_of(network, seed=5, steps=10)
+    ends = pipeline.noise([0, 1])().clamp(-1, 1)
+    row = interpolate_images(pipeline, ends, 49, WEIGHTS)
 
-    noise = drawing.noise([0], "interpolation")
-    first, second = drawing.scheduler.q_sample(ends, 49, noise())
+    noise = pipeline.noise([0], "interpolation")
+    first, second = pipeline.scheduler.q_sample(ends, 49, noise())
     x_t = torch.lerp(first, second, WEIGHTS.view(-1, 1, 1, 1))
     times = [49, 39, 29, 19, 9, -1]
     draws = [noise() for _ in times]
-    by_hand = ddpm_sample(drawing.models.denoiser, x_t, times, step_noise=draws.__getitem__)
+    by_hand = ddpm_sample(pipeline.models.denoiser, x_t, times, step_noise=draws.__getitem__)
     assert_close(row, by_hand, rtol=1e-3, atol=1e-3)
 
 
 def test_variations_differ_more_the_deeper_they_come_from():
     """The network is the ideal one for pixels from N(0, 0.5^2), so it returns draws of these."""
-    drawing = drawing_of(white(0.5, NoiseScheduler(100)).network)
+    pipeline = pipeline_of(white(0.5, NoiseScheduler(100)).network)
     x_0 = 0.5 * normal(1, 3, 16, 16).clamp(-1.9, 1.9)
-    near, middle, far = (variations(drawing, x_0, t, range(6)) for t in (4, 29, 99))
+    near, middle, far = (variations(pipeline, x_0, t, range(6)) for t in (4, 29, 99))
     assert (near - x_0).std() < (middle - x_0).std() < (far - x_0).std()
     # From pure noise nothing of the image is left: the variances of independent draws add up.
     assert_close((far - x_0).var(), x_0.var() + far.var(), rtol=0.1, atol=0)
     # A variation depends on its number alone.
-    assert_close(variations(drawing, x_0, 99, [4, 1]), far[[4, 1]])
+    assert_close(variations(pipeline, x_0, 99, [4, 1]), far[[4, 1]])
 
 
 def test_the_script_varies_a_file_and_overwrites_no_other_picture(tiny_run, tmp_path, saved):

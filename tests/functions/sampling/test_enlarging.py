@@ -21,7 +21,7 @@ from functions.sampling.models import Models, enlarged
 from functions.saved.checkpoint import load_weights
 from functions.saved.run_folder import checkpoints_of
 from functions.support.random_numbers import image_noise
-from tests.conftest import CPU, call, changed, drawing_of, normal, pixels_of, refused, samples_of
+from tests.conftest import CPU, call, changed, normal, pipeline_of, pixels_of, refused, samples_of
 from tests.functions.known_denoisers import mean_and_variance, white
 
 FEW = "--sampler dpm++ --steps 3 --n 3 --device cpu --guide 5"
@@ -108,9 +108,9 @@ def test_pictures_whose_noise_is_not_that_of_twice_their_size_are_refused(shape)
 
 def test_a_model_that_does_not_clip_enlarges_without_clipping():
     bright = torch.full((1, 3, 8, 8), 1.5)
-    drawing = changed(drawing_of(None), {"denoiser": WHITE, "shape": (3, 8, 8)})
+    pipeline = changed(pipeline_of(None), {"denoiser": WHITE, "shape": (3, 8, 8)})
     clipped, bare = (
-        enlarge_images(changed(drawing, {"enlargers": (enlarger,)}), bright, [0])
+        enlarge_images(changed(pipeline, {"enlargers": (enlarger,)}), bright, [0])
         for enlarger in (Models(WHITE, (3, 16, 16), CPU, clip_x_0=clip) for clip in (True, False))
     )
     assert clipped.max() <= 1
@@ -135,12 +135,12 @@ def test_enlargements_depend_on_the_seed_and_the_index_alone(network):
     # All small images are nearly grey, so only the details' noise makes a difference.
     enlargers = tuple(Models(WHITE, (3, size, size), CPU) for size in (32, 64))
     models = {"denoiser": white(1e-3, COSINE), "enlargers": enlargers}
-    drawing = changed(drawing_of(network, seed=7, sampler="dpm++", steps=2), models)
-    together = generate(drawing, [0, 1, 2])
+    pipeline = changed(pipeline_of(network, seed=7, sampler="dpm++", steps=2), models)
+    together = generate(pipeline, [0, 1, 2])
     [alone], [cold], [other] = (
         generate(each, [2])
         # The temperature is that of the small images alone.
-        for each in (drawing, changed(drawing, temperature=0.0), replace(drawing, seed=8))
+        for each in (pipeline, changed(pipeline, temperature=0.0), replace(pipeline, seed=8))
     )
     assert_close(together[2], alone, atol=1e-3, rtol=0)
     assert_close(cold, alone, atol=0.02, rtol=0)
@@ -172,7 +172,7 @@ def test_samples_shrink_to_the_small_ones_and_the_manifest_has_all_models(
     assert (facts["guide"], facts["guidance"], facts["enlarge"]) == (guide, 1.5, [enlarger])
     with refused("enlarge was None, is now"):
         call(sample, tiny_run, FEW, *enlarge, plain)
-    models = replace(drawing_of(network).models, precision="bfloat16")
+    models = replace(pipeline_of(network).models, precision="bfloat16")
     assert enlarged(models, details_run).enlargers[0].denoiser.precision == torch.bfloat16
 
 

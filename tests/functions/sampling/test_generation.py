@@ -16,7 +16,7 @@ from data.pixels import to_uint8
 from functions.samplers import SAMPLERS, Sampler, ddim_sample
 from functions.sampling.generation import generate
 from functions.sampling.samples_folder import generate_frames
-from functions.sampling.settings import DrawingConfig
+from functions.sampling.settings import SamplingConfig
 from functions.support.command_line import run_script
 from functions.support.settings import ConfigError
 from models.unet import UNet
@@ -24,7 +24,7 @@ from tests.conftest import (
     LittleMemory,
     call,
     changed,
-    drawing_of,
+    pipeline_of,
     refused,
 )
 from tests.functions.training.test_objectives_trained import assert_samples_are_the_grid
@@ -35,11 +35,11 @@ def test_an_image_does_not_depend_on_its_batch(network, sampler):
     """It is the same to less than one of 255 levels. A batch may also consist of other images."""
     # It has memory for as many images as a call may have.
     limited = LittleMemory(network, 1)
-    drawing = drawing_of(limited, 24, seed=7, sampler=sampler, steps=5, batch_size=1)
-    one_by_one = generate(drawing, range(4))
+    pipeline = pipeline_of(limited, 24, seed=7, sampler=sampler, steps=5, batch_size=1)
+    one_by_one = generate(pipeline, range(4))
     for images, batch_size in ((range(4), 3), ([3, 1], 2)):
         limited.most = batch_size
-        other = generate(changed(drawing, batch_size=batch_size), images)
+        other = generate(changed(pipeline, batch_size=batch_size), images)
         assert (other - one_by_one[images]).abs().max() * 127.5 < 1
     # Another number is another image.
     first, second, *_ = one_by_one
@@ -62,14 +62,14 @@ def test_a_cpu_samples_16_images_at_a_time_and_out_of_memory_names_the_flag(
 @pytest.mark.slow
 def test_frames_are_evenly_spaced_and_end_with_the_image(network):
     """Of 60 steps every second one is recorded, and the last one."""
-    drawing = drawing_of(network, 60, batch_size=2)
-    samples, states, estimates = generate_frames(drawing, range(3))
-    assert torch.equal(samples, generate(drawing, range(3)))
+    pipeline = pipeline_of(network, 60, batch_size=2)
+    samples, states, estimates = generate_frames(pipeline, range(3))
+    assert torch.equal(samples, generate(pipeline, range(3)))
     assert list(estimates) == [*range(60, 1, -2), 1]
     assert list(states) == [*estimates, 0]
     images = to_uint8(samples)
     for frame, expected in (
-        (states[60], to_uint8(drawing.noise(range(3))())),
+        (states[60], to_uint8(pipeline.noise(range(3))())),
         (states[0], images),
         (estimates[1], images),
     ):
@@ -83,14 +83,14 @@ def test_the_temperature_scales_the_noise_of_later_steps_alone(network, monkeypa
         return torch.stack([x_T, *map(step_noise, range(len(times) - 1))])
 
     monkeypatch.setitem(SAMPLERS, "ddpm", replace(SAMPLERS["ddpm"], function=all_noise))
-    drawing = drawing_of(network, steps=10)
-    alpha_bar = torch.tensor([drawing.scheduler.alpha_bar(t) for t in drawing.times[1:]])
+    pipeline = pipeline_of(network, steps=10)
+    alpha_bar = torch.tensor([pipeline.scheduler.alpha_bar(t) for t in pipeline.times[1:]])
     late = torch.logit(alpha_bar) > -1
     assert 2 < late.sum() < 9
     # The noise of x_T comes first.
     scales = torch.tensor([1.0, *torch.where(late, 0.25, 1.0)]).view(-1, 1, 1, 1, 1)
-    cooled = generate(changed(drawing, temperature=0.25), [0, 1])
-    assert_close(cooled, scales * generate(drawing, [0, 1]))
+    cooled = generate(changed(pipeline, temperature=0.25), [0, 1])
+    assert_close(cooled, scales * generate(pipeline, [0, 1]))
 
 
 def test_a_new_sampler_is_a_function_and_a_row(unfinished, tmp_path, monkeypatch, capsys):
@@ -102,7 +102,7 @@ def test_a_new_sampler_is_a_function_and_a_row(unfinished, tmp_path, monkeypatch
         call(sample, "--help")
     assert "euler is Euler's method" in " ".join(capsys.readouterr().out.split())
     with refused("the options of --sampler euler are --spacing", ConfigError):
-        DrawingConfig(model="run", sampler="euler", eta=0.5)
+        SamplingConfig(model="run", sampler="euler", eta=0.5)
 
     call(train, "--resume", unfinished, "--diffusion.grid-sampler euler")
     assert_samples_are_the_grid(unfinished, "euler", tmp_path)

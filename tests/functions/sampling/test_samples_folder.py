@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import sample
-from functions.sampling.generation import Drawing
+from functions.sampling.generation import Pipeline
 from functions.sampling.samples_folder import image_path
 from functions.support.pictures import grid_of
 from tests.conftest import call, pixels_of, posix, refused, samples_of
@@ -141,13 +141,13 @@ def test_two_commands_that_start_at_once_do_not_mix_their_samples(
 ):
     """The second replaces the manifest before the first has written an image."""
     manifest = tmp_path / "samples.json"
-    noise = Drawing.noise
+    noise = Pipeline.noise
 
     def replace_the_manifest(*args):
         manifest.write_text(manifest.read_text().replace('"seed": 0', '"seed": 1'))
         return noise(*args)
 
-    monkeypatch.setattr(Drawing, "noise", replace_the_manifest)
+    monkeypatch.setattr(Pipeline, "noise", replace_the_manifest)
     with refused(r"other settings \(seed was 1, is now 0\)"):
         call(sample, tiny_run, kind, "--steps 2 --n 4 --batch-size 2 --out", tmp_path)
     assert [*tmp_path.iterdir()] == [manifest]
