@@ -25,7 +25,7 @@ from functions.saved.run_folder import intact_checkpoint, locked, resume_command
 from functions.support import processes
 from functions.support.command_line import given_fields
 from functions.support.device import choose_device
-from functions.support.errors import UserError
+from functions.support.errors import UserError, printable
 from functions.support.settings import fields_with
 from functions.training.run import TrainingRun
 from functions.training.stopping import explain_failed_writes
@@ -92,38 +92,31 @@ def make_run(
 
 
 def fit_to_weights(preset: Experiment, initial: SavedModel, given: dict) -> Experiment:
-    """Return the preset with the values that the weights need, and with the given fields changed.
+    """Return the preset with the network and the schedule of the weights, and the given fields.
 
-    Weights need the network with which they were trained, but for the dropout of ours, and the
-    fields of DiffusionConfig that are `fixed_by_weights`. Raises ConfigError for a given value that
-    does not fit, and for a preset of another size.
+    Of our network the dropout is the preset's, and the data decide the number of labels. Raises
+    ConfigError for a given value that is not that of the weights.
     """
     # A diffusers folder has no values for some fields, which then have their defaults.
     saved = vars(DiffusionConfig) | initial.config["diffusion"]
     needed = {name: saved[name] for name in fields_with(DiffusionConfig, "fixed_by_weights")}
-    network = vars(initial.model)
-    own_size = initial.model.image_size
-    size = given.get("image_size", preset.model.image_size)
-    reason = f"for the weights of {initial.path}"
-    if size != own_size:
-        raise ConfigError(
-            f"image_size is {size}; it must be {own_size} {reason}: --model.image-size {own_size}"
-        )
     if isinstance(initial.model, ModelConfig):
-        # The data decide the number of labels (`make_run`).
-        dropout = given.get("dropout", preset.model.dropout)
-        network = network | {"dropout": dropout, "label_count": 0}
+        free = "dropout", "label_count"
+        needed |= {name: own for name, own in vars(initial.model).items() if name not in free}
     else:
         preset = replace(preset, model=initial.model)
-        given = {name: value for name, value in given.items() if name != "image_size"}
-    experiment = preset.override(**given | needed | network)
-    try:
-        asked = experiment.override(**given)
-    except ConfigError as error:
-        raise ConfigError(f"{error}; leave it as it is {reason}") from error
-    for field, (value, other) in experiment.differences(asked).items():
-        raise ConfigError(f"{field} is {value} {reason}; it cannot be changed to {other}")
-    return experiment
+        needed["image_size"] = initial.model.image_size
+    for name in given.keys() & needed.keys():
+        if given[name] != needed[name]:
+            raise ConfigError(
+                f"{name} is {printable(needed[name])} for the weights of {initial.path}; it cannot "
+                f"be changed to {printable(given[name])}"
+            )
+    changes = given | needed
+    if not isinstance(initial.model, ModelConfig):
+        # It follows from other fields.
+        del changes["image_size"]
+    return preset.override(**changes)
 
 
 def resume_run(folder: Path, args: Namespace, device: torch.device) -> TrainingRun:

@@ -36,7 +36,7 @@ def test_a_run_begins_with_the_averaged_weights_of_another(tiny_run, pictures, t
     source = shutil.copytree(tiny_run, tmp_path / "source" / tiny_run.name)
     last = checkpoints_of(source)[-1]
     before = load_weights(last)
-    flags = "--model.image-size 16 --resume auto"
+    flags = "--resume auto"
     begin = partial(begin_with, source, pictures, tmp_path / "runs", flags, preset="cifar10")
     with open_run(begin(function="parse_flags")) as run:
         assert same(run.parts()["model"], run.parts()["ema"])
@@ -100,13 +100,16 @@ def test_a_network_of_diffusers_is_trained_on_and_resumed(
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ("--model.image-size 32", "image_size is 32; it must be 16 for the weights of"),
+        ("--model.image-size 32", "image_size is 16 for the weights of"),
         ("--model.base-dim 8", "neither DiffusionConfig nor DiffusersNetwork has base_dim"),
         ("--diffusion.labels true", "a network of diffusers gets no label here"),
-        ("--diffusion.timesteps-diff 7", "20 betas; they must be 7, .* leave it as it is"),
+        (
+            "--diffusion.timesteps-diff 7",
+            "timesteps_diff is 20 for the weights of .* cannot be changed to 7",
+        ),
         ("--diffusion.objective v", "objective is eps .* cannot be changed to v"),
     ],
 )
 def test_a_network_of_diffusers_stays_as_it_is(flags, sentence, their_folder, pictures, tmp_path):
     with refused(sentence, ConfigError):
-        begin_with(their_folder, pictures, tmp_path, "--model.image-size 16", flags)
+        begin_with(their_folder, pictures, tmp_path, flags)
