@@ -393,28 +393,28 @@ class DiffusionConfig:
     # Recording, which does not change the weights
 
     # Steps between rows of metrics.csv.
-    log_every: int = 50
+    log_every: int = setting(50, records=True)
     # Steps between validations of the raw and the EMA weights. Each also draws losses.png.
-    validate_every: int = 800
+    validate_every: int = setting(800, records=True)
     # Steps between grids of samples. 0: none.
-    sample_every: int = setting(4000, at_least=0)
+    sample_every: int = setting(4000, at_least=0, records=True)
     # Steps between checkpoints.
-    checkpoint_every: int = 800
+    checkpoint_every: int = setting(800, records=True)
     # The longest time between checkpoints, in minutes. 0: no limit.
-    checkpoint_minutes: float = 30.0
+    checkpoint_minutes: float = setting(30.0, records=True)
     # The number of newest checkpoints that are kept.
-    keep_checkpoints: int = 3
+    keep_checkpoints: int = setting(3, records=True)
     # Steps between snapshots: the weights to sample from, in float16, which are never deleted.
     # sample.py --guide uses them. 0: none.
-    snapshot_every: int = setting(0, at_least=0)
+    snapshot_every: int = setting(0, at_least=0, records=True)
     # Held-out triples (image, t, noise) in a validation. All validations use the same triples.
-    validation_samples: int = setting(1000, at_most=10**6)
+    validation_samples: int = setting(1000, at_most=10**6, records=True)
     # Images in a grid of samples.
-    grid_images: int = setting(16, at_most=1000)
+    grid_images: int = setting(16, at_most=1000, records=True)
     # The sampler of the grids, with its default settings.
-    grid_sampler: str = setting("dpm++", choices=SAMPLERS)
+    grid_sampler: str = setting("dpm++", choices=SAMPLERS, records=True)
     # Network calls per sample of a grid, or T if that is less.
-    grid_steps: int = 20
+    grid_steps: int = setting(20, records=True)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -437,22 +437,6 @@ class DiffusionConfig:
         """Return a step's learning rate: a linear warm-up, times the schedule."""
         rate = self.learning_rate * min(1.0, (step + 1) / (self.warmup_steps + 1))
         return rate * LR_SCHEDULES[self.lr_schedule](step, total_steps)
-
-
-# The fields of DiffusionConfig that change no weights, but what is recorded of a run
-RECORDING = (
-    "log_every",
-    "validate_every",
-    "sample_every",
-    "checkpoint_every",
-    "checkpoint_minutes",
-    "keep_checkpoints",
-    "snapshot_every",
-    "validation_samples",
-    "grid_images",
-    "grid_sampler",
-    "grid_steps",
-)
 
 
 def build_scheduler(diffusion: dict) -> NoiseScheduler:
@@ -493,8 +477,8 @@ class ModelConfig(NetworkConfig):
     lowest_resolution_size: int
     # Channels of each level, from the full resolution down, as multiples of base_dim.
     dim_multiply: tuple[int, ...] = setting(at_most=1024)
-    # Levels with self-attention. Level 0 is the full resolution. The bottleneck always has it.
-    # There is no transformer; the name is the reference's.
+    # Levels with self-attention, which is no transformer; the name is the reference's. Level 0 is
+    # the full resolution. The bottleneck always has it.
     transformer_layers: tuple[int, ...] = setting(at_least=0)
     # Channels of a level whose multiplier in dim_multiply is 1.
     base_dim: int = setting(at_least=4, at_most=2**14)

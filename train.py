@@ -24,14 +24,15 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from config import DEFAULT_EXPERIMENT, EXPERIMENTS, DiffusionConfig, ModelConfig
-from data.pixels import batches_of, to_model_range
+from data.batches import batches_of
+from data.pixels import to_model_range
 from functions.ema import copy_buffers, update_ema
 from functions.losses import denoising_loss
 from functions.saved.run_folder import PlaceFlags
 from functions.support import processes
 from functions.support.command_line import Parser, add_config_flags, add_flags, run_script
 from functions.support.random_numbers import seed_of
-from functions.training.cost import describe_cost
+from functions.training.description import describe_cost
 from functions.training.opening import open_run
 from functions.training.recorder import Recorder
 from functions.training.run import TrainingRun
@@ -48,7 +49,7 @@ def main() -> None:
     with processes.connected(), open_run(args) as run:
         processes.print_main(run.describe())
         if args.dry_run:
-            processes.print_main(describe_cost(run))
+            processes.print_main(describe_cost(run.data, run.denoiser, run.optimizer, run.step))
             return
         finished = train(run)
     if not finished:
@@ -117,6 +118,7 @@ def train(run: TrainingRun) -> bool:
             scaler.unscale_(optimizer)
             grad_norm = clip_grad_norm_(parameters, max_norm)
             optimizer.found_inf = found_inf(grad_norm, run.model, buffers)
+            restore_buffers(run.model, buffers, optimizer.found_inf)
             optimizer.step()
             scaler.update()
             # Those of parameters that an optimizer of one's own does not move, too
@@ -139,8 +141,7 @@ def found_inf(grad_norm: Tensor, network: nn.Module, before: list[Tensor]) -> Te
     """Return 1.0 if a step is to be skipped, else 0.0, the same in all processes: ().
 
     It is skipped if the norm of the gradient () is not finite, or if a number in a buffer, such as
-    a batch norm's mean, no longer is. Its buffers then become as they were `before` it. No host
-    waits for its device.
+    a batch norm's mean, no longer is as it was `before`. No host waits for its device.
     """
     skipped = ~grad_norm.isfinite()
     if not before:
@@ -149,10 +150,14 @@ def found_inf(grad_norm: Tensor, network: nn.Module, before: list[Tensor]) -> Te
     for old, buffer in zip(before, network.buffers(), strict=True):
         skipped = skipped | (old.isfinite() & ~buffer.isfinite()).any()
     # All processes have the same gradient, but each has its own buffers.
-    skipped = processes.all_reduce(skipped.float()) > 0
+    return (processes.all_reduce(skipped.float()) > 0).float()
+
+
+@torch.no_grad()
+def restore_buffers(network: nn.Module, before: list[Tensor], skipped: Tensor) -> None:
+    """Give the buffers of a network the values `before` the step if it was skipped () > 0."""
     for old, buffer in zip(before, network.buffers(), strict=True):
-        buffer.copy_(torch.where(skipped, old, buffer))
-    return skipped.float()
+        buffer.copy_(torch.where(skipped > 0, old, buffer))
 
 
 def parse_flags() -> argparse.Namespace:

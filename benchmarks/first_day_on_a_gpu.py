@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from benchmarks.compare import seconds_of
 from config import EXPERIMENTS
-from functions.training.cost import run_pass
+from functions.training.description import run_pass
 from functions.training.metrics import read_metrics
 from functions.training.opening import make_run
 from functions.training.run import TrainingRun

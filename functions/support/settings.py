@@ -38,6 +38,7 @@ def setting(default: Any = MISSING, **marks: Any) -> Any:
     fixed_by_weights: weights work only with the value with which they were trained, so it is
         fixed, too.
     no_pixels: the value does not change what is drawn, but for rounding.
+    records: the value changes what is recorded of a run, and not its weights.
     repeated: the flag is given once for each item of a list.
     also: other names of the flag.
     metavar: what the help shows for the value.

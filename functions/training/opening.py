@@ -100,7 +100,8 @@ def fit_to_weights(preset: Experiment, initial: SavedModel, given: dict) -> Expe
     # A diffusers folder has no values for some fields, which then have their defaults.
     saved = vars(DiffusionConfig) | initial.config["diffusion"]
     needed = {name: saved[name] for name in fields_with(DiffusionConfig, "fixed_by_weights")}
-    if isinstance(initial.model, ModelConfig):
+    is_ours = isinstance(initial.model, ModelConfig)
+    if is_ours:
         free = "dropout", "label_count"
         needed |= {name: own for name, own in vars(initial.model).items() if name not in free}
     else:
@@ -113,8 +114,8 @@ def fit_to_weights(preset: Experiment, initial: SavedModel, given: dict) -> Expe
                 f"be changed to {printable(given[name])}"
             )
     changes = given | needed
-    if not isinstance(initial.model, ModelConfig):
-        # It follows from other fields.
+    if not is_ours:
+        # It follows from the network's own field.
         del changes["image_size"]
     return preset.override(**changes)
 

@@ -134,7 +134,7 @@ class Recorder:
         """Write a row of metrics; raise UserError if too many steps were skipped."""
         run = self.run
         learning_rate = run.optimizer.param_groups[0]["lr"]
-        # For a row without validation, this is the only wait for the device.
+        # This waits for the device.
         row = {
             "step": run.step,
             "epoch": run.epoch,

@@ -3,7 +3,6 @@
 from types import SimpleNamespace
 
 import train
-from functions.training import cost
 from tests.conftest import call, train_tiny
 
 
@@ -18,9 +17,11 @@ def test_a_dry_run_says_the_hours_of_the_steps_to_go(unfinished, pictures, monke
         assert x_0.shape == noise.shape == (8, 3, 16, 16)
         return 3600
 
-    monkeypatch.setattr(cost, "run_pass", run_pass)
+    monkeypatch.setattr("functions.training.description.run_pass", run_pass)
     # The optimiser takes no time.
-    monkeypatch.setattr(cost, "time", SimpleNamespace(perf_counter=lambda: 0))
+    monkeypatch.setattr(
+        "functions.training.description.time", SimpleNamespace(perf_counter=lambda: 0)
+    )
     train_tiny(pictures, unfinished.parent, "--dry-run")
     call(train, "--resume", unfinished, "--dry-run --device cpu")
 
