@@ -26,7 +26,8 @@ from typing import Any
 
 import torch
 
-from data.pixels import batches_of, to_uint8
+from data.batches import batches_of
+from data.pixels import to_uint8
 from functions.sampling.generation import (
     Pipeline,
     generate,

@@ -42,7 +42,7 @@ class Split:
 
     def differences(self, saved: Mapping[str, str]) -> list[str]:
         """Return in words what a run with these `saved` hashes had in another way."""
-        # The first runs have no hash of labels and of ids for validation.
+        # Two models of the box have no hash of labels, nor of ids for validation.
         return [TOLD_BY[key] for key, own in self.hashes.items() if saved.get(key, own) != own]
 
 

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from data.batches import batches_of
 from data.decode import BadImage, fit_square, open_image, to_pixels
-from data.pixels import batches_of, picture_of
+from data.pixels import picture_of
 from data.sources import Source
 from functions.support.errors import CheckpointError, UserError, printable
 from functions.support.files import holding, read_json, sha256, write_text

@@ -1,20 +1,13 @@
 """Convert pixel values between uint8 0..255, as in files, and float32 -1..1, as in the model.
 
 Images have C = 3 channels, RGB, or one, grey. On all 256 values, `to_uint8` is the inverse of
-`to_model_range`. What is converted at a time is a batch (`batches_of`).
+`to_model_range`.
 """
-
-from collections.abc import Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-
-
-def batches_of(items: Sequence, batch_size: int) -> list:
-    """Split a sequence into batches of at most batch_size."""
-    return [items[first : first + batch_size] for first in range(0, len(items), batch_size)]
 
 
 def to_model_range(images_uint8: Tensor | np.ndarray) -> Tensor:

@@ -17,6 +17,10 @@ from functions import details
 from functions.noise_scheduler import Coefficient, NoiseScheduler, Timestep
 
 
+def as_it_is(scheduler: NoiseScheduler, x_t: Tensor, t: Timestep) -> Tensor:
+    return x_t
+
+
 @dataclass(frozen=True)
 class Objective:
     """What a network predicts at (x_t, t): linear in x_0 and eps, in the shape of x_t."""
@@ -31,7 +35,7 @@ class Objective:
     # The `prediction_type` of diffusers; None if diffusers has no such networks.
     diffusers: str | None
     # (scheduler, x_t, t) -> what the network gets of x_t.
-    network_input: Callable[..., Tensor] = lambda scheduler, x_t, t: x_t
+    network_input: Callable[..., Tensor] = as_it_is
 
 
 # The values of a config's `objective`. Only this table knows what they mean.

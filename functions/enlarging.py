@@ -91,11 +91,12 @@ def enlarge(
     on_step: OnStep | None = None,
     clip_x_0: bool = True,
 ) -> Tensor:
-    """Return images (B, C, 2S, 2S) that shrink to `small` (B, C, S, S), but for clipping.
+    """Return images (B, C, 2H, 2W) that shrink to `small` (B, C, H, W), but for clipping.
 
-    `model` draws images of that size, and `noise()` their next standard normal noise, of one for
-    all or of each. All images get the same known pixels. Near the mask's edge they do not shrink
-    exactly to the small ones. Raises ValueError for noise of another size than twice the images'.
+    `model` draws the details of images that it is given as `low`, and `noise()` the next standard
+    normal noise of the large ones, of one for all or of each. All images get the same known pixels.
+    Near the mask's edge they do not shrink exactly to the small ones. Raises ValueError for noise
+    of another size than twice the images'.
     """
     first = noise()
     *batch, height, width = small.shape
@@ -105,7 +106,7 @@ def enlarge(
             f"images are {(*small.shape,)} and noise is {(*first.shape,)}; they must be "
             "(B, C, H, W) and (B or 1, C, 2 H, 2 W)"
         )
-    times = enlarging_times(model.scheduler, width)
+    times = enlarging_times(model.scheduler, min(height, width))
     start = stretch(small)
     if known:
         start = known.put_into(start)
@@ -122,7 +123,7 @@ def enlarge(
 
 
 def enlarging_times(scheduler: NoiseScheduler, size: int) -> list[int]:
-    """Return the timesteps at which a small image of `size` pixels is enlarged, and -1."""
+    """Return the timesteps of enlarging images whose shorter side has `size` pixels, and -1."""
     steps = min(ENLARGING_STEPS, scheduler.timesteps)
     log_snrs = torch.linspace(FIRST_LOG_SNR, LAST_LOG_SNR, steps, dtype=torch.float64)
     times = nearest_timesteps(scheduler, log_snrs)

@@ -16,8 +16,7 @@ class DetailsUNet(UNet):
     (`pixel_unshuffle`), so the network costs a quarter of one at full size. Of functions/details.py
     it gets D x_t / q, and predicts v.
 
-    The arguments are those of `UNet`, for the images of a training; but as the first level is at
-    half the size, so are all others.
+    The arguments are those of `UNet`, and each level has half the size that it has there.
     """
 
     def __init__(self, *arguments: Any, **named: Any):
@@ -28,7 +27,7 @@ class DetailsUNet(UNet):
         self.conv_out = nn.Conv2d(self.conv_out.in_channels, 4 * channels, 3, padding=1)
         self.reset_parameters()
 
-    def forward(self, x: Tensor, t: Tensor, low: Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, low: Tensor) -> Tensor:
         """Predict v (B, channels, H, W) from D x_t / q, of this shape, at timesteps t (B,).
 
         `low` is the image at half the size, (B, channels, H/2, W/2), or zeros if it is unknown.
@@ -38,5 +37,5 @@ class DetailsUNet(UNet):
         height, width = h.shape[2:]
         multiple = 2 ** (len(self.down) - 1)
         h = F.pad(h, (0, -width % multiple, 0, -height % multiple), mode="replicate")
-        h = super().forward(h, t, label)
+        h = super().forward(h, t)
         return F.pixel_shuffle(h[..., :height, :width], 2)

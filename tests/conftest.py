@@ -133,6 +133,14 @@ def only_in(folder):
     return path
 
 
+def shrunk(images):
+    """Return float images (B, C, 2H, 2W), shrunk by Pillow to (B, C, H, W)."""
+    size = images.shape[-1] // 2, images.shape[-2] // 2
+    channels = [Image.fromarray(channel) for channel in images.flatten(0, 1).numpy()]
+    small = [np.array(image.resize(size, Image.Resampling.LANCZOS)) for image in channels]
+    return torch.from_numpy(np.stack(small)).unflatten(0, images.shape[:2])
+
+
 def samples_of(folder):
     """Return the single images that sample.py wrote to a folder, in their order: (N, H, W, C)."""
     return np.stack([pixels_of(path) for path in sorted(folder.glob("0*.png"))])

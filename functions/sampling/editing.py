@@ -24,8 +24,9 @@ from PIL import ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from data.batches import batches_of
 from data.decode import fit_image, fit_mask, open_image_file, to_pixels
-from data.pixels import batches_of, to_model_range, to_uint8
+from data.pixels import to_model_range, to_uint8
 from functions.enlarging import Keeping, Known, enlarge
 from functions.sampling.generation import (
     Noise,

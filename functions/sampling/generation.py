@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data.batches import batches_of
 from data.labels import chosen_labels
-from data.pixels import batches_of
 from functions.denoiser import Predictor
 from functions.enlarging import Known, enlarge, enlarging_times
 from functions.guidance import Guided

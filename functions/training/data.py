@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from data.pixels import to_model_range
 from functions.support import processes
 from functions.support.errors import printable
 from functions.support.random_numbers import generator_of, image_noise
+
+Draws = TypeVar("Draws", bound=tuple)
 
 
 class StepDraws(NamedTuple):
@@ -57,6 +59,11 @@ def training_draws(
             device=device,
         ),
     )
+
+
+def cut(draws: Draws, places: range) -> Draws:
+    """Return the draws of the images at these places."""
+    return type(draws)(*(draw[places.start : places.stop] for draw in draws))
 
 
 class TrainingData:
@@ -122,7 +129,7 @@ class TrainingData:
             self.config.timesteps_diff,
             self.device,
         )
-        return StepDraws(*(draw[self.share.start : self.share.stop] for draw in draws))
+        return cut(draws, self.share)
 
     def augment(
         self, x_0: Tensor, inputs: dict[str, Tensor], draws: StepDraws, done: float
@@ -150,6 +157,15 @@ class TrainingData:
         generator = generator_of("cpu", self.config.seed, "validation t")
         return torch.randperm(self.config.validation_samples, generator=generator)
 
+    def held_out_images(self, places: range) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the images x_0 of a validation at B places, and their inputs."""
+        # The triples are spread evenly over the images: the numbers of triples with any two images
+        # differ by at most one.
+        indices = self.split.val_indices
+        chosen = indices[np.array(places) * len(indices) // self.config.validation_samples]
+        images, inputs = self.gather(chosen)
+        return to_model_range(images), inputs
+
     def held_out(self, places: range) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """Return the triples (x_0, t, noise) of a validation at B places, and the network's inputs.
 
@@ -157,11 +173,7 @@ class TrainingData:
         """
         config = self.config
         count = config.validation_samples
-        # The triples are spread evenly over the images: the numbers of triples with any two images
-        # differ by at most one.
-        indices = self.split.val_indices
-        images, inputs = self.gather(indices[np.array(places) * len(indices) // count])
-        x_0 = to_model_range(images)
+        x_0, inputs = self.held_out_images(places)
         # 0 .. T-1 is divided into one stratum per triple. The t are the strata's midpoints,
         # shuffled.
         order = self.held_out_order[places.start : places.stop]

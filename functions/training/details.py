@@ -12,7 +12,7 @@ from data.datasets import ImageSet
 from functions.details import shrink
 from functions.noise_scheduler import broadcast
 from functions.support.random_numbers import generator_of
-from functions.training.data import TrainingData
+from functions.training.data import TrainingData, cut
 
 # The share of pieces that are parts of photos; the others are whole photos, shrunk.
 PARTS = 0.375
@@ -65,8 +65,7 @@ class DetailsData(TrainingData):
         generator = generator_of(self.device, self.config.seed, "training details", step)
         count = self.config.effective_batch
         options = {"generator": generator, "device": self.device}
-        draws = self.draw_pieces(torch.rand(count, **options), options)
-        return PieceDraws(*(draw[self.share.start : self.share.stop] for draw in draws))
+        return cut(self.draw_pieces(torch.rand(count, **options), options), self.share)
 
     def draw_pieces(self, u: Tensor, options: dict) -> PieceDraws:
         """Draw what decides B pieces, whose log-SNR is at the fraction u (B,) of its draws."""
@@ -129,7 +128,6 @@ class DetailsData(TrainingData):
 
     def held_out(self, places: range) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """Return triples of a validation, and the inputs, as `TrainingData` does, of pieces."""
-        x_0, _, _, inputs = super().held_out(places)
-        draws = PieceDraws(*(draw[places.start : places.stop] for draw in self.held_out_draws))
-        x_0, inputs = self.augment(x_0, inputs, draws, 0.0)
+        draws = cut(self.held_out_draws, places)
+        x_0, inputs = self.augment(*self.held_out_images(places), draws, 0.0)
         return x_0, draws.t, draws.noise, inputs

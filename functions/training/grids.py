@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from data.pixels import batches_of, to_model_range
+from data.batches import batches_of
+from data.pixels import to_model_range
 from functions.details import shrink
 from functions.enlarging import enlarge
 from functions.samplers import SAMPLERS

@@ -2,7 +2,7 @@
 
 import torch
 
-from data.pixels import batches_of
+from data.batches import batches_of
 from functions.denoiser import Denoiser
 from functions.losses import denoising_loss, eps_errors
 from functions.support import processes

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from data.pixels import batches_of, to_model_range, to_uint8
+from data.pixels import to_model_range, to_uint8
 
 
 def test_model_range_is_the_formula_in_channels_first_order_and_has_an_exact_inverse():
@@ -23,7 +23,3 @@ def test_to_uint8_clamps_and_rounds_to_nearest_and_leaves_its_argument_alone():
     before = x.clone()
     assert to_uint8(x).flatten().tolist() == [0, 0, 1, 99, 100, 255, 255]
     assert torch.equal(x, before)
-
-
-def test_the_last_batch_may_be_smaller():
-    assert batches_of(range(7), 3) == [range(3), range(3, 6), range(6, 7)]

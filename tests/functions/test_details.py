@@ -8,8 +8,7 @@ from functions.denoiser import OBJECTIVES, Denoiser
 from functions.details import STD, details, shrink, stretch
 from functions.losses import denoising_loss, eps_errors
 from functions.noise_scheduler import NoiseScheduler
-from tests.conftest import normal
-from tests.functions.sampling.test_enlarging import shrunk
+from tests.conftest import normal, shrunk
 
 COSINE = NoiseScheduler(1000, beta_schedule="cosine")
 T = torch.tensor([0, 60, 200, 500, 700])

@@ -21,7 +21,17 @@ from functions.sampling.models import Models, enlarged
 from functions.saved.checkpoint import load_weights
 from functions.saved.run_folder import checkpoints_of
 from functions.support.random_numbers import image_noise
-from tests.conftest import CPU, call, changed, normal, pipeline_of, pixels_of, refused, samples_of
+from tests.conftest import (
+    CPU,
+    call,
+    changed,
+    normal,
+    pipeline_of,
+    pixels_of,
+    refused,
+    samples_of,
+    shrunk,
+)
 from tests.functions.known_denoisers import mean_and_variance, white
 
 FEW = "--sampler dpm++ --steps 3 --n 3 --device cpu --guide 5"
@@ -29,14 +39,6 @@ COSINE = NoiseScheduler(1000, beta_schedule="cosine")
 STD = 0.2
 WHITE = white(STD, COSINE)
 SMALL = 0.1 * normal(0, 64, 3, 8, 8)
-
-
-def shrunk(images):
-    """Return float images (B, C, 2H, 2W), shrunk by Pillow to (B, C, H, W)."""
-    size = images.shape[-1] // 2, images.shape[-2] // 2
-    channels = [Image.fromarray(channel) for channel in images.flatten(0, 1).numpy()]
-    small = [np.array(image.resize(size, Image.Resampling.LANCZOS)) for image in channels]
-    return torch.from_numpy(np.stack(small)).unflatten(0, images.shape[:2])
 
 
 def test_images_shrink_to_the_small_ones_and_details_are_those_of_the_data():

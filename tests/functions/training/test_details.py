@@ -24,10 +24,10 @@ from tests.conftest import (
     normal,
     only_in,
     refused,
+    shrunk,
     terminate,
     train_tiny,
 )
-from tests.functions.sampling.test_enlarging import shrunk
 from tests.small_training import same
 
 SMALL = dict(image_size=32, dim_multiply=(1, 2), base_dim=8, norm_groups=2, batch_size=10)
