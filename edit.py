@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 import argparse
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 from functions.sampling.editing import (
@@ -28,7 +29,7 @@ from functions.sampling.editing import (
 )
 from functions.sampling.generation import open_pipeline
 from functions.sampling.settings import SeedFlags, add_sampling_flags, settings_of
-from functions.saved.run_folder import PRETRAINED
+from functions.saved.run_folder import PRETRAINED, DeviceFlags
 from functions.support.command_line import Parser, add_flags, run_script
 from functions.support.device import DTYPES
 from functions.support.settings import choice, setting
@@ -79,11 +80,15 @@ class InpaintFlags(EditFlags):
 
 
 @dataclass(frozen=True)
-class EnlargeFlags(EditFlags):
+class EnlargeFlags(DeviceFlags):
     """The flags of enlarge."""
 
     # How many times the size is doubled.
     times: int = setting(1, at_most=4)
+    # The seed of the details' noise.
+    seed: int = setting(0, at_least=-inf)
+    # The folder for the written file. Default: a new folder in samples/.
+    out: Path | None = None
     # The number format that the network computes in. auto is that of the model's training, or
     # float32 if the device has no instructions for it.
     precision: str = choice("auto", *DTYPES)

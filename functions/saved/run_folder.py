@@ -42,13 +42,19 @@ PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained" / "people.toml"
 
 
 @dataclass(frozen=True)
-class PlaceFlags:
+class DeviceFlags:
+    """The flag that names the device."""
+
+    # auto, cpu, cuda, cuda:N or mps.
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class PlaceFlags(DeviceFlags):
     """The flags that name the folder of all runs and the device."""
 
     # The folder with all run folders.
     runs: Path = RUNS
-    # auto, cpu, cuda, cuda:N or mps.
-    device: str = "auto"
 
 
 def new_folder(parent: Path, name: str = "") -> Path:
