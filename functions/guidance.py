@@ -23,6 +23,12 @@ from functions.noise_scheduler import NoiseScheduler
 GUIDED_LOG_SNR = (-7.0, 6.0)
 
 
+def asks_guide(scheduler: NoiseScheduler, t: int) -> bool:
+    """Return whether a guide is asked at t."""
+    lowest, highest = GUIDED_LOG_SNR
+    return lowest <= scheduler.log_snr(t) <= highest
+
+
 @dataclass(frozen=True)
 class Guided(Predictor):
     """A model that moves away from a worse one, the guide, which has the same schedule."""
@@ -44,8 +50,7 @@ class Guided(Predictor):
     def estimate(self, x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
         """Return the guided x_0 and its eps; t is one timestep for the whole batch."""
         x_0, eps = self.model.predict(x_t, t)
-        lowest, highest = GUIDED_LOG_SNR
-        if lowest <= self.scheduler.log_snr(t) <= highest:
+        if asks_guide(self.scheduler, t):
             # This form of the line is exact for w = 1. eps is linear in x_0, so the same mix of
             # both eps is the eps of the guided x_0.
             guide_x_0, guide_eps = self.guide.predict(x_t, t)

@@ -43,6 +43,7 @@ COMMANDS = {
     "sample.py none.toml": "none.toml: there is no such file",
     "sample.py runs/faces-20260101-120000": "faces-20260101-120000: there is no such file",
     "sample.py {run} --steps 101": "steps is 101; a model with 100 timesteps takes 1 to 100",
+    "sample.py {run} --steps 1 --guide 5": "at which --guide or --cfg changes anything; take more",
     "sample.py --n 36 --indices 3,7": "--indices: not allowed with --n",
     "edit.py vary 1 {run} --label 2,blue": "an edit has one --label",
     "edit.py inpaint a.png {run} --sampler dpm++": "depend on earlier steps",

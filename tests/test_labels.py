@@ -177,6 +177,8 @@ def test_guidance_by_the_label_is_that_of_the_same_network_without_it():
     assert guided.weight == 2.5
     assert guided.model.inputs["label"].tolist() == [0, 1, 0]
     assert guided.guide == pipeline.models.denoiser
+    with refused("--steps 1: no step is at a noise level at which"):
+        changed(pipeline, steps=1)
     # What has no network of its own says so.
     with refused("Keeping takes no label", TypeError):
         Keeping(guided.guide, None).given(label=torch.tensor([0]))

@@ -13,7 +13,7 @@ from data.batches import batches_of
 from data.labels import chosen_labels
 from functions.denoiser import Predictor
 from functions.enlarging import Known, enlarge, enlarging_times
-from functions.guidance import Guided
+from functions.guidance import Guided, asks_guide
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import SAMPLERS, OnStep
 from functions.sampling.models import Models, open_models
@@ -38,7 +38,8 @@ Noise = Callable[[], Tensor]
 class Pipeline:
     """Models, settings and a seed, which make image i reproducible.
 
-    Raises UserError when the settings ask for more steps than the model has timesteps.
+    Raises UserError when the settings ask for more steps than the model has timesteps, and for a
+    guide that no step asks.
     """
 
     models: Models
@@ -50,6 +51,12 @@ class Pipeline:
         if steps and steps > timesteps:
             raise UserError(
                 f"steps is {steps}; a model with {timesteps} timesteps takes 1 to {timesteps}"
+            )
+        guides = {self.config.guide, self.config.cfg} != {None}
+        if guides and not any(asks_guide(self.scheduler, t) for t in self.times):
+            raise UserError(
+                f"--steps {self.step_count}: no step is at a noise level at which --guide or --cfg "
+                "changes anything; take more steps"
             )
 
     def __str__(self) -> str:
