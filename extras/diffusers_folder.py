@@ -41,6 +41,7 @@ SUPPORTED = {
     "variance_type": [*VARIANCES],
     "thresholding": [False],
     "rescale_betas_zero_snr": [False],
+    "set_alpha_to_one": [True],
     "predict_epsilon": [True],
     "tensor_format": ["pt"],
     "in_channels": [3, 1],

@@ -241,6 +241,7 @@ UNSUPPORTED = {
         "thresholding": True,
         "clip_sample_range": 2,
         "rescale_betas_zero_snr": True,
+        "set_alpha_to_one": False,
         "trained_betas": [0.1] * 19,
         # Diffusers does not know it.
         "my_trick": 1,
