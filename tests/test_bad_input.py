@@ -30,6 +30,8 @@ COMMANDS = {
     "train.py --device cuda:99": "PyTorch must have it",
     "train.py fases": "invalid choice: 'fases' (choose from",
     "sample.py --n 0": "--n/-n: n is 0; it must be 1 or more",
+    f"sample.py --seed {'9' * 400}": "argument --seed: seed is 9",
+    f"sample.py --steps {'9' * 400}": "99; it must be finite, and at most 2^64",
     "sample.py --label a,": "argument --label: label is",
     "sample.py {run} --sampler dpm++ --eta 0 --temperature 0.5": "and these add none (--eta)",
     "sample.py {run} --sampler ddim --variance large": "--sampler ddim are --spacing and --eta",

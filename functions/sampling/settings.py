@@ -138,7 +138,8 @@ def read_recipe(path: Path) -> SamplingConfig:
         )
     except ConfigError as error:
         raise UserError(f"{path}: {printable(error)}") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    # The second one is for brackets in brackets, a thousand deep.
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path}: {printable(error)}; TOML in UTF-8 is needed, with / and not \\ in paths"
         ) from error

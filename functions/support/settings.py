@@ -91,8 +91,8 @@ def checked(each: Field, value: Any) -> Any:
     numbers = [item for item in items if type(item) in (int, float)]
     at_least = each.metadata.get("at_least", int(float not in kinds))
     at_most = each.metadata.get("at_most", math.inf)
-    # JSON has no infinity. A field that is a limit has 0 for none.
-    check(all(map(math.isfinite, numbers)), "finite")
+    # JSON has no infinity. A field that is a limit has 0 for none. No float has 400 digits.
+    check(all(abs(item) <= 2**64 for item in numbers), "finite, and at most 2^64")
     requirement = f"{at_least} or more"
     if at_most < math.inf:
         requirement = f"from {at_least} to {at_most:,}"

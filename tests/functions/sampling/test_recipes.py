@@ -149,6 +149,9 @@ def test_export_and_evaluation_use_the_model_alone(recipe, monkeypatch, capsys):
         ("steps = 4", "steps = = 4", r"Invalid value \(at line 6"),
         ("steps", "st\udcffeps", "'utf-8' codec can't decode"),
         ("steps = 4", "steps = 1.5", "steps is 1.5; it must be an integer"),
+        ("guidance = 2", f"guidance = {'9' * 400}", "guidance is 99.*; it must be finite"),
+        ("guidance = 2", f"guidance = {'9' * 5000}", "Exceeds the limit"),
+        ("guidance = 2", f"label = {'[' * 2000 + ']' * 2000}", "maximum recursion depth"),
         ("model.safetensors", "people.toml", "people.toml is a recipe, and no model; name one"),
     ],
 )
