@@ -100,20 +100,24 @@ def read_folder(path: Path) -> SavedModel:
     if isinstance(size, (list, tuple)) and len({*size}) == 1:
         arguments["sample_size"] = size[0]
     check_supported(arguments, SUPPORTED | {"out_channels": [arguments["in_channels"]]})
-    config = {"diffusion": our_schedule(schedule), "model": vars(DiffusersNetwork(arguments))}
+    model = DiffusersNetwork(arguments)
+    config = {"diffusion": our_schedule(schedule), "model": vars(model)}
     # diffusers draws missing weights at random.
     if any(loading.values()):
         raise ConfigError(f"the weights do not fit the network: {loading}")
-    # Such files have no checksum.
-    for name, weight in unet.named_parameters():
-        if not weight.isfinite().all():
-            raise ConfigError(f"unet.{name} has infinite values or NaN")
+    network = DiffusersUNet(unet.float())
+    # Such files have no checksum, and diffusers builds networks that do not run, such as for sizes
+    # that levels do not halve, or that take the logarithm of t = 0.
+    with refusing_errors(), torch.no_grad():
+        output = network(torch.zeros(1, *model.image_shape), torch.tensor([0]))
+    if not output.isfinite().all():
+        raise ConfigError("the network's output at t = 0 has infinite values or NaN")
 
     # In a model hub's cache, the folder's name is a hash.
     parts = path.absolute().parts
     name = parts[-3] if parts[-2] == "snapshots" else parts[-1]
     provenance = {"experiment": name.removeprefix("models--"), "step": 0, "total_steps": 0}
-    weights = DiffusersUNet(unet.float()).state_dict()
+    weights = network.state_dict()
     digest = model_digest(config, digest_of(weights))
     return SavedModel(path, weights, "diffusers", config, provenance, digest)
 

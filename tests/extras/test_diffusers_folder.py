@@ -265,6 +265,11 @@ def test_what_has_no_counterpart_is_refused_by_its_name(file, folder):
         (folder / file).write_text(before)
 
 
+def rebuilt(folder, **fields):
+    """Write another network, whose weights fit."""
+    UNet2DModel(**OTHER | fields).save_pretrained(folder)
+
+
 def test_damaged_folders_are_refused_in_a_sentence(their_folder, tmp_path):
     file = "unet/diffusion_pytorch_model.safetensors"
     weights = load_file(their_folder / file)
@@ -276,7 +281,9 @@ def test_damaged_folders_are_refused_in_a_sentence(their_folder, tmp_path):
             (SCHEDULE, lambda path: path.write_text("[]"), "cannot be read"),
             (file, lambda path: path.write_bytes(path.read_bytes()[:2000]), "cannot be read"),
             (file, partial(save_file, fewer), "the weights do not fit the network"),
-            (file, partial(save_file, weights), "unet.conv_in.bias has infinite values or NaN"),
+            (file, partial(save_file, weights), "output at t = 0 has infinite values or NaN"),
+            ("unet", partial(rebuilt, time_embedding_type="fourier"), "output at t = 0 has infin"),
+            ("unet", partial(rebuilt, sample_size=15), "diffusers: Sizes of tensors must match"),
         )
     ):
         folder = shutil.copytree(their_folder, tmp_path / str(k))
