@@ -76,11 +76,16 @@ def new_samples_folder(run: Path, saved: SavedModel) -> Path:
 
 
 def image_indices(folder: Path) -> set[int]:
-    """Return the indices of the single images in a folder. An empty file is no image."""
+    """Return the indices of the single images in a folder, as `image_path` names them.
+
+    An empty file is no image.
+    """
     return {
         int(path.stem)
         for path in folder.glob("*.png")
-        if path.stem.isdecimal() and path.stat().st_size
+        if path.stem.isdecimal()
+        and path == image_path(folder, int(path.stem))
+        and path.stat().st_size
     }
 
 

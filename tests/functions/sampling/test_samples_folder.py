@@ -5,6 +5,7 @@ The processes are real ones of sample.py.
 
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -151,6 +152,12 @@ def test_two_commands_that_start_at_once_do_not_mix_their_samples(
     with refused(r"other settings \(seed was 1, is now 0\)"):
         call(sample, tiny_run, kind, "--steps 2 --n 4 --batch-size 2 --out", tmp_path)
     assert [*tmp_path.iterdir()] == [manifest]
+
+
+def test_what_is_named_otherwise_is_no_sample(whole, tiny_run, tmp_path):
+    shutil.copy(whole / "00002.png", tmp_path / "1.png")
+    call(sample, tiny_run, f"{FEW} --individual -n 4 --out", tmp_path)
+    assert np.array_equal(samples_of(tmp_path), samples_of(whole)[:4])
 
 
 @pytest.mark.parametrize("name", ["00003.png", "grid.png"])
