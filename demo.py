@@ -107,7 +107,7 @@ def tab(
             name: parse_flag(FIELDS[name], text) if text else FIELDS[name].default
             for name, text in zip(names, rest, strict=False)
         }
-        config = replace(begun.override({"sampler": sampler, "steps": steps}), **chosen)
+        config = begun.override({"sampler": sampler, "steps": steps} | chosen)
         return work(replace(pipeline, config=config, seed=seed or 0), *rest[len(names) :])
 
     return gr.Interface(
@@ -174,9 +174,11 @@ def mix(pipeline: Pipeline, depth: float, share: float, *images: int | str | Non
     `images` are the index and the file of each. A file replaces an index.
     """
     check_edit("interpolate", pipeline.config)
+    chosen = [*zip(images[::2], images[1::2], strict=True)]
+    if (None, None) in chosen:
+        raise UserError("give the index or a file of each image")
     (first, shown_first), (second, shown_second) = (
-        read_image(pipeline, file or str(index))
-        for index, file in zip(images[::2], images[1::2], strict=True)
+        read_image(pipeline, file or str(index)) for index, file in chosen
     )
     # Both images are noised to timestep t. Depth 0 is t = -1, at which images get no noise.
     t = time_at(pipeline, depth)

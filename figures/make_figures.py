@@ -282,8 +282,7 @@ def draw_people(run: Path) -> None:
     pipeline = open_saved(run, GUIDED)
     columns = {}
     for weight in WEIGHTS:
-        denoiser = replace(pipeline.models.denoiser, weight=weight)
-        guided = replace(pipeline, models=replace(pipeline.models, denoiser=denoiser))
+        guided = replace(pipeline, config=replace(pipeline.config, guidance=weight))
         columns[f"w = {weight:g}"] = draw_pixels(guided, 8)
     save_strip(columns, FIGURES / "guidance.png")
 

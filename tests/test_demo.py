@@ -20,7 +20,7 @@ from edit import InpaintFlags
 from figures.saved_model import open_saved
 from functions.samplers import SAMPLERS
 from functions.sampling.editing import inpaint_image, interpolate_images, time_at
-from functions.sampling.generation import generate
+from functions.sampling.generation import generate, given
 from functions.sampling.settings import SamplingConfig
 from tests.conftest import call, changed, pixels_of, refused, train_tiny
 
@@ -124,6 +124,13 @@ def test_paint_in_the_page_shows_in_grey_what_is_painted_over(page, tiny_run):
         assert_array_equal(answer[~painted], image[~painted])
 
 
+def test_mix_needs_an_index_or_a_file_of_each_image(tiny_run):
+    from demo import mix
+
+    with refused("give the index or a file of each image"):
+        mix(open_saved(tiny_run, "--device cpu"), 0.5, 0.3, 0, None, None, None)
+
+
 def test_mix_and_paint_have_one_label(tiny_run):
     from demo import mix, paint
 
@@ -208,3 +215,11 @@ def test_a_model_with_labels_has_fields_for_them(labelled_pictures, tmp_path, sh
     assert (config.label, config.cfg) == ((), None)
     with pytest.raises(ArgumentTypeError, match="cfg is 'much'; it must be a number"):
         submit(None, 0, "dpm++", 4, "a", "much")
+
+    # A value for Cfg puts the guide out, until the field is empty again.
+    submit = drawing_tab(open_saved(run, "--sampler dpm++ --steps 4 --label b --guide 5"))
+    for cfg, guide in (("3", None), ("", 5)):
+        pipeline = submit(None, 0, "dpm++", 4, "b", cfg)
+        assert pipeline.config.guide == guide
+        own = given(pipeline, [0]).guide == pipeline.models.denoiser
+        assert own == (guide is None)

@@ -70,7 +70,7 @@ class Pipeline:
         values = vars(config) | config.arguments
         values |= {"precision": models.precision, "steps": self.step_count}
         if config.guide is not None:
-            values |= {"guide": models.guide_digest[:16], "guidance": config.guide_weight}
+            values |= {"guide": models.guide.saved.digest[:16], "guidance": config.guide_weight}
         values["enlarge"] = tuple(each.saved.digest[:16] for each in models.enlargers)
         values["clip_x_0"] = None if models.clip_x_0 else False
         without = fields_with(SamplingConfig, "no_pixels")
@@ -124,16 +124,20 @@ def open_pipeline(
 def given(pipeline: Pipeline, indices: Sequence[int]) -> Predictor:
     """Return the denoiser with the labels of these images, if the settings choose any.
 
-    With `cfg` it is guided by itself without them. A single index is for all images.
+    It is guided by the guide of the settings, or with `cfg` by itself without labels. A single
+    index is for all images.
     """
     models, config = pipeline.models, pipeline.config
-    if not config.label:
-        return models.denoiser
-    label = chosen_labels(config.label, models.label_names, indices)
-    denoiser = models.denoiser.given(label=label.to(models.device))
-    if config.cfg is None:
-        return denoiser
-    return Guided(denoiser, models.denoiser, config.cfg)
+    inputs = {}
+    if config.label:
+        label = chosen_labels(config.label, models.label_names, indices)
+        inputs = {"label": label.to(models.device)}
+    denoiser = models.denoiser.given(**inputs)
+    if config.cfg is not None:
+        return Guided(denoiser, models.denoiser, config.cfg)
+    if config.guide is not None:
+        return Guided(denoiser, models.guide.denoiser.given(**inputs), config.guide_weight)
+    return denoiser
 
 
 def take_steps(

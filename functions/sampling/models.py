@@ -8,7 +8,6 @@ import torch
 
 from data.labels import chosen_labels
 from functions.denoiser import Predictor
-from functions.guidance import Guided
 from functions.sampling.settings import SamplingConfig
 from functions.saved.checkpoint import SavedModel
 from functions.saved.loading import open_model
@@ -34,7 +33,7 @@ class Models:
     clip_x_0: bool = True
     # Each of them doubles the size of the images (functions/enlarging.py).
     enlargers: tuple["Models", ...] = ()
-    guide_digest: str = ""
+    guide: "Models | None" = None
     label_names: Sequence[str] = ()
     # Where the denoiser comes from
     saved: SavedModel | None = None
@@ -120,8 +119,7 @@ def guided(models: Models, config: SamplingConfig) -> Models:
             f"{refusal}: it has another shape of images, or another noise schedule (the number of "
             "timesteps, or the betas)"
         )
-    denoiser = Guided(models.denoiser, guide.denoiser, config.guide_weight)
-    return replace(models, denoiser=denoiser, guide_digest=guide.saved.digest)
+    return replace(models, guide=guide)
 
 
 def guide_path(guide: int | str, saved: SavedModel) -> Path:

@@ -120,7 +120,8 @@ class SamplingConfig:
         if given.get("eta") == 0:
             # Without noise, there is none that a temperature could scale.
             values |= {"temperature": 1.0}
-        if "cfg" in given:
+        # An empty field of the page gives None.
+        if given.get("cfg") is not None:
             values |= {"guide": None, "guidance": None}
         if "guide" in given:
             values |= {"cfg": None}
