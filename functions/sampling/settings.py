@@ -5,6 +5,7 @@ names of the fields, with - or _, and paths are relative to the file. A given fl
 recipe's field.
 """
 
+import os
 import tomllib
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass, replace
@@ -134,9 +135,10 @@ def read_recipe(path: Path) -> SamplingConfig:
     try:
         # Editors on Windows may begin the file with a byte-order mark.
         values = tomllib.loads(path.read_text("utf-8-sig"))
-        config = from_fields(
-            SamplingConfig, {key.replace("-", "_"): value for key, value in values.items()}
-        )
+        by_field = {key.replace("-", "_"): value for key, value in values.items()}
+        if len(by_field) < len(values):
+            raise ConfigError("a key is there with - and with _")
+        config = from_fields(SamplingConfig, by_field)
     except ConfigError as error:
         raise UserError(f"{path}: {printable(error)}") from error
     # The second one is for brackets in brackets, a thousand deep.
@@ -149,7 +151,8 @@ def read_recipe(path: Path) -> SamplingConfig:
         """Return the path of a part, or a guide's step."""
         if not isinstance(name, str):
             return name
-        part = path.parent / name
+        # ~ is the home folder.
+        part = path.parent / os.path.expanduser(name)
         if not part.exists():
             raise UserError(f"{path}: there is no {printable(part)}")
         return str(part)

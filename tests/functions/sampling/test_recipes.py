@@ -152,6 +152,7 @@ def test_export_and_evaluation_use_the_model_alone(recipe, monkeypatch, capsys):
         ("guidance = 2", f"guidance = {'9' * 400}", "guidance is 99.*; it must be finite"),
         ("guidance = 2", f"guidance = {'9' * 5000}", "Exceeds the limit"),
         ("guidance = 2", f"label = {'[' * 2000 + ']' * 2000}", "maximum recursion depth"),
+        ("steps = 4", "batch-size = 3\nbatch_size = 4", "a key is there with - and with _"),
         ("model.safetensors", "people.toml", "people.toml is a recipe, and no model; name one"),
     ],
 )
@@ -163,8 +164,8 @@ def test_a_broken_recipe_is_one_sentence(recipe, old, new, sentence):
     assert "\n" not in str(error.value)
 
 
-def test_a_byte_order_mark_and_what_is_no_file_are_read(recipe):
-    """The guide is a step of the model's own run."""
+def test_a_byte_order_mark_and_what_is_no_file_are_read(recipe, monkeypatch):
+    """The guide is a step of the model's own run, and ~ the home folder."""
     recipe.write_bytes(b"\xef\xbb\xbf" + TEXT.replace("'guides/early.safetensors'", "5").encode())
     assert settings(recipe)["guide"] == 5
     recipe.write_text('model = "large"\nenlarge = "large"\nbatch-size = 3')
@@ -174,3 +175,6 @@ def test_a_byte_order_mark_and_what_is_no_file_are_read(recipe):
     # The page has another default sampler than a recipe without one.
     assert settings(recipe, sampler="dpm++").items() >= expected.items()
     assert settings(recipe.parent / "large", sampler="dpm++")["sampler"] == "dpm++"
+    monkeypatch.setenv("HOME", str(recipe.parent))
+    recipe.write_text('model = "~/large"')
+    assert settings(recipe)["model"] == large
