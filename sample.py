@@ -36,6 +36,7 @@ from functions.sampling.generation import (
     step_bar,
 )
 from functions.sampling.samples_folder import (
+    delete_leftovers,
     enlarged_pixels,
     generate_frames,
     image_indices,
@@ -80,6 +81,7 @@ def main(name_prefix: str = "", description: str = __doc__, **defaults: Any) -> 
         # The networks and their schedules come only from the checkpoints.
         pipeline = open_pipeline(args, config)
         folder = args.out or new_samples_folder(args.checkpoint, pipeline.models.saved)
+        processes.on_main(delete_leftovers, folder)
         if args.individual:
             sample_files(args.indices, pipeline, folder)
         elif processes.is_main():

@@ -10,8 +10,10 @@ grid.png        and the other PICTURES, all of the same images
 
 import json
 import math
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ MANIFEST = "samples.json"
 # These show several images. The manifest's SHOWN has their indices, or None without pictures.
 PICTURES = ("grid.png", "denoising.gif")
 SHOWN = "grid"
+# An incomplete image that is older is nobody's: a write takes milliseconds.
+LEFTOVER_SECONDS = 60
 # An animation shows about this many steps.
 RECORDED_STEPS = 40
 # The frames of a denoising, uint8 (N, H, W, C) each. The keys are the paper's t, in descending
@@ -89,6 +93,15 @@ def image_indices(folder: Path) -> set[int]:
     }
 
 
+def delete_leftovers(folder: Path) -> None:
+    """Delete the incomplete images that a kill has left in a folder."""
+    for leftover in folder.glob(".*.png.*.tmp"):
+        with suppress(FileNotFoundError):
+            # Another command may be writing a newer one right now.
+            if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:
+                leftover.unlink()
+
+
 def open_folder(folder: Path, settings: dict, shown: list[int] | None = None) -> None:
     """Make a folder for samples with these settings, or check that an existing one has them.
 
@@ -135,9 +148,9 @@ def generate_frames(pipeline: Pipeline, indices: Sequence[int]) -> tuple[Tensor,
     states[pipeline.scheduler.timesteps].append(to_uint8(x_T))
 
     def on_step(k, t, x, x_0):
-        for frames, time, images in ((estimates, t, x_0), (states, times[k + 1], x)):
-            if time in recorded:
-                frames[time + 1].append(to_uint8(images))
+        for frames, at, images in ((estimates, t, x_0), (states, times[k + 1], x)):
+            if at in recorded:
+                frames[at + 1].append(to_uint8(images))
 
     # Each batch of images calls `on_step` for all steps.
     images = generate(pipeline, indices, progress=True, on_step=on_step)

@@ -154,6 +154,16 @@ def test_two_commands_that_start_at_once_do_not_mix_their_samples(
     assert [*tmp_path.iterdir()] == [manifest]
 
 
+def test_what_a_kill_left_half_written_is_deleted(tiny_run, tmp_path):
+    """But not what another command may be writing."""
+    old, new = (tmp_path / f".0000{i}.png.7.tmp" for i in range(2))
+    for path in (old, new):
+        path.touch()
+    os.utime(old, (0, 0))
+    call(sample, tiny_run, "--device cpu --steps 2 --n 1 --individual --out", tmp_path)
+    assert [*tmp_path.glob(".*")] == [new]
+
+
 def test_what_is_named_otherwise_is_no_sample(whole, tiny_run, tmp_path):
     shutil.copy(whole / "00002.png", tmp_path / "1.png")
     call(sample, tiny_run, f"{FEW} --individual -n 4 --out", tmp_path)
