@@ -1,15 +1,15 @@
 """DDPM on one page: Denoising Diffusion Probabilistic Models, Ho et al. 2020 (arXiv:2006.11239).
 
-Noise is added to an image x_0 in T small steps, until hardly anything of the image is left. A
-network learns to guess the noise eps in a noisy image x_t. Then it turns pure noise into an image,
-step by step. The comments name the paper's equations.
+Noise is added to an image x_0 in T small steps, until hardly anything of the image is left. After
+t steps it is called x_t. A network learns to guess the noise eps in x_t. With its guesses, pure
+noise is turned into a new image, step by step. The comments name the paper's equations.
 
     python example.py           trains on the emoji people in data/: 10 to 20 minutes on two cores
     python example.py FOLDER    trains on the images in a folder, of any size
 
 Either writes new images to example.png, and the curve of the loss to example_loss.png. This file
-imports no other file of the repository, so it can be copied and changed. train.py does the same
-with the paper's network, checkpoints, mixed precision, several GPUs and many options.
+imports no other file of the repository, so it can be copied and changed. train.py and sample.py do
+the same with the paper's network, checkpoints, mixed precision, several GPUs and many options.
 """
 
 import copy
@@ -31,28 +31,40 @@ DIMS = (32, 64, 128, 256)  # channels of the network at 32, 16, 8 and 4 pixels
 TIME_DIM = 128  # channels of the embedded timestep
 STEPS = 3000  # optimiser steps
 BATCH_SIZE = 16
-LEARNING_RATE = 1e-3  # the highest: it rises over 5% of the steps, then falls to 0
+LEARNING_RATE = 1e-3  # at its peak: it rises for 5% of the steps, and then falls to 0
 EMA_DECAY = 0.995  # of the moving average of the weights, per step
 
-# Step t keeps sqrt(alpha) of the image, and adds noise of variance beta = 1 - alpha (Eq. 2). The
-# paper has T = 1000. With 250 steps sampling takes a quarter of the time, and each step is still
-# small enough. The paper's betas, times 1000 / T, add as much noise in T steps.
+# Step t multiplies the image by sqrt(alpha), and adds noise of variance beta = 1 - alpha (Eq. 2).
+# The paper has T = 1000, and betas from 1e-4 to 0.02. With 250 steps sampling takes a quarter of
+# the time, and each step is still small enough. Betas four times as large then add as much noise.
 T = 250
 beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
-beta = F.pad(beta, (1, 0))  # (T + 1,): at t = 0 is the clean image, and beta is 0
+beta = F.pad(beta, (1, 0))  # (T + 1,): t = 0 is the clean image, where beta is 0
 alpha = 1 - beta
-# What is left of the image's variance in x_t: from 1 to nearly 0, where x_t is pure noise. In
-# float32, 1 - alpha_bar would lose digits.
+# The share of the image's variance that is left in x_t. It falls from 1 to nearly 0, where x_t is
+# pure noise. It is float64, because 1 - alpha_bar would lose digits in float32.
 alpha_bar = alpha.cumprod(0)
 
 
 def loss_of(model, x_0):
-    """Noise images x_0 (B, C, H, W) to x_t, and compare the network's guess with the noise."""
+    """Add noise to images x_0 (B, C, H, W), and return the error of the network's guess of it."""
     t = torch.randint(1, T + 1, (len(x_0),))
     eps = torch.randn_like(x_0)
     a = alpha_bar[t].view(-1, 1, 1, 1)
-    x_t = (a.sqrt() * x_0 + (1 - a).sqrt() * eps).float()  # Eq. 4; alpha_bar is float64
+    x_t = (a.sqrt() * x_0 + (1 - a).sqrt() * eps).float()  # Eq. 4: all t steps at once
     return F.mse_loss(model(x_t, t), eps)  # Eq. 14
+
+
+# Sampling goes the other way, from x_T, which is pure noise, to x_{T-1}, and on to x_0. The guessed
+# noise in x_t gives an estimate x_0_hat of the image: Eq. 4, solved for x_0.
+#
+# Why may a step use x_0_hat? It is no image yet. It is a blurred average of all images that could
+# have become this x_t, because the squared error is smallest for the average. If it were the image,
+# x_{t-1} would be Gaussian, with the mean and the variance of Eq. 7. In fact x_{t-1} is a mixture
+# of such Gaussians, one for each image that could have become x_t. The mean of the mixture is
+# exactly that of Eq. 7 with x_0_hat, and for a small step its variance is nearly that of Eq. 7
+# (docs/why-sampling-works.md derives it). With the fresh noise, x_{t-1} is as noisy as in training,
+# so the network knows such images. It guesses again, and there is a little less noise to guess.
 
 
 @torch.no_grad()
@@ -61,21 +73,14 @@ def sample(model, x_t):
     for t in range(T, 0, -1):
         a, a_before = alpha_bar[t], alpha_bar[t - 1]
         eps = model(x_t, torch.full((len(x_t),), t))
-        x_0 = (x_t - (1 - a).sqrt() * eps) / a.sqrt()  # Eq. 15: an estimate
-        x_0 = x_0.clamp(-1, 1)
-        # Eq. 7. At t = 1 the variance is 0.
-        mean = (a_before.sqrt() * beta[t] * x_0 + alpha[t].sqrt() * (1 - a_before) * x_t) / (1 - a)
+        x_0_hat = (x_t - (1 - a).sqrt() * eps) / a.sqrt()  # Eq. 15
+        x_0_hat = x_0_hat.clamp(-1, 1)  # images are in [-1, 1]
+        # Eq. 7: where x_{t-1} would be if x_0_hat were the image. At t = 1 the variance is 0.
+        mean = a_before.sqrt() * beta[t] * x_0_hat + alpha[t].sqrt() * (1 - a_before) * x_t
+        mean = mean / (1 - a)
         variance = (1 - a_before) / (1 - a) * beta[t]
         x_t = mean + variance.sqrt() * torch.randn_like(x_t)
     return x_t
-
-
-# Why may `sample` use x_0? It is no image yet but a blurred average of all images that fit x_t,
-# because the average has the smallest squared error. Were it the image, x_{t-1} would be Gaussian,
-# with this mean and variance. In fact x_{t-1} is a mixture of such Gaussians, one for each image
-# that fits. Its mean is exactly this one, and for a small step its variance is nearly this one
-# (docs/sampling.md has the proof). The fresh noise makes x_{t-1} as noisy as in training. Then x_0
-# is estimated again, from a little less noise.
 
 
 class Block(nn.Module):
@@ -94,7 +99,7 @@ class Block(nn.Module):
 
 
 def norm_and_convolution(dim_in, dim_out):
-    """Return the layers that all of the network consists of."""
+    """Return a norm, an activation and a convolution: the network consists of these."""
     convolution = nn.Conv2d(dim_in, dim_out, 3, padding=1)
     return nn.Sequential(nn.GroupNorm(8, dim_in), nn.SiLU(), convolution)
 
@@ -102,9 +107,9 @@ def norm_and_convolution(dim_in, dim_out):
 class UNet(nn.Module):
     """Guess the noise in x_t (B, 3, SIZE, SIZE) at timesteps t (B,).
 
-    On the way down the image is halved before each block but the first, and on the way up doubled
-    again. What a block on the way down has found skips to the block of the same size on the way
-    up. The paper's network is larger, and also has attention.
+    On the way down each block but the first works at half the size of the one before. On the way up
+    the size doubles again. There each block also gets the output of the block that had its size on
+    the way down, the skip. The paper's network is larger, and also has attention.
     """
 
     def __init__(self):
@@ -114,13 +119,13 @@ class UNet(nn.Module):
         dims = (DIMS[0], *DIMS, DIMS[-1])
         self.down = nn.ModuleList(Block(dims[i], dims[i + 1]) for i in range(len(DIMS)))
         self.middle = Block(DIMS[-1], DIMS[-1])
-        # dims is (32, 32, 64, 128, 256, 256). On the way up a block gets what comes from below,
-        # dims[i + 2], and the skip.
+        # dims is (32, 32, 64, 128, 256, 256). On the way up a block gets dims[i + 2] channels from
+        # the block before it, and DIMS[i] from the skip.
         self.up = nn.ModuleList(Block(dims[i + 2] + dim, dim) for i, dim in enumerate(DIMS))
         self.last = norm_and_convolution(DIMS[0], 3)
 
     def forward(self, x_t, t):
-        # The timestep is given as sines and cosines, of waves from short to long.
+        # The network gets t as sines and cosines, of waves from short to long.
         waves = torch.exp(-math.log(10_000) * torch.linspace(0, 1, TIME_DIM // 2))
         angles = t[:, None] * waves
         time = self.time(torch.cat([angles.sin(), angles.cos()], dim=1))
@@ -156,8 +161,8 @@ def train(model, images):
         optimizer.step()
         learning_rate.step()
         losses.append(loss.item())
-        # EMA: each batch moves the weights a little at random. In a moving average of the
-        # weights this cancels out, so the average makes better samples than the last weights.
+        # EMA, the exponential moving average of the weights: which images are in a batch is
+        # chance, and the average evens it out, so it draws better images than the last weights.
         with torch.no_grad():
             for average, weight in zip(ema_model.parameters(), model.parameters(), strict=True):
                 average.lerp_(weight, 1 - EMA_DECAY)
@@ -175,7 +180,7 @@ def load_images(folder=None):
     for file in files:
         if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
             with file.open("rb") as stream:
-                # Cameras write the picture as it is and, beside it, how it is to be turned.
+                # Cameras may save a photo on its side, with a note on how to turn it.
                 image = ImageOps.exif_transpose(Image.open(stream)).convert("RGBA")
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image).convert("RGB")
