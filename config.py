@@ -68,7 +68,7 @@ def experiments() -> dict[str, "Experiment"]:
         ),
     )
 
-    # `faces` with v and cosine betas, and with Adam for more epochs. docs/whole-before-detail.md
+    # `faces` with v and cosine betas, and with Adam for more epochs. docs/predicting-v.md
     # says why, and what improves.
     faces_v = faces.override(
         objective="v",
@@ -217,15 +217,15 @@ def experiments() -> dict[str, "Experiment"]:
 
     # FFHQ in a day on an H100, by an estimate (docs/ffhq.md): 590,400 steps. The network is that of
     # `ffhq_run2`, but its groups have at least 4 channels, because those of 2 tint images a little
-    # (docs/tried.md). Nobody has run this preset yet, so each value is one of a run at this size,
-    # or follows from our measurements. DiffAE (Preechakul et al. 2022) and DDPM-IP (Ning et al.
-    # 2023) trained on the same images at the same size.
+    # (docs/what-did-not-help.md). Nobody has run this preset yet, so each value is one of a run at
+    # this size, or follows from our measurements. DiffAE (Preechakul et al. 2022) and DDPM-IP (Ning
+    # et al. 2023) trained on the same images at the same size.
     ffhq_day = ffhq_run2.override(
-        # v and cosine betas prevent wrong colours (docs/whole-before-detail.md).
+        # v and cosine betas prevent wrong colours (docs/predicting-v.md).
         objective="v",
         beta_schedule="cosine",
         # This is 2 log(64 / 128), for 128 px (Hoogeboom et al. 2023). A trial of ours at 64 px
-        # did not forbid it (docs/record.md).
+        # did not forbid it (docs/what-did-not-help.md).
         log_snr_shift=-1.386,
         # DiffAE has batches of 32 x 4, and DDPM-IP of 8 x 16.
         batch_size=64,
@@ -234,7 +234,7 @@ def experiments() -> dict[str, "Experiment"]:
         # 1.4e-4 for batches of 128 by the square root.
         learning_rate=1e-4,
         # Six runs of ours on photos at 32 px have a warm-up and a cosine to 0. With these, the
-        # length of the EMA hardly matters (docs/tried.md).
+        # length of the EMA hardly matters (docs/what-did-not-help.md).
         warmup_steps=5000,
         lr_schedule="cosine",
         clip_grad_norm=1.0,
@@ -532,7 +532,7 @@ class ModelConfig(NetworkConfig):
 
 @dataclass(frozen=True)
 class OwnNetwork(NetworkConfig):
-    """What a run knows of a network that no `ModelConfig` describes (docs/sampling.md)."""
+    """What a run knows of a network that no `ModelConfig` describes (docs/python.md)."""
 
     # The name of its class, which the files of the run have.
     class_name: str
@@ -547,7 +547,7 @@ class OwnNetwork(NetworkConfig):
     def build(self) -> NoReturn:
         """Raise ConfigError: only its author can build it."""
         raise ConfigError(
-            f"its network, {self.class_name!r:.100}, is not built by a config; docs/sampling.md "
+            f"its network, {self.class_name!r:.100}, is not built by a config; docs/python.md "
             "says how to load and resume it from Python"
         )
 
@@ -565,7 +565,7 @@ def model_from(values: dict) -> NetworkConfig:
 
 
 def build_network(config: NetworkConfig, objective: str = "eps") -> nn.Module:
-    """Build a network with random weights, f(x_t, t); docs/change.md adds another class here.
+    """Build a network with random weights, f(x_t, t); docs/extending.md adds another class here.
 
     With the objective "details" it is f(x, t, low) of models/details.py.
     A config of another kind builds its own, and raises ConfigError if it cannot, or UserError if a
@@ -645,7 +645,7 @@ class Experiment:
                 yield (
                     f"norm_groups = {groups} leaves {channels_of_group:g} of the 4 channels that a "
                     "group needs at the narrowest level; samples may come out tinted "
-                    "(docs/tried.md)"
+                    "(docs/what-did-not-help.md)"
                 )
         if self.diffusion.max_rotation > 0 and not self.diffusion.use_augmentation:
             yield "max_rotation has no effect without use_augmentation = True"

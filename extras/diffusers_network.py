@@ -17,7 +17,7 @@ from functions.support.settings import ConfigError
 
 @dataclass(frozen=True)
 class DiffusersNetwork(NetworkConfig):
-    """A network of diffusers, which that library builds (docs/other-models.md)."""
+    """A network of diffusers, which that library builds (docs/diffusers-models.md)."""
 
     # The arguments of its `UNet2DModel`.
     unet_2d_model: dict

@@ -6,7 +6,7 @@ The guided x_0 lies on the line from the guide's x_0 through the model's x_0:
 
 With w > 1 it lies beyond the model's, further from the guide's. This helps if the guide makes the
 same errors as the model, but larger ones: autoguidance (Karras et al. 2024, arXiv:2406.02507).
-docs/better-than-the-model.md measures it. With the same model without its label as the guide it is
+docs/guidance.md measures it. With the same model without its label as the guide it is
 classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598).
 """
 
@@ -19,7 +19,7 @@ from functions.noise_scheduler import NoiseScheduler
 
 # The log-SNR, log(alpha_bar / (1 - alpha_bar)), from which and up to which a guide is asked. At
 # higher and at lower noise it helps little, so its calls there are saved (Kynkaanniemi et al. 2024,
-# arXiv:2404.07724). docs/better-than-the-model.md measures this.
+# arXiv:2404.07724). docs/guidance.md measures this.
 GUIDED_LOG_SNR = (-7.0, 6.0)
 
 

@@ -208,7 +208,7 @@ SAMPLERS = {
     "ddim": Sampler(ddim_sample, {"spacing": "trailing", "eta": 0.0}, "deterministic"),
     # The paper's eta is 0. The scripts' eta is 1: with 20 calls of a network that predicts eps it
     # has by far the lowest feature distance, and of one that predicts v about the same as 0. With
-    # eta 0 "logsnr" is the better spacing. Both are measured in docs/whole-before-detail.md.
+    # eta 0 "logsnr" is the better spacing. Both are measured in docs/predicting-v.md.
     "dpm++": Sampler(
         dpm_solver_sample,
         {"spacing": "logsnr", "eta": 1.0},

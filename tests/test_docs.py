@@ -80,8 +80,8 @@ def test_pictures_are_light():
 
 
 def run_section(page, heading):
-    """Run all lines of code in a section of docs/, and return the names that they define."""
-    section = (ROOT / "docs" / page).read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    """Run all lines of code under a heading in docs/, and return the names that they define."""
+    section = (ROOT / "docs" / page).read_text().split(f"# {heading}\n")[1].split("\n## ")[0]
     code = re.findall(r"^    (.*)$", section, re.MULTILINE)
     exec("\n".join(code), names := {})
     return names
@@ -92,7 +92,7 @@ def test_the_script_of_your_own_draws_a_grid_and_trains(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(enlarging, "ENLARGING_STEPS", 1)
     (tmp_path / "pretrained").symlink_to(ROOT / "pretrained")
-    names = run_section("sampling.md", "From Python")
+    names = run_section("python.md", "From Python")
     # There are 2 x 2 images, with gaps of 2 pixels.
     assert Image.open("faces.png").size == (2 * 130 + 2,) * 2
     run = names["run"]
@@ -103,7 +103,7 @@ def test_the_script_of_your_own_draws_a_grid_and_trains(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_conditions_of_your_own_are_trained_dropped_and_drawn(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = run_section("change.md", "A condition of your own, from Python")
+    names = run_section("extending.md", "A condition of your own, from Python")
     network = names["bright"].model.network
     x_t, t = normal(0, 1, 3, 16, 16).expand(200, -1, -1, -1), torch.full((200,), 50)
     light, without = network(x_t, t, torch.ones(200)), network(x_t, t)

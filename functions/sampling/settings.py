@@ -63,7 +63,7 @@ class SamplingConfig:
     # Multiply the noise of the later steps by this, from 0 to 1. With 0.6 more faces of ffhq-32 are
     # clear, with less detail (docs/sampling.md).
     temperature: float = setting(1.0, at_most=1)
-    # Move each x_0 away from that of a worse model (docs/better-than-the-model.md): the run's own
+    # Move each x_0 away from that of a worse model (docs/guidance.md): the run's own
     # snapshot or checkpoint of this STEP, or any other run, checkpoint or folder. Steps at middle
     # noise levels then make two network calls. Default: no.
     guide: int | str | None = setting(None, at_least=0, metavar="STEP|MODEL")

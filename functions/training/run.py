@@ -123,14 +123,14 @@ class TrainingRun:
     def how_to_resume(self) -> str:
         """Return what one continues the run with, for messages."""
         if isinstance(self.experiment.model, OwnNetwork):
-            return f"a TrainingRun of {self.folder} (docs/sampling.md)"
+            return f"a TrainingRun of {self.folder} (docs/python.md)"
         return resume_command(self.folder)
 
     @property
     def how_to_sample(self) -> str:
         """Return what one samples from the run with, for messages."""
         if isinstance(self.experiment.model, OwnNetwork):
-            return "load_denoiser (docs/sampling.md)"
+            return "load_denoiser (docs/python.md)"
         if self.config.objective == "details":
             return f"python edit.py enlarge FILE {quoted(self.folder)}"
         return f"python sample.py {quoted(self.folder)}"
