@@ -3,9 +3,8 @@
 `python -m figures.make_figures RUN_FACES RUN_PEOPLE RUN_DIGITS`
 
 These are run folders of the experiments `faces`, `ffhq-64` and `mnist`. No photo is needed, and
-none is drawn. The picture of demo.py is made by
-
-`python -m tests.browser`
+none is drawn. Two are made elsewhere: that of demo.py by `python -m tests.browser`, and
+example.webp, which is example.png of `python example.py` at a third of its size.
 """
 
 import os
@@ -42,7 +41,7 @@ from models.blocks import Downsample, ResidualBlock, SelfAttention, Upsample
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "figures"
-SCHEDULES = {"T = 1000": NoiseScheduler(1000), "T = 200, rescaled": NoiseScheduler(200)}
+SCHEDULER = NoiseScheduler(1000)  # the paper's
 
 GUIDE = f"--guide {GUIDE_STEPS['ffhq-64']}"
 GUIDED = f"{saved_model.GUIDED} {GUIDE}"
@@ -52,7 +51,11 @@ GUIDED = f"{saved_model.GUIDED} {GUIDE}"
 COMMANDS = {
     "people.png": ("sample CLEAR", "grid.png"),
     "people_varied.png": ("sample VARIED", "grid.png"),
-    "interpolation.png": (f"edit interpolate 6 19 PEOPLE {GUIDED}", "interpolation-*.png"),
+    "interpolation.png": (
+        # At t = T nothing would be left of both ends.
+        f"edit interpolate 6 19 PEOPLE {GUIDED} --depths 0.25,0.5,0.75",
+        "interpolation-*.png",
+    ),
     "variations.png": (f"edit vary 22 PEOPLE {GUIDED}", "variations-*.png"),
     "inpainting.png": (
         f"edit inpaint 26.png PEOPLE --steps 50 {GUIDE} --mask mask.png --n 5",
@@ -66,8 +69,8 @@ PLOTS = ("schedule.png", "unet.png", "losses.png")
 
 # The weights of classifier-free guidance that are compared.
 LABEL_WEIGHTS = (1, 3)
-# The weights of a guide that are compared.
-WEIGHTS = (1, 1.25, 1.5, 2, 3)
+# The weights of a guide that are compared: others in between look nearly alike.
+WEIGHTS = (1, 2, 3)
 
 
 def main() -> None:
@@ -84,7 +87,7 @@ def main() -> None:
     draw_labels(runs["DIGITS"])
 
     draw_cumulative_noise()
-    draw_schedules()
+    draw_schedule()
     draw_unet()
     draw_rotation()
     with tempfile.TemporaryDirectory() as temporary:
@@ -117,34 +120,21 @@ def draw_cumulative_noise() -> None:
     image = load_images("emoji_people", 32).images[[300]]
     x_0 = to_model_range(image)
     noise = torch.randn(x_0.shape, generator=generator_of("cpu", 0, "figure"))
-    scheduler = SCHEDULES["T = 1000"]
     columns = {"t = 0": image}
     for t in (50, 100, 250, 500, 1000):
         # The titles have the paper's t, where t = 0 is the image. Code t is one less.
-        columns[f"t = {t}"] = to_uint8(scheduler.q_sample(x_0, t - 1, noise))
+        columns[f"t = {t}"] = to_uint8(SCHEDULER.q_sample(x_0, t - 1, noise))
     save_strip(columns, FIGURES / "cumulative_noise.png")
 
 
-def draw_schedules() -> None:
-    """Draw alpha_bar and the signal-to-noise ratio over t / T."""
-    figure = Figure(figsize=(9, 3.4))
-    left, right = figure.subplots(1, 2)
-    for name, scheduler in SCHEDULES.items():
-        alpha_bar = scheduler.alphas_cumprod.numpy()
-        t = np.arange(1, scheduler.timesteps + 1) / scheduler.timesteps
-        # Rescaled betas give T = 200 nearly the curve of T = 1000, so it is dashed.
-        style = "--" if "rescaled" in name else "-"
-        left.plot(t, alpha_bar, style, label=name)
-
-        snr = alpha_bar / (1 - alpha_bar)
-        right.plot(t, snr, style, label=f"{name}: {scheduler.terminal_snr:.2g} at T")
-
-    left.set(xlabel="t / T", ylabel=r"$\bar\alpha_t$, share of the image's variance left")
-    right.set(xlabel="t / T", ylabel="signal-to-noise ratio", yscale="log")
-    for axis in (left, right):
-        axis.grid(color="0.92")
-        axis.legend(frameon=False, fontsize=8)
-    figure.tight_layout()
+def draw_schedule() -> None:
+    """Draw alpha_bar over t."""
+    figure = Figure(figsize=(5.2, 3))
+    axis = figure.subplots()
+    # Code t is one less than the paper's, and t = 0 is the image.
+    axis.plot([1.0, *SCHEDULER.alphas_cumprod.tolist()])
+    axis.set(xlabel="t", ylabel=r"$\bar\alpha_t$, share of the image's variance left")
+    axis.grid(color="0.92")
     save_figure(figure, FIGURES / "schedule.png")
 
 
@@ -280,11 +270,13 @@ def draw_people(run: Path) -> None:
     save_grid(np.concatenate(rows), FIGURES / "people_by_step.png", columns=9)
 
     pipeline = open_saved(run, GUIDED)
-    columns = {}
+    rows = []
     for weight in WEIGHTS:
-        guided = replace(pipeline, config=replace(pipeline.config, guidance=weight))
-        columns[f"w = {weight:g}"] = draw_pixels(guided, 8)
-    save_strip(columns, FIGURES / "guidance.png")
+        denoiser = replace(pipeline.models.denoiser, weight=weight)
+        guided = replace(pipeline, models=replace(pipeline.models, denoiser=denoiser))
+        rows.append(draw_pixels(guided, 8))
+    columns = {f"sample {i}": images for i, images in enumerate(np.stack(rows, axis=1))}
+    save_strip(columns, FIGURES / "guidance.png", [f"w = {weight:g}" for weight in WEIGHTS])
 
     pipeline = open_saved(run, f"--steps 250 {GUIDE}")
     _, states, _ = generate_frames(pipeline, range(6))

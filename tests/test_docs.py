@@ -6,6 +6,7 @@ from functools import cache, partial
 from importlib import import_module
 from io import StringIO
 from itertools import pairwise
+from textwrap import dedent
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ PAGES = [
     *sorted((ROOT / "pretrained").glob("*.md")),
 ]
 
+# The pictures of figures/
+KINDS = (".jpg", ".png", ".webp")
 # The first arguments after which a script has other flags.
 VERBS = ("bits", "interpolate", "vary", "inpaint", "distance", "images")
 FOLDERS = ("benchmarks", "data", "extras", "figures", "functions", "models", "tests")
@@ -61,22 +64,42 @@ def test_what_a_page_links_to_is_there(page):
 def test_readme_is_one_sitting_with_a_caption_under_each_picture():
     text = (ROOT / "README.md").read_text()
     # As `wc -w` counts.
-    assert len(text.split()) <= 1500
+    assert len(text.split()) <= 1900
     for paragraph, caption in pairwise(text.split("\n\n")):
         if paragraph.startswith(("![", "<img")):
             assert re.match(r"\*[^*\s]", caption), paragraph
 
 
+def code_of_readme():
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+
+
 def test_readme_quotes_example():
-    code = re.search(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)[1]
-    assert code in (ROOT / "example.py").read_text()
+    """Each piece is in example.py, but for the indent and for comments between the lines."""
+    *pieces, _ = code_of_readme()
+    assert len(pieces) >= 6
+    lines = (ROOT / "example.py").read_text().splitlines(keepends=True)
+    lines = [line for line in lines if not line.lstrip().startswith("#")]
+    for piece in pieces:
+        count = piece.count("\n")
+        quotes = (dedent("".join(lines[i : i + count])) for i in range(len(lines)))
+        assert piece in quotes, piece
+
+
+@pytest.mark.slow
+def test_readmes_lines_of_python_draw_a_grid(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pretrained").symlink_to(ROOT / "pretrained")
+    exec(code_of_readme()[-1], {})
+    # There are 2 x 2 images of 32 pixels, with gaps of 2, three times as large.
+    assert Image.open("faces.png").size == (210, 210)
 
 
 def test_pictures_are_light():
     """Each picture that is drawn again stays in the history, too."""
-    shown = re.findall(r"""(?:\]\(|src=")(figures/[^)"]+)""", (ROOT / "README.md").read_text())
-    assert shown
-    assert sum((ROOT / path).stat().st_size for path in set(shown)) <= 3e6
+    pictures = [path for path in (ROOT / "figures").iterdir() if path.suffix in KINDS]
+    assert len(pictures) > 10
+    assert sum(path.stat().st_size for path in pictures) <= 3e6
 
 
 def run_section(page, heading):

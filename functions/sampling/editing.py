@@ -307,7 +307,7 @@ def save_rows(rows: dict[int, list[Tensor]], titles: list[str], path: Path) -> N
     """Save a figure with a row of images, (B, C, H, W) each, for a timestep, and print its path."""
     images = np.stack([to_uint8(torch.cat(row)) for row in rows.values()], axis=1)
     # The titles give the paper's t, which is 0 for a clean image.
-    row_titles = [f"t = {t + 1}" for t in rows]
+    row_titles = [f"noised to\nt = {t + 1}" for t in rows]
     save_strip(dict(zip(titles, images, strict=True)), path, row_titles)
     print(f"wrote {path}")
 

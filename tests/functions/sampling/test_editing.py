@@ -184,7 +184,7 @@ def test_enlarged_images_of_the_seed_are_those_of_sample(tiny_run, details_run, 
     call(edit, "interpolate 1 3", *common, "--depths 0,0.2,0.295,1")
     columns, _, rows = saved.call_args.args
     # The sampler's 5 steps visit 0, 20, 40, 60, 80 and 100.
-    assert rows == ["t = 0", "t = 20", "t = 100"]
+    assert rows == [f"noised to\nt = {t}" for t in (0, 20, 100)]
     begin, mixture, *_, end = columns.values()
     assert abs(begin - first).max() <= 1
     assert abs(end - third).max() <= 1
