@@ -2,9 +2,9 @@
 
 The loop of `train` is Algorithm 1 of Ho et al. 2020, with gradient accumulation, mixed precision
 and EMA. Experiments are in config.py. Each run writes a new folder in runs/, whose files
-functions/saved/run_folder.py lists. In functions/training/, run.py is what the steps change and
-checkpoints save, data.py what the steps get, and recorder.py what happens between two of them
-(metrics, validation, samples, checkpoints, signals).
+functions/saved/run_folder.py lists. The rest is in functions/training/. There run.py has what steps
+change and checkpoints save, data.py has what a step gets, and recorder.py does what is due after a
+step (metrics, validation, samples, checkpoints, signals).
 On several GPUs: `torchrun --nproc-per-node 8 train.py ffhq-full`.
 """
 

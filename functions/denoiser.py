@@ -23,14 +23,14 @@ def as_it_is(scheduler: NoiseScheduler, x_t: Tensor, t: Timestep) -> Tensor:
 
 @dataclass(frozen=True)
 class Objective:
-    """What a network predicts at (x_t, t): linear in x_0 and eps, in the shape of x_t."""
+    """What a network predicts at (x_t, t): a linear function of x_0 and eps, shaped as x_t."""
 
     # (scheduler, x_0, t, noise) -> the tensor that the loss compares the network's output with.
     target: Callable[..., Tensor]
     # (scheduler, x_t, t, output) -> the x_0 and the eps that x_t and the output imply.
     from_output: Callable[..., tuple[Tensor, Tensor]]
-    # (scheduler, t) -> the squared error of that eps, divided by the squared error of the output:
-    # logs have the errors of eps, too, which compare networks of all objectives.
+    # (scheduler, t) -> the factor that turns the squared error of the output into that of eps.
+    # Logs have the errors of eps, too, so that networks of all objectives can be compared.
     eps_factor: Callable[..., Coefficient]
     # The `prediction_type` of diffusers; None if diffusers has no such networks.
     diffusers: str | None
@@ -81,7 +81,7 @@ class Predictor(ABC):
         """
 
     def given(self, **inputs: Tensor) -> "Predictor":
-        """Return the predictor with these inputs (labels) of its networks; this one has none."""
+        """Return the predictor with these inputs of its networks, such as labels. It has none."""
         if inputs:
             raise TypeError(f"{type(self).__name__} takes no {', '.join(inputs)}")
         return self

@@ -1,4 +1,4 @@
-"""The details of an image, D x: what remains without the part that half its size says.
+"""The details of an image, D x: what it shows beyond the same image at half the size.
 
     shrink      the linear map from S x S to S/2 x S/2 pixels of Lanczos, as Pillow computes it
     stretch     its pseudo-inverse: of all images that shrink to a small one, that of least norm

@@ -1,9 +1,9 @@
 """Draw images at twice their size: a model that is given the small image draws the details.
 
-The small image is taken as what Lanczos makes of the large one (functions/details.py). In each step
-its part of x_0 is put in exactly, as in DDNM (Wang et al. 2023, arXiv:2212.00490, Section 3), with
-the steps of DPM-Solver++. A model that draws small images with models that enlarge them is a
-cascade (Ho et al. 2022, arXiv:2106.15282).
+The small image is assumed to be the large one, shrunk by Lanczos (functions/details.py). The steps
+are those of DPM-Solver++. In each, x_0 is corrected so that it shrinks exactly to the small image,
+as in DDNM (Wang et al. 2023, arXiv:2212.00490, Section 3). A model that draws small images, and
+models that then enlarge them, are called a cascade (Ho et al. 2022, arXiv:2106.15282).
 """
 
 from collections.abc import Callable
@@ -21,9 +21,9 @@ from functions.timesteps import nearest_timesteps
 # At this log-SNR noise hides all that the small image lacks.
 FIRST_LOG_SNR = -1.41
 ENLARGING_STEPS = 7
-# The steps are even in log-SNR, up to this. But for small images below this size, in which a step
-# decides what a face looks like, they are even in t: the last is at 3.5 with cosine betas, and eyes
-# and teeth are less harsh (docs/ffhq.md#details).
+# The steps are even in log-SNR, up to LAST_LOG_SNR. But for small images below SMALL_SIZE, where a
+# step still decides what a face looks like, they are even in t. With cosine betas the last one is
+# then at 3.5, and eyes and teeth are less harsh (pretrained/ffhq-details.md).
 LAST_LOG_SNR = 7.0
 SMALL_SIZE = 64
 

@@ -65,8 +65,8 @@ class Muon(Adam):
     A weight (out, in, k, k) is a matrix (out, in k k). The factor is scaled by
     0.2 sqrt(longer side), which gives it the RMS of Adam's updates (Liu et al. 2025,
     arXiv:2502.16982), so that both have the same learning rate. The state of a matrix is only its
-    momentum, under Adam's name `exp_avg`. Adam moves all other parameters, and the `tables`, whose
-    rows are no directions of one map.
+    momentum, under Adam's name `exp_avg`. Adam moves all other parameters. It also moves the
+    `tables`, such as embeddings, which are no matrices to multiply with.
 
     Newton-Schulz runs in `precision`, that of the network. PyTorch's Muon (2.13) takes matrices
     only, and runs it in bfloat16, which is slow on CPUs without instructions for it.
@@ -156,8 +156,8 @@ OPTIMIZERS = {
 def orthogonal_factor(matrices: Tensor, eps: float, precision: torch.dtype) -> Tensor:
     """Return U V^T for each U S V^T = matrices (N, rows, columns), by Newton-Schulz: float32.
 
-    Its singular values are between 0.68 and 1.2. A matrix whose RMS is not far above eps gives
-    less, as with Adam, which divides by RMS + eps: so the rounding of zeros gives hardly more.
+    Its singular values are between 0.68 and 1.2. They are smaller if the RMS of the matrix is not
+    far above eps, as in Adam, which divides by RMS + eps. So rounding errors alone move little.
     """
     if matrices.shape[1] > matrices.shape[2]:
         return orthogonal_factor(matrices.mT, eps, precision).mT

@@ -24,8 +24,8 @@ They return images (B, C, H, W), in [-1, 1] if `clip_x_0`, and raise ValueError 
 few steps. A step leads from timestep t to s; `a_t` and `a_s` are alpha_bar there. These are Python
 numbers, so the loops never synchronise with a GPU.
 
-With N steps, a sampler of order p has an error in proportion to N^-p: that of x_0 or, with fresh
-noise, that of the distribution of x_0. test_sampler_orders.py measures both. `sampling_times`
+With N steps, the error of a sampler of order p is proportional to N^-p. It is the error of x_0 or,
+with fresh noise, of the distribution of x_0. test_sampler_orders.py measures both. `sampling_times`
 (functions/timesteps.py) lists the timesteps: with N = T, they are T-1, ..., 1, 0, -1.
 """
 
@@ -41,10 +41,10 @@ from functions.denoiser import Predictor
 from functions.noise_scheduler import NoiseScheduler
 from functions.timesteps import Steps, sampling_times
 
-# The variance of the noise of `ddpm_sample` in a step from t to s (Section 3.2). The posterior's,
-# beta tilde, is exact if all images are the same, so that x_0 is known; beta, if they are standard
-# normal. Ho's face runs have beta tilde. Beta is as good with all T steps, but leaves noise in the
-# images with few.
+# The variance of the noise of `ddpm_sample` in a step from t to s (Section 3.2). Beta tilde, the
+# posterior's, would be exact if there were a single image, so that x_0 were known. Beta would be
+# exact if images were standard normal noise. Ho's face runs have beta tilde. With all T steps beta
+# is as good, but with few steps it leaves noise in the images.
 VARIANCES = {"small": NoiseScheduler.posterior_variance, "large": NoiseScheduler.step_beta}
 StepNoise = Callable[[int], Tensor]
 OnStep = Callable[[int, int, Tensor, Tensor], None]

@@ -9,11 +9,11 @@ from functions.noise_scheduler import NoiseScheduler
 
 # The number of steps, or the timesteps themselves. None means T steps.
 Steps = int | Sequence[int] | None
-# Below this log-SNR, where the standard deviation of the noise is 90 times the image's factor, x_0
-# hardly moves. From -7 on, samples without fresh noise would lose 14% of details that vary most.
+# Below this log-SNR there is more than 90 times as much noise as image, and x_0 hardly changes.
+# With -7 instead, samples without fresh noise would lose 14% of the details that vary most.
 FIRST_LOG_SNR = -9.0
-# Above this, T - 1 is so near that the steps are even from there. Linear betas have -10.1: their
-# networks of eps need the calls, and samples of `faces` got worse without.
+# If the log-SNR at T - 1 is above this, the even steps begin at T - 1. That of linear betas is
+# -10.1: there a network of eps needs its calls, and without them samples of `faces` got worse.
 FAR_LOG_SNR = -12.0
 
 
@@ -52,8 +52,9 @@ def trailing(scheduler: NoiseScheduler, steps: int) -> list[int]:
 def logsnr(scheduler: NoiseScheduler, steps: int) -> list[int]:
     """Space them evenly in log-SNR down to 0, then -1 (Lu et al. 2022, arXiv:2206.00927, 3.3).
 
-    From T - 1 on, or, if that is far below FIRST_LOG_SNR, from there on, after T - 1. Fewer than
-    four steps are even in t: they would be at the ends alone, where there is all noise or none.
+    They begin at T - 1. If that is far below FIRST_LOG_SNR, the second step is there, and those
+    after it are even. Fewer than four steps are even in t. In the log-SNR they would be only at
+    both ends, where there is nothing but noise, or hardly any.
     """
     if steps < 4:
         return trailing(scheduler, steps)

@@ -12,11 +12,11 @@ from models.unet import UNet
 class DetailsUNet(UNet):
     """A U-Net that works at half the size of the images, which can be of any even size.
 
-    2 x 2 pixels of the noisy details become channels of one, beside those of the small image
-    (`pixel_unshuffle`), so the network costs a quarter of one at full size. Of functions/details.py
-    it gets D x_t / q, and predicts v.
+    2 x 2 pixels of the noisy details become the channels of one pixel (`pixel_unshuffle`). Those of
+    the small image are put beside them. So it costs a quarter of a network at full size. It gets
+    D x_t / q of functions/details.py, and predicts the v of that file.
 
-    The arguments are those of `UNet`, and each level has half the size that it has there.
+    The arguments are those of `UNet`, but each level has half the size that it has there.
     """
 
     def __init__(self, *arguments: Any, **named: Any):

@@ -7,7 +7,7 @@ from torch.autograd.function import once_differentiable
 
 
 class GroupNorm(nn.GroupNorm):
-    """PyTorch's group norm: of its input's dtype on CUDA, and faster on a CPU."""
+    """PyTorch's group norm. On CUDA its output has its input's dtype, and on a CPU it is faster."""
 
     def forward(self, x: Tensor) -> Tensor:
         if ChannelsLastNorm.is_faster(x, self):
@@ -25,8 +25,8 @@ class GroupNorm(nn.GroupNorm):
 class ChannelsLastNorm(torch.autograd.Function):
     """Group norm on a CPU, of bfloat16 in channels_last, with a faster backward than PyTorch's.
 
-    PyTorch's takes longer than the convolutions where groups have few channels (benchmarks/
-    NOTES.md). This one rounds factors and the sums of a row to bfloat16, as grad itself is rounded.
+    If groups have few channels, PyTorch's takes longer than the convolutions (benchmarks/NOTES.md).
+    This one rounds factors and the sums of a row to bfloat16, as grad itself is rounded.
     """
 
     @staticmethod

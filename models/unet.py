@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from models.blocks import Downsample, ResidualBlock, SelfAttention, TimeEmbedding, Upsample
 from models.group_norm import GroupNorm
 
-# Each level has this many residual blocks on the way down. On the way up it has one more, for one
-# more skip connection: from the downsampling into the level or, at the full resolution, from the
-# first layer.
+# Each level has this many residual blocks on the way down. On the way up it has one more, because
+# one more skip connection leads there: from the downsampling into the level or, at the full
+# resolution, from the first layer.
 BLOCKS_DOWN = 2
 BLOCKS_UP = 3
 
@@ -172,9 +172,9 @@ class UNet(nn.Module):
 
 
 def with_other_labels(weights: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights of a network with other labels, or none, for one with the weights `own`.
+    """Return weights for a network whose labels are others than those of `weights`, or none.
 
-    With any label, this one then does what the old one did without.
+    `own` are its weights now. With any label it then does what the old network did without one.
     """
     table, bias = "label_embedding.weight", "time_embedding.linear_2.bias"
     result = {name: weight for name, weight in weights.items() if name != table}
