@@ -47,7 +47,7 @@ alpha_bar = alpha.cumprod(0)
 
 
 def loss_of(model, x_0):
-    """Add noise to images x_0 (B, C, H, W), and return the error of the network's guess of it."""
+    """Add noise to images x_0 (B, C, H, W), and return the error of the network's guess."""
     t = torch.randint(1, T + 1, (len(x_0),))
     eps = torch.randn_like(x_0)
     a = alpha_bar[t].view(-1, 1, 1, 1)
