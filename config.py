@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from torch import nn
 
@@ -22,7 +22,6 @@ from functions.support.settings import (
     ConfigError,
     check_fields,
     checked,
-    choice,
     fields_with,
     from_fields,
     require,
@@ -59,7 +58,7 @@ def experiments() -> dict[str, "Experiment"]:
             validation_samples=360,
         ),
         ModelConfig(
-            lowest_resolution_size=4,
+            lowest_resolution_size=None,
             dim_multiply=(1, 2, 4, 4),
             transformer_layers=(2,),
             base_dim=32,
@@ -141,7 +140,6 @@ def experiments() -> dict[str, "Experiment"]:
         use_augmentation=False,
         labels=True,
         epochs=1,
-        lowest_resolution_size=7,
         dim_multiply=(1, 2, 4),
         image_size=28,
         channels=1,
@@ -187,7 +185,9 @@ def experiments() -> dict[str, "Experiment"]:
     )
 
     # The reference's second run: 1000 timesteps and EMA.
-    ffhq_run2 = ffhq_run1.override(timesteps_diff=1000, rescale_betas=True, ema_decay=0.9999)
+    ffhq_run2 = ffhq_run1.override(
+        timesteps_diff=1000, rescale_betas=True, ema_decay=0.9999, lowest_resolution_size=None
+    )
 
     # The reference's full run: twice the width, augmentation, 500 epochs. --resume RUN with a
     # larger --diffusion.epochs trains longer.
@@ -273,7 +273,7 @@ def experiments() -> dict[str, "Experiment"]:
             grid_images=64,
         ),
         ModelConfig(
-            lowest_resolution_size=4,
+            lowest_resolution_size=None,
             dim_multiply=(1, 2, 2, 2),
             transformer_layers=(1,),
             base_dim=128,
@@ -319,7 +319,7 @@ class DiffusionConfig:
 
     # The split of FFHQ by id: "reference" (63,000 images for training, 7,000 for validation) or
     # "official" (60,000 and 10,000).
-    split: str = choice("reference", "official", fixed=True)
+    split: Literal["reference", "official"] = setting("reference", fixed=True)
     # Augmentation rotates training images by up to this many degrees, in either direction.
     max_rotation: float = setting(0.0, at_most=10)
     # The fraction of the steps, at the end of a run, in which no image is rotated, so that the
@@ -342,8 +342,8 @@ class DiffusionConfig:
     beta_end: float = setting(0.02, fixed_by_weights=True)
     # Multiply linear betas by 1000 / T, so that x_T is almost pure noise for any T.
     rescale_betas: bool = setting(True, fixed_by_weights=True)
-    # The schedule of betas. "cosine" (Nichol and Dhariwal 2021) does not use beta_start, beta_end
-    # and rescale_betas.
+    # The schedule of betas: "linear", or "cosine" (Nichol and Dhariwal 2021), which does not use
+    # beta_start, beta_end and rescale_betas.
     beta_schedule: str = setting("linear", choices=BETA_SCHEDULES, fixed_by_weights=True)
     # Added to the log-SNR, log(alpha_bar / (1 - alpha_bar)), of each timestep; below 0, it adds
     # noise. If betas suit 64 px, 2 log(64 / S) makes them suit S px (Hoogeboom et al. 2023).
@@ -361,8 +361,8 @@ class DiffusionConfig:
 
     # Optimisation
 
-    # "muon" moves each weight matrix by the orthogonal factor of its momentum, and all other
-    # parameters as Adam does.
+    # "adam"; or "muon", which moves each weight matrix by the orthogonal factor of its momentum,
+    # and all other parameters as Adam does.
     optimizer: str = setting("adam", choices=OPTIMIZERS, fixed=True)
     # Length of the run, in passes over the training images. With --resume RUN and more of them, a
     # finished run trains longer.
@@ -373,14 +373,14 @@ class DiffusionConfig:
     clip_grad_norm: float = 0.0
     # Steps over which the learning rate rises linearly from 0.
     warmup_steps: int = setting(0, at_least=0)
-    # The learning rate after the warm-up. "cosine" falls to 0 along a half cosine over the whole
-    # run.
+    # The learning rate after the warm-up: "constant", or "cosine", which falls to 0 along a half
+    # cosine over the whole run.
     lr_schedule: str = setting("constant", choices=LR_SCHEDULES)
     # Decay of the weights' moving average (EMA), per step. 0: no EMA; samples use the raw weights.
     ema_decay: float = setting(0.9999, at_most=0.999999)
     # Precision of the network. "auto" is the fastest that the hardware supports. On CUDA, "float32"
     # is as PyTorch sets it, which is TF32 in convolutions.
-    precision: str = choice("auto", "float32", "bfloat16", "float16")
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     # On CUDA, compile the network in the first step, which takes minutes and makes the others of
     # large networks shorter (docs/speed.md). Not with deterministic = True.
     compile: bool = False
@@ -411,7 +411,7 @@ class DiffusionConfig:
     validation_samples: int = setting(1000, at_most=10**6, records=True)
     # Images in a grid of samples.
     grid_images: int = setting(16, at_most=1000, records=True)
-    # The sampler of the grids, with its default settings.
+    # The sampler of the grids, "ddpm", "ddim" or "dpm++", with its default settings.
     grid_sampler: str = setting("dpm++", choices=SAMPLERS, records=True)
     # Network calls per sample of a grid, or T if that is less.
     grid_steps: int = setting(20, records=True)
@@ -473,8 +473,9 @@ class NetworkConfig:
 class ModelConfig(NetworkConfig):
     """The arguments of `models.unet.UNet`."""
 
-    # Height and width of the features in the bottleneck.
-    lowest_resolution_size: int
+    # Height and width of the features in the bottleneck. None: what follows from image_size and
+    # dim_multiply.
+    lowest_resolution_size: int | None
     # Channels of each level, from the full resolution down, as multiples of base_dim.
     dim_multiply: tuple[int, ...] = setting(at_most=1024)
     # Levels with self-attention, which is no transformer; the name is the reference's. Level 0 is
@@ -486,7 +487,7 @@ class ModelConfig(NetworkConfig):
     # Height and width of the images.
     image_size: int = setting(128, at_most=2**14)
     # Colour channels: 3, and images are read as RGB; or 1, and they are read as grey.
-    channels: int = choice(3, 1)
+    channels: Literal[3, 1] = 3
     # Dropout probability in every residual block.
     dropout: float = setting(0.0, at_most=0.99)
     # Groups of each GroupNorm. A group needs at least 4 channels, so narrow networks need fewer.
@@ -502,14 +503,19 @@ class ModelConfig(NetworkConfig):
 
         check("base_dim", self.base_dim % 2 == 0, "even and at least 4")
 
-        # Each level halves the size, from image_size down to lowest_resolution_size.
-        lowest, levels = self.lowest_resolution_size, len(self.dim_multiply)
-        size = lowest * 2 ** (levels - 1)
+        # Each level but the first halves the size.
+        levels = len(self.dim_multiply)
+        factor = 2 ** (levels - 1)
         check(
             "image_size",
-            self.image_size == size,
-            f"{size}: lowest_resolution_size = {lowest}, which each of the {levels} levels of "
-            "dim_multiply but the first doubles",
+            self.image_size % factor == 0,
+            f"a multiple of {factor}, as the {levels} levels of dim_multiply halve it",
+        )
+        lowest = self.image_size // factor
+        check(
+            "lowest_resolution_size",
+            self.lowest_resolution_size in (None, lowest),
+            f"{lowest}, which {levels} levels make of an image_size of {self.image_size}",
         )
         check(
             "transformer_layers",
@@ -587,14 +593,9 @@ class Experiment:
     def override(self, **changes) -> "Experiment":
         """Return a copy with some fields of either part replaced, which have no name in common.
 
-        The lowest resolution follows from another image size, unless it is given. Raises
-        ConfigError for fields that neither part has, and if they do not fit.
+        Raises ConfigError for fields that neither part has, and if they do not fit.
         """
         model = {name: changes.pop(name) for name in vars(self.model) if name in changes}
-        if "image_size" in model and isinstance(self.model, ModelConfig):
-            levels = len(model.get("dim_multiply", self.model.dim_multiply))
-            lowest = max(1, model["image_size"] // 2 ** (levels - 1))
-            model.setdefault("lowest_resolution_size", lowest)
         if unknown := sorted(changes.keys() - vars(self.diffusion).keys()):
             kind = type(self.model).__name__
             raise ConfigError(f"neither DiffusionConfig nor {kind} has {', '.join(unknown)}")

@@ -1,9 +1,9 @@
-"""Play with a trained model in the browser: `python demo.py` serves a page and prints its address.
+"""Play with a trained model in the browser: serve a page, and print its address.
 
-Only this machine can open the page. Its three tabs draw images, mix two, and inpaint one. They call
-the same functions as sample.py and edit.py, so the images are the same. RUN and the flags are those
-of sample.py, and so is the recipe that is used without a run; the page's fields begin with their
-values.
+Only this machine can open the page. Its three tabs draw images, mix two, and
+inpaint one. They call the same functions as sample.py and edit.py, so the
+images are the same. RUN and the flags are those of sample.py, and so is the
+recipe that is used without a run; the page's fields begin with their values.
 """
 
 if __name__ == "__main__":
@@ -12,9 +12,10 @@ if __name__ == "__main__":
     prepare()
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -25,7 +26,6 @@ from data.pixels import picture_of, to_uint8
 from functions.samplers import SAMPLERS
 from functions.sampling.editing import (
     INPAINTING,
-    INPAINTING_STEPS,
     check_edit,
     inpaint_image,
     interpolate_images,
@@ -33,14 +33,8 @@ from functions.sampling.editing import (
     time_at,
 )
 from functions.sampling.generation import Pipeline, generate, open_pipeline
-from functions.sampling.settings import SamplingConfig, add_sampling_flags, settings_of
-from functions.support.command_line import (
-    EXIT_BAD_INPUT,
-    Parser,
-    field_comments,
-    parse_flag,
-    run_script,
-)
+from functions.sampling.settings import OF_SAMPLER, SamplingFlags, default_settings, find_run
+from functions.support.command_line import EXIT_BAD_INPUT, read_flags, run_script, split_words
 from functions.support.errors import UserError
 from functions.support.pictures import grid_of
 
@@ -50,15 +44,17 @@ except ImportError:
     print("error: the page needs Gradio: pip install -r requirements-demo.txt", file=sys.stderr)
     sys.exit(EXIT_BAD_INPUT)
 
-# The page begins with so many steps, or T if that is less, unless --steps says otherwise.
-STEPS = 20
+# The page begins with this sampler, unless a recipe or flags say otherwise.
+BEGUN = {"sampler": "dpm++", "steps": 20}
 # Each step of an inpainting is done this many times, as in edit.py.
 RESAMPLE = 10
 # The width and height of the image to paint over, in pixels.
 SIDE = 512
-# The settings of sampling, and what their flags' help says of them
-FIELDS = {each.name: each for each in fields(SamplingConfig)}
-COMMENTS = field_comments(SamplingConfig)
+# The fields of models with labels
+LABEL_FIELDS = {
+    "label": "The labels to draw, in turn, as after --label. Empty: any.",
+    "cfg": "The weight of the labels; 1 is the model alone. Empty: no guidance.",
+}
 # The page uses fonts of the machine, so that it downloads none.
 FONTS = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
 # The page shows the progress bar of the sampler.
@@ -67,10 +63,9 @@ PROGRESS = gr.Progress(track_tqdm=True)
 
 def main() -> None:
     """Read the command line and the model, and serve the page until Ctrl-C."""
-    parser = Parser(description=__doc__)
-    add_sampling_flags(parser)
-    args = parser.parse_args()
-    pipeline = open_pipeline(args, settings_of(args, sampler="dpm++"), STEPS)
+    [run], words = split_words("[RUN]", sys.argv[1:])
+    begun = default_settings(find_run(run, words), words, **BEGUN)
+    pipeline = open_pipeline(read_flags(SamplingFlags(sampling=begun), words, "[RUN]", __doc__))
     tabs = [draw_tab(pipeline), mix_tab(pipeline), paint_tab(pipeline)]
     page = gr.TabbedInterface(tabs, ["Draw", "Mix", "Paint"], "DDPM", analytics_enabled=False)
     # Old pictures are deleted from the disk.
@@ -93,21 +88,24 @@ def tab(
     """
 
     begun = pipeline.config
-    names = ["label", "cfg"] if pipeline.models.label_names else []
-    texts = []
-    for name in names:
-        value = vars(begun)[name]
-        text = "" if value is None else ",".join(map(str, np.atleast_1d(value)))
-        texts.append(gr.Textbox(text, label=name.capitalize(), info=COMMENTS[name]))
+    names = [*LABEL_FIELDS] if pipeline.models.label_names else []
+    cfg = "" if begun.cfg is None else str(begun.cfg)
+    begun_with = shlex.join(begun.label), cfg
+    texts = [
+        gr.Textbox(text, label=name.capitalize(), info=LABEL_FIELDS[name])
+        for name, text in zip(names, begun_with, strict=False)
+    ]
 
     def call(progress=PROGRESS, *values):
         seed, sampler, steps, *rest = values
-        # An empty field gives None, or "".
-        chosen = {
-            name: parse_flag(FIELDS[name], text) if text else FIELDS[name].default
-            for name, text in zip(names, rest, strict=False)
-        }
-        config = begun.override({"sampler": sampler, "steps": steps} | chosen)
+        # Another sampler does not have the options of the first.
+        others = {} if sampler == begun.sampler else OF_SAMPLER
+        config = replace(begun, **others | {"sampler": sampler, "steps": steps})
+        if names:
+            # An empty field gives None, or "".
+            label, cfg = rest[:2]
+            words = ["--label", *shlex.split(label or ""), "--cfg", cfg or "None"]
+            config = read_flags(config.without_other("--cfg" if cfg else ""), words)
         return work(replace(pipeline, config=config, seed=seed or 0), *rest[len(names) :])
 
     return gr.Interface(
@@ -158,7 +156,7 @@ def paint_tab(pipeline: Pipeline) -> gr.Interface:
         height=600,
     )
     count = gr.Slider(1, 8, 4, step=1, precision=0, label="How many")
-    steps = min(INPAINTING_STEPS, pipeline.scheduler.timesteps)
+    steps = min(INPAINTING["steps"], pipeline.scheduler.timesteps)
     config = replace(pipeline.config, **INPAINTING | {"steps": steps})
     return tab(replace(pipeline, config=config), paint, ["ddpm"], count, editor)
 

@@ -1,14 +1,19 @@
 """Measure a trained model, or a folder of samples.
 
-    python evaluate.py [bits] [RUN]           bits/dim, the variational bound on held-out images (Ho
-                                              et al. 2020, Eq. 5), of the newest run or of RUN
-    python evaluate.py distance FOLDER DATA   the distance of samples, which `sample.py --individual
-                                              --out FOLDER` has written, and of as many held-out
-                                              images from the training images of a data set
-    python evaluate.py images FOLDER DATA     FID, KID, precision and recall of such a folder,
-                                              compared with the training images of a data set
+    python evaluate.py [bits] [RUN]           bits/dim, the variational bound on
+                                              held-out images (Ho et al. 2020,
+                                              Eq. 5), of RUN or the newest run
+    python evaluate.py distance FOLDER DATA   the distance of samples, and of as
+                                              many held-out images, from the
+                                              training images of a data set
+    python evaluate.py images FOLDER DATA     FID, KID, precision and recall of
+                                              samples, compared with training
+                                              images of a data set
 
-`python evaluate.py bits --help`, `distance --help` and `images --help` list the flags of these.
+`python evaluate.py bits --help`, `distance --help` and `images --help` list
+the flags of these. RUN is as in sample.py; of a recipe the model alone is
+used. FOLDER is what `sample.py --individual --out FOLDER` has written. DATA is
+a data set, by name or path; for images it may be another such folder.
 """
 
 if __name__ == "__main__":
@@ -18,9 +23,9 @@ if __name__ == "__main__":
 
 import json
 import sys
-from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -42,13 +47,12 @@ from functions.samplers import VARIANCES
 from functions.sampling.generation import Pipeline
 from functions.sampling.models import open_models
 from functions.sampling.samples_folder import MANIFEST, results_folder
-from functions.sampling.settings import SamplingConfig, add_model_flags, settings_of
-from functions.saved.run_folder import PlaceFlags
-from functions.support.command_line import Parser, add_flags, run_script
+from functions.sampling.settings import SamplingConfig, default_settings, find_run
+from functions.saved.run_folder import DeviceFlags, PlaceFlags
+from functions.support.command_line import NoFlags, read_flags, run_script, split_words
 from functions.support.device import choose_device
 from functions.support.errors import UserError, warn
 from functions.support.files import read_json, sha256, write_text
-from functions.support.settings import setting
 
 # With fewer images, FID is far above that of many images.
 FEW_IMAGES = 10_000
@@ -56,83 +60,60 @@ FEW_IMAGES = 10_000
 
 def main() -> None:
     """Read the command line, measure, and print the results."""
-    args = parse_flags()
-    VERBS[args.verb](args)
+    verb, *words = sys.argv[1:] or ["bits"]
+    if verb in VERBS:
+        VERBS[verb](words)
+    else:
+        # The first word is a run, or a flag.
+        evaluate_bits([verb, *words])
 
 
 @dataclass(frozen=True)
 class BitsFlags(PlaceFlags):
     """The flags of bits."""
 
-    # The name or path of the data set, for example if the training data have moved. Default: the
-    # data set that the model was trained on.
+    # The name or path of the data set, for example if the training data have moved. None: the data
+    # set that the model was trained on.
     data: str | None = None
-    # How many held-out images to use, evenly spaced. Default: all.
+    # How many held-out images to use, evenly spaced. None: all.
     images: int | None = None
     # The most timesteps that one network call represents.
     t_stride: int = 20
     # The variance of p(x_{t-1} | x_t).
-    bpd_variance: str = setting("small", choices=VARIANCES)
-    # The most timesteps in a network call. Default: 64, or 16 on a CPU.
+    bpd_variance: Literal[*VARIANCES] = "small"
+    # The most timesteps in a network call. None: 64, or 16 on a CPU.
     batch_size: int | None = None
-    # The folder for the results. Default: the run's.
+    # The folder for the results. None: the run's.
     out: Path | None = None
 
 
 @dataclass(frozen=True)
-class ImagesFlags:
+class ImagesFlags(DeviceFlags):
     """The flags of images."""
 
-    # The images of the data set: those for training, the held-out ones, or all. Default: train.
-    part: str | None = setting(None, choices=("train", "val", "all"))
-    # auto, cpu, cuda or cuda:N.
-    device: str = "auto"
+    # The images of the data set: those for training, the held-out ones, or all. None: train.
+    part: Literal["train", "val", "all"] | None = None
 
 
-def parse_flags() -> Namespace:
-    """Read the command line; without a verb, that of bits."""
-    parser = Parser(description=__doc__)
-    verbs = parser.add_subparsers(dest="verb")
-    bits, distance, images = (
-        verbs.add_parser(name, description=evaluate.__doc__) for name, evaluate in VERBS.items()
-    )
-    add_model_flags(bits, BitsFlags)
-    for verb in (distance, images):
-        verb.add_argument(
-            "folder",
-            type=Path,
-            metavar="FOLDER",
-            help="A folder that `sample.py --individual --out FOLDER` has written.",
-        )
-        verb.add_argument(
-            "data",
-            metavar="DATA",
-            help="A data set, by name or path. For images it may be another such folder.",
-        )
-    add_flags(images, ImagesFlags)
-
-    arguments = sys.argv[1:]
-    # The first argument may be a run, or a flag of bits.
-    if not arguments or arguments[0] not in (*verbs.choices, "-h", "--help"):
-        arguments = ["bits", *arguments]
-    return parser.parse_args(arguments)
-
-
-def evaluate_bits(args: Namespace) -> None:
+def evaluate_bits(words: list[str]) -> None:
     """Measure bits/dim of held-out images; print and write it."""
+    [run], words = split_words("[RUN]", words)
+    flags = read_flags(BitsFlags(), words, "[bits] [RUN]", __doc__)
     # The bound is computed in float32, whatever the precision of sampling, and is that of a single
     # model, which the mix of a guided one is not.
     config = SamplingConfig(
-        model=settings_of(args).model, precision="float32", batch_size=args.batch_size
+        model=default_settings(find_run(run, words), words).model,
+        precision="float32",
+        batch_size=flags.batch_size,
     )
-    models = open_models(config, args.device)
+    models = open_models(config, flags.device)
     saved = models.saved
     device = models.device
     if device.type == "mps":
         raise UserError("bits/dim needs float64, which mps does not have; use --device cpu")
     # On a GPU, float32 would otherwise mean TF32.
     torch.backends.cudnn.allow_tf32 = False
-    image_set, split = load_and_split(saved, args.data)
+    image_set, split = load_and_split(saved, flags.data)
     print(split.description)
     # If the model was trained on some of the held-out images, its result is too good.
     differences = split.differences(saved.provenance)
@@ -142,7 +123,7 @@ def evaluate_bits(args: Namespace) -> None:
             f"{', '.join(differences) or 'trained elsewhere'}; some of the validation images may "
             "be among its training images"
         )
-    folder = args.out or results_folder(saved, "evaluation")
+    folder = flags.out or results_folder(saved, "evaluation")
     # The measurement may take hours. So an error of the folder comes first.
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -151,13 +132,13 @@ def evaluate_bits(args: Namespace) -> None:
         return to_model_range(images), inputs
 
     options = BoundOptions(
-        args.t_stride,
+        flags.t_stride,
         Pipeline(models, config).batch_size,
-        args.bpd_variance,
+        flags.bpd_variance,
         # For some diffusers models, samplers do not clip x_0. The bound then does not either.
         models.clip_x_0,
     )
-    indices = evenly_spaced(split.val_indices, args.images)
+    indices = evenly_spaced(split.val_indices, flags.images)
     result = measure_bits_per_dim(models.denoiser, load, indices, options)
     numbers = result.numbers()
     # Two results that differ in one of these cannot be compared.
@@ -182,13 +163,16 @@ def evaluate_bits(args: Namespace) -> None:
     print(f"wrote {path}")
 
 
-def evaluate_distance(args: Namespace) -> None:
+def evaluate_distance(words: list[str]) -> None:
     """Print how far samples are from the training images, and how far as many held-out ones are."""
-    samples = folder_images(args.folder)
-    image_set, split = load_like(args.folder, args.data)
+    (folder, data), words = split_words("FOLDER DATA", words)
+    read_flags(NoFlags(), words, "distance FOLDER DATA", __doc__)
+    folder = Path(folder)
+    samples = folder_images(folder)
+    image_set, split = load_like(folder, data)
     features = training_features(image_set, split)
     drawn = features(model_batches(samples))
-    print(f"{len(samples)} images of {args.folder}\ndistance: {frechet_distance(drawn):.4g}")
+    print(f"{len(samples)} images of {folder}\ndistance: {frechet_distance(drawn):.4g}")
 
     # The distance falls with the number of images, so the numbers are equal.
     indices = evenly_spaced(split.val_indices, len(drawn))
@@ -205,21 +189,24 @@ def evaluate_distance(args: Namespace) -> None:
     print(f"distance of {count} held-out images: {frechet_distance(held_out):.4g}")
 
 
-def evaluate_images(args: Namespace) -> None:
+def evaluate_images(words: list[str]) -> None:
     """Measure FID, KID, precision and recall of a folder of images, and print them."""
-    samples = folder_images(args.folder)
-    if not Path(args.data, MANIFEST).exists():
-        image_set, split = load_like(args.folder, args.data)
+    (folder, data), words = split_words("FOLDER DATA", words)
+    flags = read_flags(ImagesFlags(), words, "images FOLDER DATA", __doc__)
+    folder = Path(folder)
+    samples = folder_images(folder)
+    if not Path(data, MANIFEST).exists():
+        image_set, split = load_like(folder, data)
         all_indices = np.arange(len(image_set.images))
         parts = {"train": split.train_indices, "val": split.val_indices, "all": all_indices}
-        real = set_images(image_set, parts[args.part or "train"])
-    elif args.part:
+        real = set_images(image_set, parts[flags.part or "train"])
+    elif flags.part:
         raise UserError("--part is for a data set; a folder of samples has no parts")
     else:
-        real = folder_images(Path(args.data))
-    results = measure_fidelity(samples, real, choose_device(args.device))
-    print(f"{len(samples):,} images of {args.folder}, and {len(real):,} of {args.data}")
-    manifest = args.folder / MANIFEST
+        real = folder_images(Path(data))
+    results = measure_fidelity(samples, real, choose_device(flags.device))
+    print(f"{len(samples):,} images of {folder}, and {len(real):,} of {data}")
+    manifest = folder / MANIFEST
     if manifest.exists():
         print(f"    {json.dumps(read_json(manifest))}")
     for name, value in results.items():

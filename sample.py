@@ -1,16 +1,23 @@
-"""Sample images from a trained model: `python sample.py` uses the newest run and writes a grid.
+"""Sample images from a trained model, by default the newest run: write a grid.
 
-Without any run, it draws people by the recipe pretrained/people.toml, which comes with the
-repository. A recipe names models and settings (functions/sampling/settings.py).
+Without any run, it draws people by the recipe pretrained/people.toml, which
+comes with the repository. A recipe names models and settings
+(functions/sampling/settings.py).
 
-The network and its EMA weights come from the checkpoint, and no other file is needed. Images are
-sampled from pure noise over all timesteps (Algorithm 2 of Ho et al. 2020), or in fewer steps with
---sampler and --steps (functions/samplers.py).
+The network and its EMA weights come from the checkpoint, and no other file is
+needed. Images are sampled from pure noise over all timesteps (Algorithm 2 of
+Ho et al. 2020), or in fewer steps with --sampler and --steps
+(functions/samplers.py).
 
-Several GPUs can divide many images among them. If this command, with its --out, is interrupted,
-starting it again samples only the batches with missing images:
+Several GPUs can divide many images among them. If this command, with its
+--out, is interrupted, starting it again samples only the batches with missing
+images:
 
     torchrun --nproc-per-node 8 sample.py -n 50000 --individual --out FOLDER
+
+RUN comes before the flags: a run folder, a checkpoint, an exported file, or a
+diffusers folder or its name. Or a recipe, whose settings are then the
+defaults, and of which --export writes the model alone.
 """
 
 if __name__ == "__main__":
@@ -18,7 +25,7 @@ if __name__ == "__main__":
 
     prepare()
 
-from argparse import Namespace
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,14 +53,13 @@ from functions.sampling.samples_folder import (
     open_folder,
     save_gif,
 )
-from functions.sampling.settings import SeedFlags, add_sampling_flags, settings_of
+from functions.sampling.settings import SamplingFlags, default_settings, find_run
 from functions.saved.checkpoint import export
 from functions.saved.loading import open_model
 from functions.support import processes
-from functions.support.command_line import Parser, run_script
-from functions.support.errors import UserError
+from functions.support.command_line import read_flags, run_script, split_words
 from functions.support.pictures import save_grid, save_image
-from functions.support.settings import setting
+from functions.support.settings import ConfigError, setting
 
 # A grid has at most this many images.
 GRID_LIMIT = 100
@@ -68,39 +74,44 @@ def main(name_prefix: str = "", description: str = __doc__, **defaults: Any) -> 
     # Every process that torchrun starts executes all of this, but only rank 0 prints. The processes
     # divide single images among them; a grid alone is sampled by rank 0.
     with processes.connected():
-        args = parse_flags(description, defaults)
-        # The flags, or the recipe's settings with the given flags in their place
-        config = settings_of(args, name_prefix)
-        if args.export:
-            saved, _ = open_model(Path(config.model), torch.device("cpu"))
+        [run], words = split_words("[RUN]", sys.argv[1:])
+        run = find_run(run, words, name_prefix)
+        # The flags begin with the recipe's settings, if RUN is one.
+        flags = SampleFlags(sampling=default_settings(run, words), **defaults)
+        flags = read_flags(flags, words, "[RUN]", description)
+        if flags.export:
+            saved, _ = open_model(Path(flags.sampling.model), torch.device("cpu"))
             if processes.is_main():
-                export(saved, args.export)
-                print(f"{saved.path}: {saved}\nwrote {args.export}")
+                export(saved, flags.export)
+                print(f"{saved.path}: {saved}\nwrote {flags.export}")
             return
 
         # The networks and their schedules come only from the checkpoints.
-        pipeline = open_pipeline(args, config)
-        folder = args.out or new_samples_folder(args.checkpoint, pipeline.models.saved)
+        pipeline = open_pipeline(flags)
+        folder = flags.out or new_samples_folder(run, pipeline.models.saved)
         processes.on_main(delete_leftovers, folder)
-        if args.individual:
-            sample_files(args.indices, pipeline, folder)
+        indices = flags.indices or range(flags.n)
+        if flags.individual:
+            sample_files(indices, pipeline, folder)
         elif processes.is_main():
-            sample_pictures(args, pipeline, folder)
+            sample_pictures(indices, pipeline, folder, flags.gif)
 
 
-def sample_pictures(args: Namespace, pipeline: Pipeline, folder: Path) -> None:
-    """Sample the images, and write a grid and, if the flags ask for it, its animation."""
-    indices = list(args.indices)
+def sample_pictures(
+    indices: Sequence[int], pipeline: Pipeline, folder: Path, is_animated: bool
+) -> None:
+    """Sample the images, and write a grid and, if it is to be animated, an animation."""
+    indices = list(indices)
     manifest = manifest_of(pipeline)
     open_folder(folder, manifest, indices)
     print(f"sampling {len(indices)} images: {pipeline}")
-    if args.gif:
+    if is_animated:
         images, states, _ = generate_frames(pipeline, indices)
     else:
         images = generate(pipeline, indices, progress=True)
     # Another command may have opened the folder at the same moment.
     open_folder(folder, manifest, indices)
-    if args.gif:
+    if is_animated:
         # The last frame shows the details, too.
         frames = [enlarged_pixels(state, images.shape[-1]) for state in states.values()]
         save_gif([*frames[:-1], to_uint8(images)], folder / "denoising.gif")
@@ -138,42 +149,33 @@ def sample_files(indices: Sequence[int], pipeline: Pipeline, folder: Path) -> No
     processes.print_main(f"all {len(indices)} images are in {folder}")
 
 
-@dataclass(frozen=True)
-class SampleFlags(SeedFlags):
+@dataclass(frozen=True, kw_only=True)
+class SampleFlags(SamplingFlags):
     """The flags of this script."""
 
     # How many images to sample. With torchrun write -n, because torchrun reads --n as its own flag.
-    # Default: 36; in sampleFFHQ.py 20.
-    n: int | None = setting(None, also=["-n"])
-    # Sample the images of the seed with these indices, which count from 0. Default: the first N.
+    n: int = setting(36, also=["-n"])
+    # Sample the images of the seed with these indices, which count from 0, instead of the first N.
     indices: tuple[int, ...] = setting((), at_least=0)
     # The folder for the written files. An interrupted command that is started again with it goes
-    # on. Default: a new folder in samples/ of the run, or here for a recipe.
+    # on. None: a new folder in samples/ of the run, or here for a recipe.
     out: Path | None = None
     # Write a PNG file for each image, unless the file exists, and no grid or animation.
     individual: bool = False
-    # Write an animation of the grid, from noise to images. In sampleFFHQ.py it is the default.
+    # Write an animation of the grid, from noise to images.
     gif: bool = False
     # Instead of sampling, write the EMA weights (of a run without EMA, the raw weights) as one
     # file, NAME.safetensors, or as a diffusers folder. A guide and the models of --enlarge are not
-    # written. Default: no.
+    # written.
     export: Path | None = None
 
-
-def parse_flags(description: str, defaults: dict) -> Namespace:
-    """Read the command line. Raises UserError for more images than a grid shows."""
-    parser = Parser(description=description)
-    add_sampling_flags(parser, SampleFlags)
-    usual = defaults.pop("n", 36)
-    parser.set_defaults(**defaults)
-    args = parser.parse_args()
-    if args.n and args.indices:
-        raise UserError("--indices: not allowed with --n")
-    args.indices = args.indices or range(args.n or usual)
-    count = len(args.indices)
-    if count > GRID_LIMIT and not args.individual:
-        raise UserError(f"a grid shows up to {GRID_LIMIT} images; for {count} add --individual")
-    return args
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        count = len(self.indices) or self.n
+        if count > GRID_LIMIT and not self.individual:
+            raise ConfigError(
+                f"a grid shows up to {GRID_LIMIT} images; for {count} add --individual"
+            )
 
 
 if __name__ == "__main__":

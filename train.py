@@ -1,11 +1,16 @@
-"""Train a DDPM: `python train.py` for faces in minutes, `python train.py ffhq-full` for real.
+"""Train a DDPM: `train.py` for faces in minutes, `train.py ffhq-full` for real.
 
-The loop of `train` is Algorithm 1 of Ho et al. 2020, with gradient accumulation, mixed precision
-and EMA. Experiments are in config.py. Each run writes a new folder in runs/, whose files
-functions/saved/run_folder.py lists. The rest is in functions/training/. There run.py has what steps
-change and checkpoints save, data.py has what a step gets, and recorder.py does what is due after a
-step (metrics, validation, samples, checkpoints, signals).
-On several GPUs: `torchrun --nproc-per-node 8 train.py ffhq-full`.
+The loop of `train` is Algorithm 1 of Ho et al. 2020, with gradient
+accumulation, mixed precision and EMA. Experiments are in config.py. Each run
+writes a new folder in runs/, whose files functions/saved/run_folder.py lists.
+The rest is in functions/training/. There run.py has what steps change and
+checkpoints save, data.py has what a step gets, and recorder.py does what is due
+after a step (metrics, validation, samples, checkpoints, signals). On several
+GPUs: `torchrun --nproc-per-node 8 train.py ffhq-full`.
+
+The name of an experiment comes before the flags; without one it is faces. Its
+values are the defaults of the flags or, with --resume, those of the run, or,
+with --init, those of the weights.
 """
 
 if __name__ == "__main__":
@@ -13,24 +18,20 @@ if __name__ == "__main__":
 
     prepare()
 
-import argparse
 import math
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from config import DEFAULT_EXPERIMENT, EXPERIMENTS, DiffusionConfig, ModelConfig
 from data.batches import batches_of
 from data.pixels import to_model_range
 from functions.ema import copy_buffers, update_ema
 from functions.losses import denoising_loss
-from functions.saved.run_folder import PlaceFlags
 from functions.support import processes
-from functions.support.command_line import Parser, add_config_flags, add_flags, run_script
+from functions.support.command_line import run_script
 from functions.support.random_numbers import seed_of
 from functions.training.description import describe_cost
 from functions.training.opening import open_run
@@ -44,11 +45,10 @@ EXIT_STOPPED = 75
 
 def main() -> None:
     """Read the command line and train."""
-    args = parse_flags()
     # The run is new, or it begins with the weights of --init, or it is resumed.
-    with processes.connected(), open_run(args) as run:
+    with processes.connected(), open_run(sys.argv[1:], __doc__) as (run, is_dry):
         processes.print_main(run.describe())
-        if args.dry_run:
+        if is_dry:
             processes.print_main(describe_cost(run.data, run.denoiser, run.optimizer, run.step))
             return
         finished = train(run)
@@ -158,49 +158,6 @@ def restore_buffers(network: nn.Module, before: list[Tensor], skipped: Tensor) -
     """Give the buffers of a network the values `before` the step if it was skipped () > 0."""
     for old, buffer in zip(before, network.buffers(), strict=True):
         buffer.copy_(torch.where(skipped > 0, old, buffer))
-
-
-def parse_flags() -> argparse.Namespace:
-    """Read the command line; end the script if flags are wrong or exclude each other."""
-    parser = Parser(description=__doc__, usage="%(prog)s [experiment] [flags]")
-    parser.add_argument(
-        "experiment", nargs="?", choices=EXPERIMENTS, help=f"Default: {DEFAULT_EXPERIMENT}."
-    )
-    parser.add_argument(
-        "--resume",
-        nargs="?",
-        const="newest",
-        metavar="RUN|auto",
-        help="Resume the run in this folder. Without a value, resume the newest unfinished run of "
-        "the experiment; with auto, resume that run, or start a new run if there is none. "
-        "Default: a new run.",
-    )
-    parser.add_argument(
-        "--init",
-        type=Path,
-        metavar="RUN|FILE|FOLDER",
-        help="Start from the weights of a run, a checkpoint or a diffusers folder, and from its "
-        "EMA weights if it has any. "
-        "A run that --resume auto resumes keeps its own. "
-        "Default: new weights.",
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="Prepare the data, describe the run and its cost, and stop.",
-    )
-    add_flags(parser, PlaceFlags)
-    for prefix, config_class in (("diffusion.", DiffusionConfig), ("model.", ModelConfig)):
-        title = (
-            f"override any field of {config_class.__name__} for this run; "
-            "a default applies if the experiment in config.py does not set the field"
-        )
-        add_config_flags(parser, config_class, title, prefix)
-    args = parser.parse_args()
-
-    if args.init and args.resume not in (None, "auto"):
-        parser.error("--init starts a new run, but --resume continues one")
-    return args
 
 
 if __name__ == "__main__":

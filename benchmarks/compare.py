@@ -1,12 +1,15 @@
-"""Compare our U-Net with diffusers' UNet2DModel and lucidrains' Unet in a Markdown table.
+"""Compare our U-Net with diffusers' UNet2DModel and lucidrains' Unet in a
+Markdown table.
 
     python benchmarks/compare.py [--help] | tee table.md
 
-Each network runs with our settings, with these and compiled, and as its package is used without
-settings. Ours are the precision and the memory layout of training. Each row is measured in a
-process of its own, because peak memory belongs to a process. In this process the row's network
-takes turns with ours, A B A B, because the speed of a machine changes. The comparison needs an idle
-machine, and the packages that NOTES.md names. It has not been run on a GPU yet.
+Each network runs with our settings, with these and compiled, and as its
+package is used without settings. Ours are the precision and the memory layout
+of training. Each row is measured in a process of its own, because peak memory
+belongs to a process. In this process the row's network takes turns with ours,
+A B A B, because the speed of a machine changes. The comparison needs an idle
+machine, and the packages that NOTES.md names. It has not been run on a GPU
+yet.
 """
 
 import datetime
@@ -17,9 +20,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import torch
 from torch import nn
@@ -33,7 +38,7 @@ from extras.diffusers_network import DiffusersUNet
 from functions.denoiser import Denoiser
 from functions.losses import denoising_loss
 from functions.noise_scheduler import NoiseScheduler
-from functions.support.command_line import Parser, run_script
+from functions.support.command_line import read_flags, run_script
 from functions.support.device import (
     choose_device,
     choose_precision,
@@ -225,33 +230,29 @@ def heading(preset: str, batch: int, rounds: int, device: torch.device) -> str:
     return "; ".join([*parts, str(datetime.date.today())])
 
 
+@dataclass(frozen=True)
+class CompareFlags:
+    """The flags of this script."""
+
+    # The preset whose network is built.
+    preset: Literal[*EXPERIMENTS] = "ffhq-run2"
+    # The number of images per step or call.
+    batch: int = 4
+    # Turns for each row.
+    rounds: int = 5
+    # cpu or cuda; auto is cuda if it exists.
+    device: str = "auto"
+
+
 def main() -> None:
     """Measure all networks, and print each row as soon as it is measured."""
-    parser = Parser(description=__doc__)
-    parser.add_argument(
-        "--preset",
-        default="ffhq-run2",
-        choices=EXPERIMENTS,
-        help="The preset whose network is built. Default: %(default)s.",
-    )
-    parser.add_argument(
-        "--batch",
-        type=int,
-        default=4,
-        help="The number of images per step or call. Default: %(default)s.",
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=5, help="Turns for each row. Default: %(default)s."
-    )
-    parser.add_argument("--device", default="auto", help="cpu or cuda. Default: cuda if it exists.")
-    args = parser.parse_args()
-
-    device = choose_device(args.device)
-    print(f"{heading(args.preset, args.batch, args.rounds, device)}\n")
+    flags = read_flags(CompareFlags(), sys.argv[1:], description=__doc__)
+    device = choose_device(flags.device)
+    print(f"{heading(flags.preset, flags.batch, flags.rounds, device)}\n")
     print(f"| {' | '.join(COLUMNS)} |\n{'| --- ' * len(COLUMNS)}|", flush=True)
-    model = EXPERIMENTS[args.preset].model
+    model = EXPERIMENTS[flags.preset].model
     for package, settings in product(PACKAGES, SETTINGS):
-        cells = row(package, settings, model, args.batch, args.rounds, args.device)
+        cells = row(package, settings, model, flags.batch, flags.rounds, flags.device)
         print(f"| {' | '.join(cells)} |", flush=True)
     print(f"\n{NOTES}")
 

@@ -1,4 +1,5 @@
-"""Draw the pictures of README and docs/ from three real runs, and from the models in the box.
+"""Draw the pictures of README and docs/ from three real runs, and from the models
+in the box.
 
 `python -m figures.make_figures RUN_FACES RUN_PEOPLE RUN_DIGITS`
 
@@ -8,6 +9,7 @@ example.webp, which is example.png of `python example.py` at a third of its size
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -33,7 +35,7 @@ from functions.sampling.generation import Pipeline, generate
 from functions.sampling.samples_folder import generate_frames, save_gif
 from functions.sampling.strips import save_columns, save_strip
 from functions.saved.run_folder import PRETRAINED, checkpoints_of, step_of
-from functions.support.command_line import Parser, run_script
+from functions.support.command_line import read_words, run_script
 from functions.support.pictures import save_figure, save_grid, save_image
 from functions.support.random_numbers import generator_of
 from functions.training.metrics import plot_losses
@@ -53,7 +55,7 @@ COMMANDS = {
     "people_varied.png": ("sample VARIED", "grid.png"),
     "interpolation.png": (
         # At t = T nothing would be left of both ends.
-        f"edit interpolate 6 19 PEOPLE {GUIDED} --depths 0.25,0.5,0.75",
+        f"edit interpolate 6 19 PEOPLE {GUIDED} --depths 0.25 0.5 0.75",
         "interpolation-*.png",
     ),
     "variations.png": (f"edit vary 22 PEOPLE {GUIDED}", "variations-*.png"),
@@ -75,23 +77,20 @@ WEIGHTS = (1, 2, 3)
 
 def main() -> None:
     """Draw all figures into this folder."""
-    parser = Parser(description=__doc__)
-    for name in ("FACES", "PEOPLE", "DIGITS"):
-        parser.add_argument(name, type=Path, metavar=f"RUN_{name}", help="A run folder.")
-    runs = {name: run.resolve() for name, run in vars(parser.parse_args()).items()}
+    faces, people, digits = map(Path.resolve, map(Path, read_words("FACES PEOPLE DIGITS", __doc__)))
 
     # The runs are read first, so that a missing one ends the script immediately.
-    draw_people(runs["PEOPLE"])
+    draw_people(people)
     draw_enlarged()
-    draw_faces(runs["FACES"])
-    draw_labels(runs["DIGITS"])
+    draw_faces(faces)
+    draw_labels(digits)
 
     draw_cumulative_noise()
     draw_schedule()
     draw_unet()
     draw_rotation()
     with tempfile.TemporaryDirectory() as temporary:
-        draw_commands(runs["PEOPLE"], Path(temporary))
+        draw_commands(people, Path(temporary))
     for path in [*FIGURES.glob("*.png"), *FIGURES.glob("*.gif")]:
         if path.name not in PLOTS:
             lighten(path)
@@ -272,8 +271,7 @@ def draw_people(run: Path) -> None:
     pipeline = open_saved(run, GUIDED)
     rows = []
     for weight in WEIGHTS:
-        denoiser = replace(pipeline.models.denoiser, weight=weight)
-        guided = replace(pipeline, models=replace(pipeline.models, denoiser=denoiser))
+        guided = replace(pipeline, config=replace(pipeline.config, guidance=weight))
         rows.append(draw_pixels(guided, 8))
     columns = {f"sample {i}": images for i, images in enumerate(np.stack(rows, axis=1))}
     save_strip(columns, FIGURES / "guidance.png", [f"w = {weight:g}" for weight in WEIGHTS])
@@ -300,7 +298,7 @@ def draw_enlarged() -> None:
 def draw_labels(run: Path) -> None:
     """Draw a sample of each label, from the same noise in both rows, with each weight."""
     names = open_saved(run).models.label_names
-    flags = f"--sampler dpm++ --steps 20 --label {','.join(names)}"
+    flags = f"--sampler dpm++ --steps 20 --label {shlex.join(names)}"
     pipelines = [open_saved(run, f"{flags} --cfg {weight}") for weight in LABEL_WEIGHTS]
     rows = [draw_pixels(pipeline, len(names)) for pipeline in pipelines]
     titles = [f"w = {weight}" for weight in LABEL_WEIGHTS]

@@ -1,11 +1,13 @@
-"""Put a trained model of FFHQ into pretrained/, with a card that says where it comes from.
+"""Put a trained model of FFHQ into pretrained/, with a card that says where it
+comes from.
 
 `python -m figures.pretrained RUN [GUIDE]`
 
-RUN is the folder of a finished run, and needs its photos. Its last snapshot is copied. A run of
-`ffhq-32` or `ffhq-64` has a guide, too: the snapshot GUIDE, or else an early one of its own. A run
-of `ffhq-details` takes the place of the models that enlarge in pretrained/people.toml. The card is
-pretrained/NAME.md. Its table is written. The text under it, from the first heading on, is written
+RUN is the folder of a finished run, and needs its photos. Its last snapshot is
+copied. A run of `ffhq-32` or `ffhq-64` has a guide, too: the snapshot GUIDE,
+or else an early one of its own. A run of `ffhq-details` takes the place of the
+models that enlarge in pretrained/people.toml. The card is pretrained/NAME.md.
+Its table is written. The text under it, from the first heading on, is written
 by hand, and stays.
 """
 
@@ -35,7 +37,7 @@ from functions.sampling.settings import SamplingConfig, read_recipe
 from functions.saved.checkpoint import SavedModel, load_weights
 from functions.saved.loading import load_denoiser, open_model
 from functions.saved.run_folder import PRETRAINED
-from functions.support.command_line import Parser, run_script
+from functions.support.command_line import read_words, run_script
 from functions.support.errors import UserError
 from functions.support.files import write_text
 from functions.support.random_numbers import image_noise
@@ -51,11 +53,8 @@ DETAILS_LOG_SNRS = (-1.4, 0.0, 1.0, 2.0, 3.0, 4.0)
 
 def main() -> None:
     """Copy a run's last snapshot, with a guide if it draws, and write the table of the card."""
-    parser = Parser(description=__doc__)
-    parser.add_argument("run", type=Path, help="The folder of a finished run.")
-    parser.add_argument("guide", nargs="?", type=Path, help="A snapshot of another run.")
-    args = parser.parse_args()
-    run = args.run
+    run, given_guide = read_words("RUN [GUIDE]", __doc__)
+    run = Path(run)
 
     source, _ = open_model(run, torch.device("cpu"))
     facts = source.provenance
@@ -77,7 +76,7 @@ def main() -> None:
     recipe = read_recipe(PRETRAINED)
     if boxed.stem in GUIDE_STEPS:
         step = GUIDE_STEPS[boxed.stem]
-        path = args.guide or guide_path(step, source)
+        path = Path(given_guide) if given_guide else guide_path(step, source)
         guide = load_weights(path)
         origin = path.parent.name, guide.provenance["step"], guide.provenance["pixels_hash"]
         # A checkpoint has the optimiser's state, too.
@@ -91,10 +90,10 @@ def main() -> None:
             flags = flags_of(replace(recipe, guide=None, guidance=None, enlarge=()))
         command = f"{boxed.name} {flags} --guide pretrained/{boxed_guide.name}"
         pipeline = open_saved(snapshot, f"{flags} --guide {shlex.quote(str(path))} --device cpu")
-    elif args.guide:
+    elif given_guide:
         raise UserError(f"{boxed.stem} enlarges, without a guide")
     else:
-        parts = [f"--enlarge={snapshot}" for _ in recipe.enlarge]
+        parts = ["--enlarge", *[str(snapshot)] * len(recipe.enlarge)]
         pipeline = open_saved(PRETRAINED, f"{shlex.join(parts)} --device cpu")
         command = PRETRAINED.name
         photos = image_set.images[evenly_spaced(split.val_indices, DETAILS_COUNT)]

@@ -4,8 +4,8 @@ import shlex
 from pathlib import Path
 
 from functions.sampling.generation import Pipeline, open_pipeline
-from functions.sampling.settings import add_sampling_flags, settings_of
-from functions.support.command_line import Parser
+from functions.sampling.settings import SamplingFlags, default_settings
+from functions.support.command_line import read_flags
 
 # The models in the box that have a guide, and its step.
 GUIDE_STEPS = {"ffhq-32": 1000, "ffhq-64": 3000}
@@ -15,8 +15,6 @@ GUIDED = "--sampler dpm++ --steps 11 --spacing trailing --guidance 2"
 
 def open_saved(path: Path, flags: str = "") -> Pipeline:
     """Return the pipeline by a run, a file or a recipe, with these flags, in float32."""
-    parser = Parser()
-    add_sampling_flags(parser)
-    words = [str(path), "--precision", "float32", *shlex.split(flags)]
-    args = parser.parse_args(words)
-    return open_pipeline(args, settings_of(args))
+    words = ["--precision", "float32", *shlex.split(flags)]
+    begun = SamplingFlags(sampling=default_settings(path, words))
+    return open_pipeline(read_flags(begun, words))

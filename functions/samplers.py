@@ -194,25 +194,14 @@ class Sampler:
     function: Callable[..., Tensor]
     # The spacing, and the options that only some samplers have, with the scripts' defaults.
     options: dict[str, str | float]
-    # The sampler's description in the help of --sampler.
-    help: str
     order: int = 1
 
 
 SAMPLERS = {
-    "ddpm": Sampler(
-        ddpm_sample,
-        {"spacing": "trailing", "variance": "small"},
-        "the paper's sampler, with fresh noise in every step",
-    ),
-    "ddim": Sampler(ddim_sample, {"spacing": "trailing", "eta": 0.0}, "deterministic"),
+    "ddpm": Sampler(ddpm_sample, {"spacing": "trailing", "variance": "small"}),
+    "ddim": Sampler(ddim_sample, {"spacing": "trailing", "eta": 0.0}),
     # The paper's eta is 0. The scripts' eta is 1: with 20 calls of a network that predicts eps it
     # has by far the lowest feature distance, and of one that predicts v about the same as 0. With
     # eta 0 "logsnr" is the better spacing. Both are measured in docs/predicting-v.md.
-    "dpm++": Sampler(
-        dpm_solver_sample,
-        {"spacing": "logsnr", "eta": 1.0},
-        "DPM-Solver++ 2M, good with 20 steps",
-        order=2,
-    ),
+    "dpm++": Sampler(dpm_solver_sample, {"spacing": "logsnr", "eta": 1.0}, order=2),
 }

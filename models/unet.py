@@ -31,8 +31,8 @@ class UNet(nn.Module):
     Args:
         image_size: height and width of the images.
         channels: their colour channels.
-        lowest_resolution_size: height and width at the last level. Raises ValueError for another
-            number than image_size / 2^(levels - 1).
+        lowest_resolution_size: height and width at the last level, image_size / 2^(levels - 1), or
+            None. Raises ValueError for another number.
         dim_multiply: multipliers of `base_dim`, one per level.
         transformer_layers: levels with self-attention, counted from 0.
         base_dim: channels at multiplier 1. The time embedding has 4 times as many.
@@ -45,7 +45,7 @@ class UNet(nn.Module):
         self,
         image_size: int,
         channels: int,
-        lowest_resolution_size: int,
+        lowest_resolution_size: int | None,
         dim_multiply: Sequence[int],
         transformer_layers: Sequence[int],
         base_dim: int,
@@ -56,7 +56,7 @@ class UNet(nn.Module):
         super().__init__()
         levels = len(dim_multiply)
         lowest = image_size / 2 ** (levels - 1)
-        if lowest != lowest_resolution_size:
+        if lowest_resolution_size not in (None, lowest):
             raise ValueError(
                 f"{levels} levels lead from {image_size} to {lowest:g} pixels, "
                 f"not to lowest_resolution_size = {lowest_resolution_size}"

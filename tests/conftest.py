@@ -41,7 +41,7 @@ TRAINED = [i for i in range(50) if i not in HELD_OUT]
 TINY = """
     --model.image-size 16
     --model.lowest-resolution-size 8
-    --model.dim-multiply 1,2
+    --model.dim-multiply 1 2
     --model.transformer-layers 1
     --model.base-dim 8
     --model.norm-groups 2
@@ -64,7 +64,7 @@ TINY = """
 ONE_LEVEL = """
     --model.image-size 8
     --model.dim-multiply 1
-    --model.transformer-layers=
+    --model.transformer-layers
 """
 # With these it draws the details of images of twice the size.
 DETAILS = """

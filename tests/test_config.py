@@ -178,13 +178,14 @@ def test_what_is_probably_not_meant_is_warned_of():
     assert [*still.warnings()] == ["max_rotation has no effect without use_augmentation = True"]
 
 
-def test_another_image_size_keeps_the_levels_unless_a_size_of_the_last_is_given():
+def test_a_size_of_the_last_level_is_checked_if_it_is_given():
     faces = EXPERIMENTS["faces"]
-    assert faces.override(image_size=64).model.lowest_resolution_size == 8
-    three = faces.override(image_size=64, dim_multiply=[1, 2, 4])
-    assert three.model.lowest_resolution_size == 16
-    with refused("image_size is 64; it must be 32: lowest_resolution_size = 4", ConfigError):
+    faces.override(image_size=64, lowest_resolution_size=8)
+    sentence = "lowest_resolution_size is 4; it must be 8, which 4 levels make of an image_size of"
+    with refused(sentence, ConfigError):
         faces.override(image_size=64, lowest_resolution_size=4)
+    with refused("image_size is 36; it must be a multiple of 8, as the 4 levels", ConfigError):
+        faces.override(image_size=36)
 
 
 def test_a_saved_config_with_unknown_or_missing_fields():

@@ -45,7 +45,7 @@ CUDA = """
 
 @pytest.mark.parametrize("compiled", ["false", "true"])
 def test_a_network_learns_in_20_steps(compiled, pictures, tmp_path):
-    run = train_tiny(pictures, tmp_path, CUDA, "--diffusion.compile", compiled)
+    run = train_tiny(pictures, tmp_path, CUDA, "--diffusion.compile true", compiled)
     first, *_, last = read_metrics(run / "metrics.csv")
     assert last["step"] == 20
     assert last["loss"] < first["loss"]

@@ -22,10 +22,9 @@ from functions.sampling.generation import given
 from functions.saved.checkpoint import Checkpoint, write_tensors
 from functions.saved.loading import load_denoiser
 from functions.saved.run_folder import checkpoints_of
-from functions.training.opening import new_run
+from functions.training.opening import open_run
 from models.unet import UNet
 from tests.conftest import (
-    CPU,
     ONE_LEVEL,
     SMALL_MODEL,
     TINY,
@@ -38,6 +37,7 @@ from tests.conftest import (
     samples_of,
     small_unet,
     train_tiny,
+    words,
 )
 from tests.data.packing import IMAGES, encoded, labels_of, write_folder
 
@@ -111,7 +111,8 @@ def test_folders_are_labels_or_one_sentence_says_why_not(names, expected, tmp_pa
 def begun(data, *flags):
     """Return a new run of the tiny experiment with these images, before its first step."""
     flags = ["faces", TINY, ONE_LEVEL, "--diffusion.dataset-name", data, *flags]
-    return new_run("faces", call(train, *flags, function="parse_flags"), CPU)
+    with open_run(words(*flags), "") as (run, _):
+        return run
 
 
 def test_a_new_run_needs_a_training_image_of_each_label(renamed):
@@ -156,7 +157,7 @@ def test_samples_have_the_colours_of_their_labels(labelled_run, tmp_path):
     """Image i has the label i mod K, whatever its batch is; --cfg makes the colour stronger."""
 
     def drawn(cfg):
-        flags = "--label blue,10 --n 8 --batch-size 3 --individual --cfg"
+        flags = "--label blue 10 --n 8 --batch-size 3 --individual --cfg"
         call(sample, labelled_run, FEW, flags, cfg, "--out", tmp_path / cfg)
         return samples_of(tmp_path / cfg).mean((1, 2))
 
@@ -263,7 +264,7 @@ def test_a_file_keeps_labels_and_a_folder_of_diffusers_has_none(labelled_run, pa
 def test_grids_of_a_training_show_the_labels_in_turn(labelled_run, tmp_path):
     """The truth is what sample.py draws with all labels, of the EMA weights after the last step."""
     grid = pixels_of(max((labelled_run / "samples").iterdir()))
-    flags = "--sampler dpm++ --n 4 --label 2,10,blue --precision float32"
+    flags = "--sampler dpm++ --n 4 --label 2 10 blue --precision float32"
     call(sample, labelled_run, FEW, flags, "--out", tmp_path)
     assert np.abs(grid.astype(float) - pixels_of(tmp_path / "grid.png")).max() <= 1
 
@@ -271,7 +272,7 @@ def test_grids_of_a_training_show_the_labels_in_turn(labelled_run, tmp_path):
 def test_labels_are_those_of_the_model_and_of_its_guide(labelled_run, renamed, path, tmp_path):
     """tests/test_bad_input.py has what is refused of any model."""
     with refused("--label: the model knows 2, 10, blue, and not 'green'"):
-        call(sample, labelled_run, FEW, "--label 2,green")
+        call(sample, labelled_run, FEW, "--label 2 green")
     guide = begun(renamed, LABELS)
     guide.save(path)
     with refused("cannot guide .*: other labels"):

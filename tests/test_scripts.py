@@ -1,15 +1,20 @@
 """train.py and sample.py as a user calls them: a whole run, and what flags change in it."""
 
 import json
+import re
 import signal
 from dataclasses import fields
 
 import pytest
 
+import edit
+import evaluate
 import sample
+import sampleFFHQ
 import train
-from config import DiffusionConfig, ModelConfig
-from functions.support.command_line import field_comments
+from config import DiffusionConfig
+from data import prepare
+from functions.sampling.settings import SamplingConfig
 from functions.training.metrics import read_metrics
 from tests.conftest import ROOT, TINY, call, linux, posix, script
 
@@ -92,16 +97,28 @@ def test_ctrl_c_ends_the_imports_in_one_word(name, tmp_path, monkeypatch):
     assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
 
 
-@pytest.mark.parametrize("config_class", [DiffusionConfig, ModelConfig])
-def test_every_field_is_a_flag_with_a_comment(config_class, capsys):
-    """Of a field with choices, the help shows all of these."""
-    with pytest.raises(SystemExit):
-        call(train, "--help")
+@pytest.mark.parametrize("script", [train, sample, edit, evaluate, sampleFFHQ, prepare])
+def test_help_fits_80_columns_and_says_a_sentence_of_each_flag(script, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    verbs = {edit: (*edit.VERBS, "enlarge"), evaluate: evaluate.VERBS}.get(script, [""])
+    for verb in verbs:
+        with pytest.raises(SystemExit, match="0"):
+            call(script, verb, "--help")
+        # The first line may say that there is no run.
+        printed = re.sub("^runs: .*", "", capsys.readouterr().out)
+        assert max(map(len, printed.splitlines())) <= 80
+        text = " ".join(printed.split())
+        assert all(before.endswith(".") for before in text.split(" Default: ")[:-1])
 
-    printed = " ".join(capsys.readouterr().out.split())
-    comments = field_comments(config_class)
+
+@pytest.mark.parametrize(
+    "script, config_class", [(train, DiffusionConfig), (sample, SamplingConfig)]
+)
+def test_the_help_of_a_field_names_its_choices(script, config_class, capsys):
+    with pytest.raises(SystemExit):
+        call(script, "--help")
+    text = capsys.readouterr().out.partition("usage")[2]
     for field in fields(config_class):
-        assert comments[field.name].endswith("."), field.name
-        if "no_flag" not in field.metadata:
-            choices = "|".join(map(str, field.metadata.get("choices", [])))
-            assert f".{field.name.replace('_', '-')} {choices}" in printed
+        flag = rf"\n  --(diffusion\.)?{field.name.replace('_', '-')} (.*?)Default"
+        for choice in field.metadata.get("choices", ()):
+            assert choice in re.search(flag, text, re.DOTALL)[2]

@@ -1,4 +1,4 @@
-"""Edit images: mix two, vary one, inpaint it; and the verbs of edit.py.
+"""Edit images: mix two, vary one, inpaint it, enlarge it; and the flags of the verbs of edit.py.
 
 An image is noised to t, one of the sampler's timesteps, and denoised (Ho et al. 2020, Section 4.4).
 t = -1 is the image itself. Images are in [-1, 1], on the models' device.
@@ -12,11 +12,12 @@ RePaint's jumps back have length 10, for 250 steps.
 All of this happens at the size of the model. What the enlargers then draw is shown.
 """
 
-from argparse import Namespace
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import inf
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -42,24 +43,75 @@ from functions.sampling.samples_folder import (
     new_samples_folder,
     open_folder,
 )
-from functions.sampling.settings import OF_SAMPLER, SamplingConfig
+from functions.sampling.settings import OF_SAMPLER, SamplingConfig, SamplingFlags
 from functions.sampling.strips import save_strip
-from functions.saved.run_folder import new_folder
-from functions.support.device import choose_device
+from functions.saved.run_folder import DeviceFlags, new_folder
+from functions.support.device import DTYPES, choose_device
 from functions.support.errors import UserError
 from functions.support.pictures import save_grid, save_image
 from functions.support.random_numbers import image_noise
+from functions.support.settings import setting
 
 # A row of a figure has mixtures with these weights of the second image, between both.
 WEIGHTS = torch.linspace(0, 1, 9)
 MIXTURE_TITLES = ["A", *(f"{weight:.3g}" for weight in WEIGHTS), "B"]
 # A row of a figure has this many variations, after the image itself.
 VARIATION_COUNT = 8
-# The steps of an inpainting, and its settings
-INPAINTING_STEPS = 50
-INPAINTING = {"sampler": "ddpm", **OF_SAMPLER}
+# What inpainting begins with, whatever a recipe says: all the noise that steps can add
+INPAINTING = {"sampler": "ddpm", "steps": 50, **OF_SAMPLER}
 # Grey that fills the mask in the picture of the known pixels.
 GREY = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditFlags(SamplingFlags):
+    """The flags of all verbs but enlarge."""
+
+    # The words before the flags
+    images: tuple[str, ...] = setting(no_flag=True)
+    run: Path = setting(no_flag=True)
+    # The folder for the written files. None: a new folder in samples/ of the run, or here for a
+    # recipe.
+    out: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthFlags(EditFlags):
+    """The flags of interpolate and vary."""
+
+    # How far the images are noised, as fractions of all timesteps.
+    depths: tuple[float, ...] = setting((0.25, 0.5, 0.75, 1.0), at_most=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InpaintFlags(EditFlags):
+    """The flags of inpaint."""
+
+    # An image of equal size, white in the part to inpaint. None: the transparent part of A is
+    # inpainted.
+    mask: str | None = None
+    # How many times each step is done.
+    resample: int = 10
+    # How many inpaintings to sample.
+    n: int = setting(36, also=["-n"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnlargeFlags(DeviceFlags):
+    """The flags of enlarge."""
+
+    # The words before the flags
+    image: str = setting(no_flag=True)
+    model: str = setting(no_flag=True)
+    # How many times the size is doubled.
+    times: int = setting(1, at_most=4)
+    # The seed of the details' noise.
+    seed: int = setting(0, at_least=-inf)
+    # The folder for the written file. None: a new folder in samples/.
+    out: Path | None = None
+    # The number format that the network computes in. auto is that of the model's training, or
+    # float32 if the device has no instructions for it.
+    precision: Literal["auto", *DTYPES] = "auto"
 
 
 def check_edit(verb: str, config: SamplingConfig) -> None:
@@ -197,63 +249,63 @@ def inpaint_image(
     return np.concatenate([[image, pixels_left], *results])
 
 
-def save_mixtures(args: Namespace, pipeline: Pipeline) -> None:
+def save_mixtures(flags: DepthFlags, pipeline: Pipeline) -> None:
     """Save a figure of mixtures of two images, with a row for each depth."""
     (first, shown_first), (second, shown_second) = (
-        read_image(pipeline, text) for text in args.images
+        read_image(pipeline, text) for text in flags.images
     )
     ends = torch.stack([first, second])
-    path = edited_path(args, pipeline, "interpolation")
+    path = edited_path(flags, pipeline, "interpolation")
     batches = WEIGHTS.to(ends.device).split(pipeline.batch_size)
     rows = {}
-    for t in times_of(args, pipeline):
+    for t in times_of(flags, pipeline):
         mixtures = [interpolate_images(pipeline, ends, t, batch) for batch in batches]
         rows[t] = [shown_first, *mixtures, shown_second]
     save_rows(rows, MIXTURE_TITLES, path)
 
 
-def save_variations(args: Namespace, pipeline: Pipeline) -> None:
+def save_variations(flags: DepthFlags, pipeline: Pipeline) -> None:
     """Save a figure of an image and its variations, with a row for each depth."""
-    x_0, shown = read_image(pipeline, args.images[0])
-    path = edited_path(args, pipeline, "variations")
+    x_0, shown = read_image(pipeline, flags.images[0])
+    path = edited_path(flags, pipeline, "variations")
     batches = batches_of(range(VARIATION_COUNT), pipeline.batch_size)
     rows = {}
-    for t in times_of(args, pipeline):
+    for t in times_of(flags, pipeline):
         rows[t] = [shown, *(variations(pipeline, x_0, t, batch) for batch in batches)]
     save_rows(rows, ["A", *map(str, range(VARIATION_COUNT))], path)
 
 
-def times_of(args: Namespace, pipeline: Pipeline) -> Iterable[int]:
+def times_of(flags: DepthFlags, pipeline: Pipeline) -> Iterable[int]:
     """Return the sampler's timesteps nearest to --depths, each once, with a progress bar."""
-    times = dict.fromkeys(time_at(pipeline, depth) for depth in args.depths)
-    return tqdm(times, args.verb, unit="row")
+    times = dict.fromkeys(time_at(pipeline, depth) for depth in flags.depths)
+    return tqdm(times, "editing", unit="row")
 
 
-def save_inpaintings(args: Namespace, pipeline: Pipeline) -> None:
+def save_inpaintings(flags: InpaintFlags, pipeline: Pipeline) -> None:
     """Save a grid of an image, its known pixels, and its inpaintings."""
     shape = pipeline.models.enlarged_shape
-    image, mask = read_with_mask(args.images[0], args.mask, shape)
-    path = edited_path(args, pipeline, "inpainting")
-    pictures = inpaint_image(pipeline, image, mask, args.resample, args.n)
+    image, mask = read_with_mask(flags.images[0], flags.mask, shape)
+    path = edited_path(flags, pipeline, "inpainting")
+    pictures = inpaint_image(pipeline, image, mask, flags.resample, flags.n)
     save_grid(pictures, path, columns=min(len(pictures), 8))
     print(f"wrote {path}")
 
 
 @torch.no_grad()
-def save_enlarged(args: Namespace) -> None:
+def save_enlarged(flags: EnlargeFlags) -> None:
     """Double the size of a picture, H and W of any number of pixels, some times, and save it."""
-    path = Path(args.images[0])
-    device = choose_device(args.device)
-    model = opened(args.model, device, args.precision, ENLARGES)
+    path = Path(flags.image)
+    device = choose_device(flags.device)
+    model = opened(Path(flags.model), device, flags.precision, ENLARGES)
     pixels = to_pixels(open_image_file(path), model.shape[0])
     image = to_model_range(pixels[None]).to(device)
-    for k in range(args.times):
+    for k in range(flags.times):
         _, channels, height, width = image.shape
         shape = channels, 2 * height, 2 * width
-        noise = image_noise(args.seed, [0], shape, device, f"details of a picture {k + 1}")
+        noise = image_noise(flags.seed, [0], shape, device, f"details of a picture {k + 1}")
         print(f"enlarging {width} x {height} pixels", flush=True)
         image = enlarge(model.denoiser, image, noise)
-    folder = args.out or new_folder(Path("samples"), "enlarged")
+    folder = flags.out or new_folder(Path("samples"), "enlarged")
     folder.mkdir(parents=True, exist_ok=True)
     path = free_path(folder, path.stem)
     save_image(to_uint8(image)[0], path)
@@ -282,15 +334,15 @@ def read_image(pipeline: Pipeline, text: str) -> tuple[Tensor, Tensor]:
     return small[0], enlarge_images(pipeline, small, indices, purpose)
 
 
-def edited_path(args: Namespace, pipeline: Pipeline, kind: str) -> Path:
+def edited_path(flags: EditFlags, pipeline: Pipeline, kind: str) -> Path:
     """Return a free path for a picture of the images, in --out or a new folder with a manifest."""
-    folder = args.out
+    folder = flags.out
     if not folder:
-        folder = new_samples_folder(args.checkpoint, pipeline.models.saved)
+        folder = new_samples_folder(flags.run, pipeline.models.saved)
         open_folder(folder, manifest_of(pipeline))
     folder.mkdir(parents=True, exist_ok=True)
     # A file name has at most 255 bytes, and a letter up to four.
-    return free_path(folder, "-".join([kind, *(Path(text).stem[:25] for text in args.images)]))
+    return free_path(folder, "-".join([kind, *(Path(text).stem[:25] for text in flags.images)]))
 
 
 def free_path(folder: Path, name: str) -> Path:
@@ -310,12 +362,3 @@ def save_rows(rows: dict[int, list[Tensor]], titles: list[str], path: Path) -> N
     row_titles = [f"noised to\nt = {t + 1}" for t in rows]
     save_strip(dict(zip(titles, images, strict=True)), path, row_titles)
     print(f"wrote {path}")
-
-
-# What saves the picture of a verb, the settings that it has whatever a recipe says, and its number
-# of steps, or all if there are fewer, unless --steps says otherwise
-VERBS = {
-    "interpolate": (save_mixtures, {}, None),
-    "vary": (save_variations, {}, None),
-    "inpaint": (save_inpaintings, INPAINTING, INPAINTING_STEPS),
-}

@@ -1,6 +1,5 @@
 """Draw images with loaded models, for scripts and the page."""
 
-from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +16,7 @@ from functions.guidance import Guided, asks_guide
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import SAMPLERS, OnStep
 from functions.sampling.models import Models, open_models
-from functions.sampling.settings import SamplingConfig
+from functions.sampling.settings import SamplingConfig, SamplingFlags
 from functions.support.errors import UserError
 from functions.support.random_numbers import image_noise
 from functions.support.settings import fields_with
@@ -102,23 +101,16 @@ class Pipeline:
         return image_noise(self.seed, indices, self.models.shape, self.models.device, purpose)
 
 
-def open_pipeline(
-    args: Namespace, config: SamplingConfig, most_steps: int | None = None
-) -> Pipeline:
-    """Load the models of the settings, for the device and the seed that flags ask for.
-
-    Without a number of steps there are `most_steps`, or all if there are fewer, or that is None.
-    Raises UserError as `open_models` and `Pipeline` do.
-    """
-    models = open_models(config, args.device)
+def open_pipeline(flags: SamplingFlags) -> Pipeline:
+    """Load the models of the settings. Raises UserError as `open_models` and `Pipeline` do."""
+    config = flags.sampling
+    models = open_models(config, flags.device)
     timesteps = models.denoiser.scheduler.timesteps
-    if not config.steps and most_steps:
-        config = replace(config, steps=min(most_steps, timesteps))
     # The config of a diffusers folder names a variance, which is meant only for sampling over all
     # timesteps.
     if config.sampler == "ddpm" and not config.variance and config.steps in (None, timesteps):
         config = replace(config, variance=models.saved.config["diffusion"].get("variance"))
-    return Pipeline(models, config, args.seed)
+    return Pipeline(models, config, flags.seed)
 
 
 def given(pipeline: Pipeline, indices: Sequence[int]) -> Predictor:

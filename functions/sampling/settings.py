@@ -1,35 +1,32 @@
 """The settings of sampling, for flags, recipes and manifests alike.
 
 A recipe is a `SamplingConfig` as a TOML file, such as pretrained/people.toml. Its keys are the
-names of the fields, with - or _, and paths are relative to the file. A given flag replaces the
-recipe's field.
+names of the fields, with - or _, and paths are relative to the file. The settings begin as those of
+a recipe or, for a model, of the script; flags replace fields.
 """
 
 import os
 import tomllib
-from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
+from typing import Literal
 
 from functions.samplers import SAMPLERS, VARIANCES
 from functions.saved.run_folder import PlaceFlags, is_recipe, newest_run
 from functions.support import processes
-from functions.support.command_line import add_config_flags, add_flags, given_fields
+from functions.support.command_line import first_look
 from functions.support.device import DTYPES
 from functions.support.errors import UserError, printable
 from functions.support.files import check_file
-from functions.support.settings import ConfigError, check_fields, choice, from_fields, setting
+from functions.support.settings import ConfigError, check_fields, from_fields, setting
 from functions.timesteps import SPACINGS
 
 # The default weight w of a guide. Samples are garish from 3 on.
 GUIDANCE = 1.5
-# Another --sampler than the recipe's begins with these defaults.
-OF_SAMPLER = {"steps": None, "spacing": None, "eta": None, "variance": None, "temperature": 1.0}
-
-
-def describe_samplers() -> str:
-    return "; ".join(f"{name} is {row.help}" for name, row in SAMPLERS.items()) + "."
+# Options of samplers, without values: a sampler has defaults of its own.
+OF_SAMPLER = {"spacing": None, "eta": None, "variance": None, "temperature": 1.0}
 
 
 @dataclass(frozen=True)
@@ -43,43 +40,43 @@ class SamplingConfig:
     model: str = setting(no_flag=True, no_pixels=True)
     # The number format that the network computes in. auto is that of the model's training, or
     # float32 if the device has no instructions for it.
-    precision: str = choice("auto", *DTYPES)
-    # How many images are sampled at a time. Default: 64, or 16 on a CPU.
+    precision: Literal["auto", *DTYPES] = "auto"
+    # How many images are sampled at a time. None: 64, or 16 on a CPU.
     batch_size: int | None = setting(None, no_pixels=True)
 
-    # The sampler.
-    sampler: str = setting("ddpm", choices=SAMPLERS, details=describe_samplers)
-    # The number of steps. Each makes one network call, or up to two with --guide. Default: one step
-    # for each timestep; on the page of demo.py 20.
-    steps: int | None = setting(None)
+    # ddpm is the paper's sampler, with fresh noise in every step; ddim is deterministic; dpm++ is
+    # DPM-Solver++ 2M, good with 20 steps.
+    sampler: str = setting("ddpm", choices=SAMPLERS)
+    # The number of steps. Each makes one network call, or up to two with --guide. None: one step
+    # for each timestep.
+    steps: int | None = None
     # How the timesteps are spaced: trailing is even in t, logsnr is even in log-SNR where it
-    # matters (docs/sampling.md). Default: the sampler's.
+    # matters (docs/sampling.md). None: the sampler's.
     spacing: str | None = setting(None, choices=SPACINGS)
-    # How much noise each step adds, from 0 (none) to 1. Default: the sampler's.
+    # How much noise each step adds, from 0 (none) to 1. None: the sampler's.
     eta: float | None = setting(None, at_most=1)
     # The variance of ddpm's noise: small is the posterior variance; large is beta, which suits
-    # sampling over all timesteps. Default: small, or over all timesteps the model's.
+    # sampling over all timesteps. None: small, or over all timesteps the model's.
     variance: str | None = setting(None, choices=VARIANCES)
     # Multiply the noise of the later steps by this, from 0 to 1. With 0.6 more faces of ffhq-32 are
     # clear, with less detail (docs/sampling.md).
     temperature: float = setting(1.0, at_most=1)
     # Move each x_0 away from that of a worse model (docs/guidance.md): the run's own
     # snapshot or checkpoint of this STEP, or any other run, checkpoint or folder. Steps at middle
-    # noise levels then make two network calls. Default: no.
-    guide: int | str | None = setting(None, at_least=0, metavar="STEP|MODEL")
+    # noise levels then make two network calls.
+    guide: int | str | None = setting(None, at_least=0)
     # The weight of --guide. 1 is the model alone; a larger weight moves x_0 further away from that
-    # of the guide. Default: 1.5.
+    # of the guide. None: 1.5.
     guidance: float | None = setting(None, at_least=-inf)
     # The labels to draw, of a model that was trained with labels. Image i gets the label i mod K of
     # these K.
     label: tuple[str, ...] = setting(())
     # Classifier-free guidance, instead of a guide: move each x_0 away from that without the label.
-    # 1 is the model alone. Default: no.
-    cfg: float | None = setting(None, at_least=-inf, metavar="W")
+    # 1 is the model alone.
+    cfg: float | None = setting(None, at_least=-inf)
     # Then draw the details of each image at twice its size, by a model of the preset ffhq-details,
-    # without guide and temperature. The flag can be repeated, also with the same model: each time
-    # doubles the size. Default: no.
-    enlarge: tuple[str, ...] = setting((), repeated=True, metavar="MODEL")
+    # without guide and temperature. Each model, also if it is the same, doubles the size once more.
+    enlarge: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -87,12 +84,17 @@ class SamplingConfig:
         # Silently ignoring an option that the sampler does not have would mislead.
         if unknown := self.arguments.keys() - own.keys():
             flags = " and ".join(f"--{name}" for name in own)
+            remedy = " ".join(f"--{name} None" for name in sorted(unknown))
             raise ConfigError(
-                f"--{min(unknown)}: the options of --sampler {self.sampler} are {flags}"
+                f"--{min(unknown)}: the options of --sampler {self.sampler} are {flags}; "
+                f"add {remedy}"
             )
         adds_noise = "variance" in self.arguments or self.arguments.get("eta")
         if self.temperature != 1 and not adds_noise:
-            raise ConfigError("--temperature scales the noise of steps, and these add none (--eta)")
+            raise ConfigError(
+                "--temperature scales the noise of steps, and these add none (--eta); add "
+                "--temperature 1"
+            )
         if self.guidance is not None and self.guide is None:
             raise ConfigError("--guidance needs a --guide")
         if self.cfg is not None and self.guide is not None:
@@ -113,20 +115,11 @@ class SamplingConfig:
     def guide_weight(self) -> float:
         return GUIDANCE if self.guidance is None else self.guidance
 
-    def override(self, given: dict) -> "SamplingConfig":
-        """Return the settings with the given fields replaced, and without what these make void."""
-        values = {}
-        if given.get("sampler", self.sampler) != self.sampler:
-            values |= OF_SAMPLER
-        if given.get("eta") == 0:
-            # Without noise, there is none that a temperature could scale.
-            values |= {"temperature": 1.0}
-        # An empty field of the page gives None.
-        if given.get("cfg") is not None:
-            values |= {"guide": None, "guidance": None}
-        if "guide" in given:
-            values |= {"cfg": None}
-        return replace(self, **values | given)
+    def without_other(self, flags: str) -> "SamplingConfig":
+        """Return the settings without what --cfg or --guide puts out, if the flags have it."""
+        if "--cfg" in flags:
+            return replace(self, guide=None, guidance=None)
+        return replace(self, cfg=None) if "--guide" in flags else self
 
 
 def read_recipe(path: Path) -> SamplingConfig:
@@ -165,49 +158,31 @@ def read_recipe(path: Path) -> SamplingConfig:
     )
 
 
-def settings_of(
-    args: Namespace, name_prefix: str = "", taken: dict | None = None, **defaults: str
-) -> SamplingConfig:
-    """Return the settings that the flags of `add_sampling_flags` ask for.
+def find_run(run: str | None, words: Sequence[str], name_prefix: str = "") -> Path:
+    """Return the path RUN, or the newest run whose name begins with `name_prefix`.
 
-    RUN, or without it the newest run whose name begins with `name_prefix`, is put into
-    `args.checkpoint`. A given flag replaces the field of a recipe; without a recipe, that of
-    `defaults`. What is `taken` replaces both, but no flag. Raises UserError for a recipe that
-    cannot be used, ConfigError for flags that do not fit each other, and CheckpointError when there
-    is no run.
+    Raises CheckpointError when there is no run.
     """
-    args.checkpoint = args.checkpoint or processes.on_main(newest_run, args.runs, name_prefix)
-    if is_recipe(args.checkpoint):
-        config = read_recipe(args.checkpoint)
-    else:
-        config = SamplingConfig(model=str(args.checkpoint), **defaults)
-    return replace(config, **taken or {}).override(given_fields(args, SamplingConfig))
+    if run:
+        return Path(run)
+    return processes.on_main(newest_run, first_look(PlaceFlags(), words).runs, name_prefix)
 
 
-@dataclass(frozen=True)
-class SeedFlags(PlaceFlags):
-    """The flags of a place, and that of the seed."""
+def default_settings(run: Path, words: Sequence[str], **defaults: str | int) -> SamplingConfig:
+    """Return the settings with which flags begin: a recipe's, or the defaults for a model.
+
+    Raises UserError for a recipe that cannot be used.
+    """
+    settings = SamplingConfig(model=str(run), **defaults)
+    return (read_recipe(run) if is_recipe(run) else settings).without_other(" ".join(words))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingFlags(PlaceFlags):
+    """The flags of all that samples."""
 
     # The seed of the noise. The noise of image i depends only on the seed and i; another batch size
     # changes its pixels only by rounding.
     seed: int = setting(0, at_least=-inf)
-
-
-def add_model_flags(parser: ArgumentParser, flags_class: type = PlaceFlags) -> None:
-    """Add the flags that name the model and the device, and others that a class has."""
-    parser.add_argument(
-        "checkpoint",
-        nargs="?",
-        type=Path,
-        metavar="RUN",
-        help="A run folder, a checkpoint, an exported file, or a diffusers folder or its name. "
-        "Or a recipe (docs/sampling.md), of which evaluate.py and --export use the model alone. "
-        "Default: the newest run, or pretrained/people.toml if there is none.",
-    )
-    add_flags(parser, flags_class)
-
-
-def add_sampling_flags(parser: ArgumentParser, flags_class: type = SeedFlags) -> None:
-    """Add the flags of sampling, which include the model flags, and others that a class has."""
-    add_model_flags(parser, flags_class)
-    add_config_flags(parser, SamplingConfig, "how images are sampled from noise")
+    # How images are sampled from noise
+    sampling: SamplingConfig = setting(flat=True)

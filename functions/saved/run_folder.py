@@ -26,6 +26,7 @@ from filelock import Timeout
 from functions.saved.checkpoint import Checkpoint, verify_checkpoint
 from functions.support.errors import CheckpointError, UserError, quoted, warn
 from functions.support.files import holding
+from functions.support.settings import check_fields
 
 Result = TypeVar("Result")
 # The two groups are the experiment's name and the start time.
@@ -47,6 +48,9 @@ class DeviceFlags:
 
     # auto, cpu, cuda, cuda:N or mps.
     device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)

@@ -1,32 +1,34 @@
-"""Make flags from dataclasses, and print errors in one line, for all scripts."""
+"""Read flags as the fields of dataclasses, and print errors in one line, for all scripts.
 
-import ast
-import csv
+What comes before the flags is split off first (`split_words`), because it decides their defaults:
+those of a preset, a checkpoint or a recipe.
+"""
+
 import inspect
 import os
 import re
+import shlex
 import signal
 import sys
 import traceback
 from argparse import (
     SUPPRESS,
     ArgumentParser,
-    ArgumentTypeError,
     BooleanOptionalAction,
-    Namespace,
     RawDescriptionHelpFormatter,
 )
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import MISSING, Field, fields, is_dataclass
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from types import NoneType
+from typing import Any, NoReturn, TypeVar
 
 from functions.support.errors import UserError, printable
-from functions.support.settings import TYPES, ConfigError, checked, types_of
+from functions.support.settings import ConfigError, types_of
 from functions.support.start import interrupted
 
+Flags = TypeVar("Flags")
 # argparse ends with this exit status, too.
 EXIT_BAD_INPUT = 2
 # Messages of PyTorch, then of cuBLAS and cuDNN.
@@ -37,14 +39,9 @@ OUT_OF_MEMORY = re.compile(
 MEMORY_ADVICE = "use a smaller --batch-size, a smaller model or another device"
 
 
-class Parser(ArgumentParser):
-    """A parser that reports an error in one line, without the usage of some forty flags."""
-
-    def __init__(self, **options):
-        super().__init__(allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter, **options)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_BAD_INPUT, f"error: {message} (see {self.prog} --help)\n")
+@dataclass
+class NoFlags:
+    """The flags before a verb."""
 
 
 def run_script(main: Callable[[], None], memory_advice: str = MEMORY_ADVICE) -> None:
@@ -86,91 +83,143 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError)
 
 
-def add_config_flags(
-    parser: ArgumentParser, config_class: type, title: str, prefix: str = ""
-) -> None:
-    """Add one flag for each field of a dataclass: `batch_size` becomes `--PREFIXbatch-size N`.
+def split_words(usage: str, words: Sequence[str]) -> tuple[list[str | None], list[str]]:
+    """Split a command line into the words before all flags, and the flags.
 
-    A flag's help is the comment above the field, with the field's choices and its default. A flag
-    that is not given has no entry in the parsed arguments. Without a prefix, that of a bool has no
-    value.
+    `usage` names the former, in brackets if they may be missing; those that are get None. Raises
+    UserError for more or fewer words, unless help is asked for.
     """
-    group = parser.add_argument_group(title)
-    comments = field_comments(config_class)
-    for field in fields(config_class):
-        marks = field.metadata
-        if "no_flag" in marks:
+    names = usage.split()
+    count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    missing = [None if name.startswith("[") else name for name in names[count:]]
+    if count > len(names) or (any(missing) and not asks_for_help(words)):
+        before = shlex.join(words[:count]) or "nothing"
+        raise UserError(f"before the flags must be {usage}, and there is {before}")
+    return [*words[:count], *missing], [*words[count:]]
+
+
+def read_words(usage: str, description: str) -> list[str | None]:
+    """Return the words of a command line that has no flags but --help."""
+    words, flags = split_words(usage, sys.argv[1:])
+    read_flags(NoFlags(), flags, usage, description)
+    return words
+
+
+def read_verb(
+    verbs: Sequence[str], words: Sequence[str], description: str
+) -> tuple[str, list[str]]:
+    """Split off the first word, which must be one of these; print help if it asks for that."""
+    verb, *others = words or ["--help"]
+    if verb in verbs:
+        return verb, others
+    if asks_for_help([verb]):
+        read_flags(NoFlags(), [verb], f"{{{','.join(verbs)}}} ...", description)
+    raise UserError(f"the first word must be {' or '.join(verbs)}, and is {verb!r}")
+
+
+def asks_for_help(words: Sequence[str]) -> bool:
+    return not {"-h", "--help"}.isdisjoint(words)
+
+
+class Parser(ArgumentParser):
+    """A parser that raises its errors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def read_flags(
+    default: Flags, words: Sequence[str], usage: str = "", description: str = ""
+) -> Flags:
+    """Return the dataclass `default` with the fields that flags replace, or print help, and exit.
+
+    A flag's help is the comment above its field. The fields of a field that is a dataclass are
+    flags, too, such as --diffusion.epochs, whose bools have a value. Raises UserError for words
+    that are none of these, and ConfigError for values that do not fit.
+    """
+    parser = Parser(
+        prog=f"{Path(sys.argv[0]).name} {usage}".strip(),
+        usage="%(prog)s [flags]",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    add_flags(parser, default)
+    given, others = parser.parse_known_args(words)
+    if others:
+        close = get_close_matches(others[0], re.findall(r"--[a-z.-]+", parser.format_help()), n=1)
+        meant = f"; is {close[0]} meant?" if close else ""
+        parser.error(f"unrecognized: {shlex.join(others)}{meant}")
+    return replaced(default, vars(given))
+
+
+def first_look(default: Flags, words: Sequence[str]) -> Flags:
+    """Return a dataclass as flags say, among others, on which the defaults of these depend."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    add_flags(parser, default)
+    return replaced(default, vars(parser.parse_known_args(words)[0]))
+
+
+def add_flags(parser: ArgumentParser, default: Any, prefix: str = "") -> None:
+    """Add a flag for each field of a dataclass. One that is not given is not in what is parsed."""
+    source = "".join(
+        inspect.getsource(each) for each in type(default).__mro__ if is_dataclass(each)
+    )
+    comments = re.findall(r"^((?:    # .*\n)+)    (\w+): ", source, flags=re.MULTILINE)
+    helps = {name: " ".join(comment.replace("#", "").split()) for comment, name in comments}
+    group = parser.add_argument_group(inspect.getdoc(type(default)).splitlines()[0].rstrip("."))
+    for field in fields(default):
+        value, marks = getattr(default, field.name), field.metadata
+        if is_dataclass(value):
+            add_flags(parser, value, prefix if "flat" in marks else f"{prefix}{field.name}.")
+        if is_dataclass(value) or "no_flag" in marks:
             continue
-        kinds, is_list = types_of(field)
-        metavar = "|".join(TYPES[kind][1] for kind in kinds)
+        kinds, choices, is_list = types_of(field)
+        names = choices or [kind.__name__.upper() for kind in kinds if kind is not NoneType]
+        options = {"type": value_in(kinds), "metavar": "|".join(map(str, names))}
         if is_list:
-            metavar = f"{metavar},{metavar},..."
-        options = {
-            "type": partial(parse_flag, field),
-            "metavar": marks.get("metavar") or "|".join(map(str, marks.get("choices", [metavar]))),
-        }
-        if "repeated" in marks:
-            options |= {"action": "append", "type": str}
+            options["nargs"] = "*"
         if kinds == [bool] and not prefix:
             options = {"action": BooleanOptionalAction}
-        sentences = comments.get(field.name, "")
-        if "details" in marks:
-            sentences += f" {marks['details']()}"
-        if field.default not in (MISSING, None, ()):
-            sentences += f" Default: {field.default}."
+        shown = shlex.join(map(str, value)) or "none" if isinstance(value, tuple) else value
         group.add_argument(
             f"--{prefix}{field.name.replace('_', '-')}",
             *marks.get("also", ()),
             dest=f"{prefix}{field.name}",
             default=SUPPRESS,
             # argparse treats a single % as the start of a placeholder.
-            help=sentences.replace("%", "%%"),
+            help=f"{helps[field.name]} Default: {shown}.".replace("%", "%%"),
             **options,
         )
 
 
-def add_flags(parser: ArgumentParser, flags_class: type) -> None:
-    """Add the flags of a script, the fields of a dataclass; those not given have their defaults."""
-    add_config_flags(parser, flags_class, "what this script does")
-    parser.set_defaults(**vars(flags_class()))
+def value_in(kinds: Sequence[type]) -> Callable[[str], Any]:
+    """Return a function that converts a word to the first of these types that it fits, if any."""
+
+    def convert(word: str) -> Any:
+        if word == "None" and NoneType in kinds:
+            return None
+        if kinds == [bool]:
+            return {"true": True, "false": False}.get(word.lower(), word)
+        for kind in kinds:
+            try:
+                return kind(word)
+            except (TypeError, ValueError):
+                # The check of the field says what would fit.
+                continue
+        return word
+
+    return convert
 
 
-def parse_flag(field: Field, text: str) -> Any:
-    """Parse the value of a field's flag, and check it.
-
-    It is a Python literal, with or without capitals and brackets; names have commas between them,
-    and quotes where they have commas. Raises ArgumentTypeError if it does not fit.
-    """
-    kinds, is_list = types_of(field)
-    value = text
-    if kinds == [Path]:
-        return Path(text)
-    if kinds != [str]:
-        literal = f"[{text.strip('[]()')}]" if is_list else text.capitalize()
-        # Anything else is a text.
-        with suppress(ValueError, SyntaxError):
-            value = ast.literal_eval(literal)
-    elif is_list:
-        # A line break makes several rows, or an error.
-        with suppress(csv.Error, ValueError):
-            [value] = csv.reader([text], skipinitialspace=True)
-        if not isinstance(value, list) or not value:
-            raise ArgumentTypeError(f"{text!r} is not a list of names such as a,b")
-    try:
-        return checked(field, value)
-    except ConfigError as error:
-        raise ArgumentTypeError(str(error)) from error
-
-
-def field_comments(config_class: type) -> dict[str, str]:
-    """Return the comment directly above each field of a dataclass, by the field's name."""
-    source = "".join(inspect.getsource(each) for each in config_class.__mro__ if is_dataclass(each))
-    matches = re.findall(r"^((?:    # .*\n)+)    (\w+): ", source, flags=re.MULTILINE)
-    return {name: " ".join(comment.replace("#", "").split()) for comment, name in matches}
-
-
-def given_fields(args: Namespace, *config_classes: type) -> dict:
-    """Return the values of the fields of these dataclasses whose flags were given, by name."""
-    names = {field.name for each in config_classes for field in fields(each)}
-    given = {flag.rpartition(".")[2]: value for flag, value in vars(args).items()}
-    return {name: given[name] for name in names & given.keys()}
+def replaced(default: Flags, given: dict[str, Any], prefix: str = "") -> Flags:
+    """Return a dataclass with the fields that flags of `add_flags` have given."""
+    changes = {}
+    for field in fields(default):
+        value = getattr(default, field.name)
+        if is_dataclass(value):
+            inner = prefix if "flat" in field.metadata else f"{prefix}{field.name}."
+            changes[field.name] = replaced(value, given, inner)
+        elif prefix + field.name in given:
+            changes[field.name] = given[prefix + field.name]
+    return replace(default, **changes)

@@ -4,24 +4,22 @@ import json
 import math
 from dataclasses import MISSING, Field, field, fields
 from functools import partial
-from pathlib import Path
-from types import NoneType
-from typing import Any, get_args
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from functions.support.errors import printable
 
-# How error messages describe a value of a type, and what the help shows for it
+# How error messages describe a value of a type
 TYPES = {
-    int: ("an integer", "N"),
-    float: ("a number", "X"),
-    bool: ("True or False", "true|false"),
-    str: ("a name or a path, and not empty", "TEXT"),
-    Path: ("a path", "PATH"),
-    dict: ("a table of fields", ""),
+    int: "an integer",
+    float: "a number",
+    bool: "True or False",
+    str: "a name or a path, and not empty",
+    dict: "a table of fields",
 }
 
 
-class ConfigError(ValueError):
+class ConfigError(Exception):
     """An error about a field with an invalid value; its message says which values are valid."""
 
 
@@ -32,24 +30,17 @@ def setting(default: Any = MISSING, **marks: Any) -> Any:
 
     at_least, at_most: limits of a number, or of each number in a list. Without them, an integer is
         at least 1 and another number at least 0.
-    choices: the values that fit.
+    choices: a table with the names that fit. Rows may be added to it.
     fixed: a resumed run cannot change the value.
     no_flag: the program sets the value, and not the command line.
+    flat: the value is a dataclass whose fields are flags without this field's name.
+    also: other names of the flag.
     fixed_by_weights: weights work only with the value with which they were trained, so it is
         fixed, too.
     no_pixels: the value does not change what is drawn, but for rounding.
     records: the value changes what is recorded of a run, and not its weights.
-    repeated: the flag is given once for each item of a list.
-    also: other names of the flag.
-    metavar: what the help shows for the value.
-    details: a function that returns what the help says after the comment.
     """
     return field(default=default, metadata=marks)
-
-
-def choice(*choices: Any, **marks: Any) -> Any:
-    """Return a field that has one of these values. The first one is the default."""
-    return setting(choices[0], choices=choices, **marks)
 
 
 def fields_with(config_class: type, mark: str) -> set[str]:
@@ -65,27 +56,44 @@ def check_fields(config: Any) -> None:
         object.__setattr__(config, each.name, value)
 
 
-def types_of(each: Field) -> tuple[list[type], bool]:
-    """Return the types of a field's value, but for None, and whether it is a list of such items."""
-    kinds = get_args(each.type) or [each.type]
-    return [kind for kind in kinds if kind not in (NoneType, Ellipsis)], Ellipsis in kinds
+def types_of(each: Field) -> tuple[list[type], tuple, bool]:
+    """Return the types of a field's value or of its items, its choices, and whether it has items.
+
+    NoneType is one of them if there may be no value.
+    """
+    kinds = [each.type]
+    if get_origin(each.type) in (Union, UnionType):
+        kinds = [*get_args(each.type)]
+    choices = (*each.metadata.get("choices", ()),)
+    is_list = get_origin(kinds[0]) is tuple
+    if is_list:
+        kinds[0] = get_args(kinds[0])[0]
+    if get_origin(kinds[0]) is Literal:
+        choices = get_args(kinds[0])
+        kinds[0] = type(choices[0])
+    return kinds, choices, is_list
 
 
 def checked(each: Field, value: Any) -> Any:
     """Return a value of a field as its annotated type. Raises ConfigError if it does not fit."""
-    if value is None and NoneType in get_args(each.type):
+    kinds, choices, is_list = types_of(each)
+    if value is None and NoneType in kinds:
         return None
     check = partial(require, each.name, value)
-    if choices := each.metadata.get("choices"):
-        check(value in tuple(choices), " or ".join(map(json.dumps, choices)))
+    if choices:
+        check(value in choices, " or ".join(map(json.dumps, choices)))
 
     # The value of a field is a single item, or a tuple of items, which is a list in JSON. One item
     # is a list of one.
-    kinds, is_list = types_of(each)
+    kinds = [kind for kind in kinds if kind is not NoneType]
     items = value if is_list and isinstance(value, (list, tuple)) else [value]
-    allowed = (float, int) if kinds == [float] else kinds
-    wanted = " or ".join(TYPES[kind][0] for kind in kinds)
-    fits = all(type(item) in allowed and item != "" for item in items)
+    allowed = (float, int) if kinds == [float] else (*kinds,)
+    wanted = " or ".join(TYPES.get(kind, f"a {kind.__name__}") for kind in kinds)
+    # True and False are integers to Python.
+    fits = all(
+        isinstance(item, allowed) and (bool in kinds or not isinstance(item, bool)) and item != ""
+        for item in items
+    )
     check(fits, f"a list, and each item {wanted}" if is_list else wanted)
 
     numbers = [item for item in items if type(item) in (int, float)]

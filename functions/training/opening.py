@@ -1,9 +1,8 @@
-"""Open the run that the flags of train.py ask for: a new one, or one to resume."""
+"""Open the run that the command line of train.py asks for: a new one, or one to resume."""
 
-from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,49 +18,118 @@ from config import (
     build_network,
 )
 from data.datasets import load_images
-from functions.saved.checkpoint import Checkpoint, SavedModel
+from functions.saved.checkpoint import Checkpoint
 from functions.saved.loading import open_model
-from functions.saved.run_folder import intact_checkpoint, locked, resume_command, run_to_resume
+from functions.saved.run_folder import (
+    PlaceFlags,
+    intact_checkpoint,
+    locked,
+    resume_command,
+    run_to_resume,
+)
 from functions.support import processes
-from functions.support.command_line import given_fields
+from functions.support.command_line import first_look, read_flags, split_words
 from functions.support.device import choose_device
 from functions.support.errors import UserError, printable
-from functions.support.settings import fields_with
+from functions.support.settings import fields_with, setting
 from functions.training.run import TrainingRun
 from functions.training.stopping import explain_failed_writes
 
+# It returns an experiment with the fields that flags replace.
+Read = Callable[[Experiment], Experiment]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpeningFlags(PlaceFlags):
+    """The flags that decide with which values all others begin."""
+
+    # Resume the run in this folder. Without a value, resume the newest unfinished run of the
+    # experiment; with auto, resume that run, or start a new run if there is none.
+    resume: tuple[str, ...] | None = None
+    # Start from the weights of a run, a checkpoint or a diffusers folder, and from its EMA weights
+    # if it has any. A run that --resume auto resumes keeps its own.
+    init: Path | None = None
+    # Prepare the data, describe the run and its cost, and stop.
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resume and len(self.resume) > 1:
+            raise ConfigError(f"--resume is {' '.join(self.resume)}; it must be one run")
+        if self.init and self.resume not in (None, ("auto",)):
+            raise ConfigError("--init starts a new run, but --resume continues one")
+        if self.runs.is_file():
+            raise ConfigError(f"--runs: {self.runs} is a file, and no folder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainFlags(OpeningFlags):
+    """The flags of train.py."""
+
+    # All settings of the run
+    experiment: Experiment = setting(flat=True)
+
 
 @contextmanager
-def open_run(args: Namespace) -> Iterator[TrainingRun]:
-    """Open the run that the flags of train.py ask for: a new one, or one to resume.
+def open_run(words: Sequence[str], description: str) -> Iterator[tuple[TrainingRun, bool]]:
+    """Open the run of a command line. Yield it, and whether it is to be described, not trained.
 
     A run to resume is locked within the context, except for a dry run, and its checkpoint is read
     under the lock: no other process can have trained it further in between.
     """
-    device = choose_device(args.device)
-    name = args.experiment or DEFAULT_EXPERIMENT
-    if args.runs.is_file():
-        raise UserError(f"--runs: {args.runs} is a file, and no folder")
-    folder = processes.on_main(run_to_resume, args.resume, args.runs, name)
+    [name], words = split_words("[EXPERIMENT]", words)
+    if name not in (None, *EXPERIMENTS):
+        raise UserError(f"there is no experiment {name!r}, but {', '.join(EXPERIMENTS)}")
+    flags = first_look(OpeningFlags(), words)
+
+    def read(experiment: Experiment) -> Experiment:
+        begun = TrainFlags(**vars(flags), experiment=experiment)
+        return read_flags(begun, words, "[EXPERIMENT]", description).experiment
+
+    # Without a value, --resume has no words.
+    resume = flags.resume and flags.resume[0]
+    if flags.resume == ():
+        resume = "newest"
+    folder = processes.on_main(run_to_resume, resume, flags.runs, name or DEFAULT_EXPERIMENT)
     with ExitStack() as stack:
-        if folder and not args.dry_run:
+        if folder and not flags.dry_run:
             with explain_failed_writes(folder, resume_command(folder)):
                 processes.on_main(stack.enter_context, locked(folder))
-        yield resume_run(folder, args, device) if folder else new_run(name, args, device)
+        if folder:
+            run = resume_run(folder, name, read, choose_device(flags.device))
+        else:
+            run = new_run(name or DEFAULT_EXPERIMENT, flags, read)
+        yield run, flags.dry_run
 
 
-def new_run(name: str, args: Namespace, device: torch.device) -> TrainingRun:
-    """Return a new run, which begins with random weights or with those of --init."""
-    given = given_fields(args, DiffusionConfig, ModelConfig)
-    experiment = EXPERIMENTS[name]
-    if args.init:
-        initial, _ = open_model(args.init, torch.device("cpu"))
-        experiment = fit_to_weights(experiment, initial, given)
-    else:
-        experiment = experiment.override(**given)
-    run = make_run(name, experiment, args.runs, device)
-    if args.init:
-        run.begin_with(initial)
+def new_run(name: str, flags: OpeningFlags, read: Read) -> TrainingRun:
+    """Return a new run, which begins with random weights or with those of --init.
+
+    With these, network and schedule are those of the weights; the dropout is the preset's, and the
+    data decide the number of labels. Raises ConfigError for flags that change what is the weights'.
+    """
+    preset = EXPERIMENTS[name]
+    device = choose_device(flags.device)
+    if not flags.init:
+        return make_run(name, read(preset), flags.runs, device)
+    initial, _ = open_model(flags.init, torch.device("cpu"))
+    # A diffusers folder has no values for some fields, which then have their defaults.
+    saved = vars(DiffusionConfig) | initial.config["diffusion"]
+    fixed = fields_with(DiffusionConfig, "fixed_by_weights")
+    model = initial.model
+    if isinstance(model, ModelConfig):
+        model = replace(model, dropout=preset.model.dropout)
+    begun = Experiment(replace(preset.diffusion, **{field: saved[field] for field in fixed}), model)
+    experiment = read(begun)
+    for path, (own, changed) in begun.differences(experiment).items():
+        part, field = path.split(".")
+        if field in fixed or (part == "model" and field != "dropout"):
+            raise ConfigError(
+                f"{field} is {printable(own)} for the weights of {initial.path}; it cannot be "
+                f"changed to {printable(changed)}"
+            )
+    run = make_run(name, experiment, flags.runs, device)
+    run.begin_with(initial)
     return run
 
 
@@ -91,49 +159,20 @@ def make_run(
     return TrainingRun(name, experiment, image_set, network, runs, device, checkpoint)
 
 
-def fit_to_weights(preset: Experiment, initial: SavedModel, given: dict) -> Experiment:
-    """Return the preset with the network and the schedule of the weights, and the given fields.
-
-    Of our network the dropout is the preset's, and the data decide the number of labels. Raises
-    ConfigError for a given value that is not that of the weights.
-    """
-    # A diffusers folder has no values for some fields, which then have their defaults.
-    saved = vars(DiffusionConfig) | initial.config["diffusion"]
-    needed = {name: saved[name] for name in fields_with(DiffusionConfig, "fixed_by_weights")}
-    is_ours = isinstance(initial.model, ModelConfig)
-    if is_ours:
-        free = "dropout", "label_count"
-        needed |= {name: own for name, own in vars(initial.model).items() if name not in free}
-    else:
-        preset = replace(preset, model=initial.model)
-        needed["image_size"] = initial.model.image_size
-    for name in given.keys() & needed.keys():
-        if given[name] != needed[name]:
-            raise ConfigError(
-                f"{name} is {printable(needed[name])} for the weights of {initial.path}; it cannot "
-                f"be changed to {printable(given[name])}"
-            )
-    changes = given | needed
-    if not is_ours:
-        # It follows from the network's own field.
-        del changes["image_size"]
-    return preset.override(**changes)
-
-
-def resume_run(folder: Path, args: Namespace, device: torch.device) -> TrainingRun:
+def resume_run(folder: Path, name: str | None, read: Read, device: torch.device) -> TrainingRun:
     """Return a run that continues from the newest intact checkpoint, with the config in that.
 
     Raises ConfigError for changes that a resumed run cannot make, and for another experiment.
     """
     checkpoint = Checkpoint(processes.on_main(lambda: intact_checkpoint(folder).path))
-    name = checkpoint.contents["run"]["experiment"]
-    if args.experiment not in (None, name):
-        raise ConfigError(f"{folder} is a run of {name!r}, not of {args.experiment!r}")
+    own_name = checkpoint.contents["run"]["experiment"]
+    if name not in (None, own_name):
+        raise ConfigError(f"{folder} is a run of {own_name!r}, not of {name!r}")
     saved = Experiment.from_dict(checkpoint.contents["config"])
     if isinstance(saved.model, OwnNetwork):
         # It is refused here, because its images have no name that could be found, either.
         build_network(saved.model)
-    experiment = saved.override(**given_fields(args, DiffusionConfig, ModelConfig))
+    experiment = read(saved)
     # `TrainingRun` checks this, too, but images of another size would be prepared before.
     saved.check_resumption(experiment)
-    return make_run(name, experiment, folder.parent, device, checkpoint)
+    return make_run(own_name, experiment, folder.parent, device, checkpoint)

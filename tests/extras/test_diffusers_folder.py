@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-from argparse import Namespace
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from extras.diffusers_folder import copy_weights, network_fields
 from extras.diffusers_network import DiffusersUNet
 from functions.denoiser import OBJECTIVES
 from functions.sampling.generation import generate, open_pipeline
-from functions.sampling.settings import SamplingConfig
+from functions.sampling.settings import SamplingConfig, SamplingFlags
 from functions.saved.checkpoint import export
 from functions.saved.loading import load_denoiser, load_model
 from functions.support.errors import CheckpointError
@@ -88,7 +87,8 @@ def our_images(path):
     images = []
     for settings in ({"sampler": "ddpm"}, {"sampler": "ddim", "steps": 5}):
         config = SamplingConfig(model=str(path), **settings)
-        x_0 = generate(open_pipeline(Namespace(device="cpu", seed=3), config), range(2))
+        flags = SamplingFlags(device="cpu", seed=3, sampling=config)
+        x_0 = generate(open_pipeline(flags), range(2))
         images.append((x_0 / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy())
     return images
 

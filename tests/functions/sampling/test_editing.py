@@ -179,9 +179,9 @@ def test_enlarged_images_of_the_seed_are_those_of_sample(tiny_run, details_run, 
     """Both ends of a row are, and what comes back of them is enlarged with noise of its own."""
     flags = f"--steps 5 --batch-size 4 --device cpu --enlarge {details_run} --out"
     common = [tiny_run, flags, tmp_path]
-    call(sample, *common, "--individual --indices 1,3")
+    call(sample, *common, "--individual --indices 1 3")
     first, third = samples_of(tmp_path).astype(float)
-    call(edit, "interpolate 1 3", *common, "--depths 0,0.2,0.295,1")
+    call(edit, "interpolate 1 3", *common, "--depths 0 0.2 0.295 1")
     columns, _, rows = saved.call_args.args
     # The sampler's 5 steps visit 0, 20, 40, 60, 80 and 100.
     assert rows == [f"noised to\nt = {t}" for t in (0, 20, 100)]

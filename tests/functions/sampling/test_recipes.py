@@ -1,5 +1,6 @@
 """Recipes: they draw what the same flags draw, a given flag wins, and their errors name them."""
 
+import shlex
 import shutil
 from pathlib import Path
 
@@ -10,11 +11,11 @@ from PIL import Image, ImageSequence
 import edit
 import evaluate
 import sample
-from functions.sampling.settings import add_sampling_flags, settings_of
+from functions.sampling.settings import SamplingFlags, default_settings
 from functions.saved import run_folder
 from functions.saved.run_folder import checkpoints_of
-from functions.support.command_line import Parser
-from tests.conftest import call, pixels_of, refused, words
+from functions.support.command_line import read_flags
+from tests.conftest import call, pixels_of, refused
 
 TEXT = """\
 model = "model.safetensors"
@@ -27,8 +28,6 @@ spacing = "trailing"
 temperature = 0.5
 """
 FLAGS = "--sampler dpm++ --steps 4 --spacing trailing --guidance 2 --temperature 0.5"
-# What is left of it for another sampler.
-OTHER = {"steps": None, "spacing": None, "temperature": 1.0}
 FEW = "--device cpu --n 2"
 
 
@@ -49,9 +48,9 @@ def recipe(tiny_run, details_run, tmp_path, monkeypatch):
 
 def settings(recipe, flags="", **defaults):
     """Return the settings that the flags of sampling give after this recipe, by name."""
-    parser = Parser()
-    add_sampling_flags(parser)
-    return vars(settings_of(parser.parse_args([str(recipe), *words(flags)]), **defaults))
+    flags = shlex.split(flags)
+    begun = SamplingFlags(sampling=default_settings(recipe, flags, **defaults))
+    return vars(read_flags(begun, flags).sampling)
 
 
 def test_a_recipe_draws_what_its_flags_draw(recipe, monkeypatch):
@@ -91,19 +90,20 @@ def test_a_run_of_ones_own_comes_before_the_recipe(recipe, tiny_run, monkeypatch
     [
         ("--steps 9 --seed 3", {"steps": 9}),
         ("--sampler dpm++ --temperature 1", {"temperature": 1.0}),
-        # Another sampler drops what was meant for the recipe's.
-        ("--sampler=ddpm --steps=9", OTHER | {"sampler": "ddpm", "steps": 9}),
-        ("--eta 0", {"eta": 0.0, "temperature": 1.0}),
-        ("--enlarge a --enlarge b", {"enlarge": ("a", "b")}),
+        ("--sampler=ddpm --steps=9 --eta None", {"sampler": "ddpm", "steps": 9, "eta": None}),
+        ("--eta 0 --temperature 1", {"eta": 0.0, "temperature": 1.0}),
+        ("--enlarge a b", {"enlarge": ("a", "b")}),
+        ("--enlarge", {"enlarge": ()}),
         ("--guide ./3 --guidance -1", {"guide": "./3", "guidance": -1.0}),
-        # Names with commas are quoted, as some of ImageNet's.
+        ("--guide None --guidance None", {"guide": None, "guidance": None}),
+        # A recipe's guide is put out.
         (
-            '--label "a,b",c --cfg 3',
-            {"label": ("a,b", "c"), "cfg": 3.0, "guide": None, "guidance": None},
+            "--label 'a, b' c --cfg 3",
+            {"label": ("a, b", "c"), "cfg": 3.0, "guide": None, "guidance": None},
         ),
     ],
 )
-def test_a_given_flag_wins_and_takes_along_what_it_makes_void(recipe, flags, changed):
+def test_a_flag_replaces_a_field_of_the_recipe(recipe, flags, changed):
     assert settings(recipe, flags) == settings(recipe) | changed
 
 
@@ -112,14 +112,15 @@ def test_a_given_flag_wins_and_takes_along_what_it_makes_void(recipe, flags, cha
     [
         ("vary 0", "dpm++, steps 4, spacing trailing, eta 1.0, temperature 0.5, guide"),
         ("inpaint 0", "ddpm, steps 50, spacing trailing, variance small, temperature 1.0, guide"),
-        ("inpaint --sampler ddim --eta 1 --steps 7 0", "ddim, steps 7, spacing trailing, eta 1.0"),
+        ("inpaint 0 --sampler ddim --eta 1 --steps 7", "ddim, steps 7, spacing trailing, eta 1.0"),
     ],
 )
 def test_edits_use_what_has_a_meaning_for_them(command, settings, recipe, monkeypatch, capsys):
     """All of them use the guide and the enlarger, too."""
     for verb in edit.VERBS:
         monkeypatch.setitem(edit.VERBS, verb, (lambda *_: None, *edit.VERBS[verb][1:]))
-    call(edit, command, recipe, "--device cpu")
+    verb, image, *flags = command.split()
+    call(edit, verb, image, recipe, *flags, "--device cpu")
     printed = capsys.readouterr().out
     assert f"float32, sampler {settings}" in printed
     assert "guidance 2.0, enlarge (" in printed

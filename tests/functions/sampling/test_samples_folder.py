@@ -85,7 +85,7 @@ def test_after_a_kill_two_processes_make_only_what_is_missing(whole, tiny_run, t
 
 def test_indices_are_images_of_the_seed(whole, tiny_run, tmp_path):
     """In a batch of the same size an image has the same bits, whatever the others are."""
-    call(sample, tiny_run, FEW, "--indices 6,1,7,3 --out", tmp_path)
+    call(sample, tiny_run, FEW, "--indices 6 1 7 3 --out", tmp_path)
     expected = grid_of(samples_of(whole)[[6, 1, 7, 3]])
     assert np.array_equal(pixels_of(tmp_path / "grid.png"), expected)
 

@@ -27,6 +27,7 @@ from tests.conftest import (
     shrunk,
     terminate,
     train_tiny,
+    words,
 )
 from tests.small_training import same
 
@@ -130,8 +131,7 @@ def test_a_grid_shows_held_out_images_that_were_shrunk_to_a_quarter(
 ):
     """So it shrinks to them, but for clipping, with the weights of --init."""
     flags = ["--init", details_run, "--runs", tmp_path, "--diffusion.dataset-name", pictures]
-    arguments = call(train, "faces", *flags, "--model.image-size 32", function="parse_flags")
-    with open_run(arguments) as run:
+    with open_run(words("faces", *flags), "") as (run, _):
         grid = sample_grid(run)
         images, _ = run.data.gather(run.data.split.val_indices)
     assert len(grid) == run.config.grid_images == 16

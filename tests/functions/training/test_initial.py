@@ -13,18 +13,23 @@ from config import ConfigError
 from functions.saved.checkpoint import load_weights
 from functions.saved.loading import load_model
 from functions.saved.run_folder import checkpoints_of
+from functions.support.errors import UserError
 from functions.training.opening import open_run
-from tests.conftest import TINY, call, during, interrupt, newest, only_in, refused
+from tests.conftest import TINY, call, during, interrupt, newest, only_in, refused, words
 from tests.small_training import same
 
 # These flags of TINY do not belong to the weights, which bring the others with them.
 TRAINING = [flag for flag in TINY.splitlines() if "--model" not in flag and "timesteps" not in flag]
 
 
-def begin_with(initial, pictures, runs, *flags, preset="faces", function="main"):
-    """Call train.py's function for a new run that begins with these weights; return its result."""
+def beginning_with(initial, pictures, runs, *flags, preset="faces"):
+    """Return the words of train.py for a new run that begins with these weights."""
     start = [preset, "--init", initial, "--runs", runs, "--diffusion.dataset-name", pictures]
-    return call(train, *start, *TRAINING, *flags, function=function)
+    return words(*start, *TRAINING, *flags)
+
+
+def begin_with(*arguments, **named):
+    call(train, *beginning_with(*arguments, **named))
 
 
 @pytest.mark.slow
@@ -37,8 +42,9 @@ def test_a_run_begins_with_the_averaged_weights_of_another(tiny_run, pictures, t
     last = checkpoints_of(source)[-1]
     before = load_weights(last)
     flags = "--resume auto"
-    begin = partial(begin_with, source, pictures, tmp_path / "runs", flags, preset="cifar10")
-    with open_run(begin(function="parse_flags")) as run:
+    arguments = source, pictures, tmp_path / "runs", flags
+    begin = partial(begin_with, *arguments, preset="cifar10")
+    with open_run(beginning_with(*arguments, preset="cifar10"), "") as (run, _):
         assert same(run.parts()["model"], run.parts()["ema"])
         assert same(run.parts()["ema"], before.weights)
 
@@ -69,9 +75,8 @@ def test_a_network_of_diffusers_is_trained_on_and_resumed(
     their_folder, pictures, tmp_path, monkeypatch
 ):
     """Betas, T and objective are the folder's, whatever the preset has."""
-    size = "--model.image-size 16"
     with pytest.raises(KeyboardInterrupt), during(9, interrupt):
-        begin_with(their_folder, pictures, tmp_path / "killed", size, preset="faces-v")
+        begin_with(their_folder, pictures, tmp_path / "killed", preset="faces-v")
     killed = only_in(tmp_path / "killed")
     call(train, "--resume", killed)
 
@@ -86,7 +91,7 @@ def test_a_network_of_diffusers_is_trained_on_and_resumed(
 
     # It can be sampled, and be the beginning of another run; and its own package is needed.
     call(sample, killed, "--n 1 --steps 1")
-    begin_with(killed, pictures, tmp_path / "again", size, "--dry-run")
+    begin_with(killed, pictures, tmp_path / "again", "--dry-run")
     monkeypatch.setitem(sys.modules, "diffusers", None)
     for script, *flags in (
         (sample, their_folder),
@@ -100,16 +105,15 @@ def test_a_network_of_diffusers_is_trained_on_and_resumed(
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ("--model.image-size 32", "image_size is 16 for the weights of"),
-        ("--model.base-dim 8", "neither DiffusionConfig nor DiffusersNetwork has base_dim"),
+        ("--model.image-size 32", "unrecognized: --model.image-size 32"),
         ("--diffusion.labels true", "a network of diffusers gets no label here"),
         (
             "--diffusion.timesteps-diff 7",
-            "timesteps_diff is 20 for the weights of .* cannot be changed to 7",
+            "there are 20 betas; they must be 7",
         ),
         ("--diffusion.objective v", "objective is eps .* cannot be changed to v"),
     ],
 )
 def test_a_network_of_diffusers_stays_as_it_is(flags, sentence, their_folder, pictures, tmp_path):
-    with refused(sentence, ConfigError):
+    with pytest.raises((UserError, ConfigError), match=sentence):
         begin_with(their_folder, pictures, tmp_path, flags)
