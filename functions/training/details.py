@@ -15,7 +15,7 @@ from functions.support.random_numbers import generator_of
 from functions.training.data import TrainingData, cut
 
 # The share of pieces that are parts of photos; the others are whole photos, shrunk.
-PARTS = 0.375
+PARTS = 0.25
 # Parts begin at multiples of this. The 8 x 8 blocks of photos that were JPEG files then always lie
 # alike. With other corners the errors were larger (docs/ffhq.md).
 CORNER = 8
