@@ -36,7 +36,8 @@ EMA_DECAY = 0.995  # of the moving average of the weights, per step
 
 # Step t multiplies the image by sqrt(alpha), and adds noise of variance beta = 1 - alpha (Eq. 2).
 # The paper has T = 1000, and betas from 1e-4 to 0.02. With 250 steps sampling takes a quarter of
-# the time, and each step is still small enough. Betas four times as large then add as much noise.
+# the time, and each step is still small enough for `sample`. Betas are four times as large, so
+# all steps add as much noise as the paper's.
 T = 250
 beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
 beta = F.pad(beta, (1, 0))  # (T + 1,): t = 0 is the clean image, where beta is 0
@@ -143,7 +144,7 @@ class UNet(nn.Module):
 
 
 def train(model, images):
-    """Run Algorithm 1 of the paper. Return the averaged network, and the loss of each step.
+    """Train a network (Algorithm 1). Return its average over the steps, and each step's loss.
 
     model: any module (x_t, t) -> eps, on the CPU. images: any tensor (N, C, H, W) in [-1, 1].
     """
@@ -161,8 +162,8 @@ def train(model, images):
         optimizer.step()
         learning_rate.step()
         losses.append(loss.item())
-        # EMA, the exponential moving average of the weights: which images are in a batch is
-        # chance, and the average evens it out, so it draws better images than the last weights.
+        # EMA, the exponential moving average of the weights: batches are random, so the weights
+        # jitter, and their average draws better images than the last ones.
         with torch.no_grad():
             for average, weight in zip(ema_model.parameters(), model.parameters(), strict=True):
                 average.lerp_(weight, 1 - EMA_DECAY)
@@ -170,7 +171,7 @@ def train(model, images):
 
 
 def load_images(folder=None):
-    """Return a folder's images, or the emoji people, and mirrored: (N, 3, SIZE, SIZE)."""
+    """Return a folder's images, or the emoji people, each also mirrored: (N, 3, SIZE, SIZE)."""
     if folder:
         files = Path(folder).iterdir()
     else:
