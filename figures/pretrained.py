@@ -124,10 +124,12 @@ def flags_of(config: SamplingConfig) -> str:
 def command_of(source: SavedModel) -> str:
     """Return the command that trained a model."""
     facts = source.provenance
-    preset = EXPERIMENTS[facts["experiment"]]
+    preset = EXPERIMENTS[facts["experiment"]].override(lowest_resolution_size=None)
     command = f"python train.py {facts['experiment']}"
-    for name, (value, _) in Experiment.from_dict(source.config).differences(preset).items():
-        text = ",".join(map(str, value)) if isinstance(value, list) else value
+    # The lowest resolution follows from the other fields.
+    own = Experiment.from_dict(source.config).override(lowest_resolution_size=None)
+    for name, (value, _) in own.differences(preset).items():
+        text = " ".join(map(str, value)) if isinstance(value, list) else value
         command += f" --{name.replace('_', '-')} {text}"
     if facts["initial"]:
         command += f" --init {facts['initial'].partition(': ')[0]}"
