@@ -36,14 +36,15 @@ EMA_DECAY = 0.995  # of the moving average of the weights, per step
 
 # Step t multiplies the image by sqrt(alpha), and adds noise of variance beta = 1 - alpha (Eq. 2).
 # The paper has T = 1000, and betas from 1e-4 to 0.02. With 250 steps sampling takes a quarter of
-# the time, and each step is still small enough for `sample`. Betas are four times as large, so
-# all steps add as much noise as the paper's.
+# the time, and steps are still small enough for the approximation in `sample`. The betas are four
+# times as large, so all steps together add as much noise as the paper's.
 T = 250
 beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
 beta = F.pad(beta, (1, 0))  # (T + 1,): t = 0 is the clean image, where beta is 0
 alpha = 1 - beta
 # The share of the image's variance that is left in x_t. It falls from 1 to nearly 0, where x_t is
-# pure noise. It is float64, because 1 - alpha_bar would lose digits in float32.
+# pure noise. It is float64, because 1 - alpha_bar would lose digits in float32; the network's
+# input becomes float32 again.
 alpha_bar = alpha.cumprod(0)
 
 
@@ -59,11 +60,12 @@ def loss_of(model, x_0):
 # Sampling goes the other way, from x_T, which is pure noise, to x_{T-1}, and on to x_0. The guessed
 # noise in x_t gives an estimate x_0_hat of the image: Eq. 4, solved for x_0.
 #
-# Why may a step use x_0_hat? It is no image yet. It is a blurred average of all images that could
-# have become this x_t, because the squared error is smallest for the average. If it were the image,
-# x_{t-1} would be Gaussian, with the mean and the variance of Eq. 7. In fact x_{t-1} is a mixture
-# of such Gaussians, one for each image that could have become x_t. The mean of the mixture is
-# exactly that of Eq. 7 with x_0_hat, and for a small step its variance is nearly that of Eq. 7
+# Why may a step use x_0_hat? It is no image yet. The squared error is smallest for the average, so
+# the network learns the average noise, and x_0_hat is the average of all images that could have
+# become this x_t: a blur. If it were the image, x_{t-1} would be Gaussian, with the mean and the
+# variance of Eq. 7. In fact x_{t-1} is a mixture of such Gaussians, one for each of these images.
+# The mean of the mixture is exactly that of Eq. 7 with x_0_hat. In a small step the Gaussians lie
+# close together, so the mixture is nearly one Gaussian, with the variance of Eq. 7
 # (docs/why-sampling-works.md derives it). With the fresh noise, x_{t-1} is as noisy as in training,
 # so the network knows such images. It guesses again, and there is a little less noise to guess.
 
@@ -117,12 +119,14 @@ class UNet(nn.Module):
         super().__init__()
         self.time = nn.Sequential(nn.Linear(TIME_DIM, TIME_DIM), nn.SiLU())
         self.first = nn.Conv2d(3, DIMS[0], 3, padding=1)
-        dims = (DIMS[0], *DIMS, DIMS[-1])
-        self.down = nn.ModuleList(Block(dims[i], dims[i + 1]) for i in range(len(DIMS)))
+        # The channels after `first`, after each block on the way down, and after `middle`:
+        # 32, 32, 64, 128, 256, 256.
+        widths = (DIMS[0], *DIMS, DIMS[-1])
+        self.down = nn.ModuleList(Block(widths[i], widths[i + 1]) for i in range(len(DIMS)))
         self.middle = Block(DIMS[-1], DIMS[-1])
-        # dims is (32, 32, 64, 128, 256, 256). On the way up a block gets dims[i + 2] channels from
-        # the block before it, and DIMS[i] from the skip.
-        self.up = nn.ModuleList(Block(dims[i + 2] + dim, dim) for i, dim in enumerate(DIMS))
+        # On the way up a block gets widths[i + 2] channels from the block before it, and dim from
+        # the skip.
+        self.up = nn.ModuleList(Block(widths[i + 2] + dim, dim) for i, dim in enumerate(DIMS))
         self.last = norm_and_convolution(DIMS[0], 3)
 
     def forward(self, x_t, t):
