@@ -64,7 +64,7 @@ PROGRESS = gr.Progress(track_tqdm=True)
 def main() -> None:
     """Read the command line and the model, and serve the page until Ctrl-C."""
     [run], words = split_words("[RUN]", sys.argv[1:])
-    begun = default_settings(find_run(run, words), words, **BEGUN)
+    begun = default_settings(find_run(run, words), **BEGUN)
     pipeline = open_pipeline(read_flags(SamplingFlags(sampling=begun), words, "[RUN]", __doc__))
     tabs = [draw_tab(pipeline), mix_tab(pipeline), paint_tab(pipeline)]
     page = gr.TabbedInterface(tabs, ["Draw", "Mix", "Paint"], "DDPM", analytics_enabled=False)
@@ -105,7 +105,7 @@ def tab(
             # An empty field gives None, or "".
             label, cfg = rest[:2]
             words = ["--label", *shlex.split(label or ""), "--cfg", cfg or "None"]
-            config = read_flags(config.without_other("--cfg" if cfg else ""), words)
+            config = read_flags(config, words)
         return work(replace(pipeline, config=config, seed=seed or 0), *rest[len(names) :])
 
     return gr.Interface(

@@ -59,7 +59,7 @@ def main() -> None:
     (*images, run), words = split_words(usage, words)
     run = find_run(run, words)
     flags = read_flags(
-        flags_class(images=images, run=run, sampling=replace(default_settings(run, words), **own)),
+        flags_class(images=images, run=run, sampling=replace(default_settings(run), **own)),
         words,
         f"{verb} {usage}",
         __doc__,

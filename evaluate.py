@@ -102,7 +102,7 @@ def evaluate_bits(words: list[str]) -> None:
     # The bound is computed in float32, whatever the precision of sampling, and is that of a single
     # model, which the mix of a guided one is not.
     config = SamplingConfig(
-        model=default_settings(find_run(run, words), words).model,
+        model=default_settings(find_run(run, words)).model,
         precision="float32",
         batch_size=flags.batch_size,
     )

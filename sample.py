@@ -77,7 +77,7 @@ def main(name_prefix: str = "", description: str = __doc__, **defaults: Any) -> 
         [run], words = split_words("[RUN]", sys.argv[1:])
         run = find_run(run, words, name_prefix)
         # The flags begin with the recipe's settings, if RUN is one.
-        flags = SampleFlags(sampling=default_settings(run, words), **defaults)
+        flags = SampleFlags(sampling=default_settings(run), **defaults)
         flags = read_flags(flags, words, "[RUN]", description)
         if flags.export:
             saved, _ = open_model(Path(flags.sampling.model), torch.device("cpu"))

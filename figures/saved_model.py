@@ -16,5 +16,5 @@ GUIDED = "--sampler dpm++ --steps 11 --spacing trailing --guidance 2"
 def open_saved(path: Path, flags: str = "") -> Pipeline:
     """Return the pipeline by a run, a file or a recipe, with these flags, in float32."""
     words = ["--precision", "float32", *shlex.split(flags)]
-    begun = SamplingFlags(sampling=default_settings(path, words))
+    begun = SamplingFlags(sampling=default_settings(path))
     return open_pipeline(read_flags(begun, words))

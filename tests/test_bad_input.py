@@ -37,7 +37,6 @@ COMMANDS = {
     "train.py --diffusion.precision half": "precision is 'half'; it must be ",
     "train.py --diffusion.epochs": "--diffusion.epochs: expected one argument (see",
     "train.py --diffusion.epochs 3 faces": "unrecognized: faces (see",
-    "train.py --resume a b": "--resume is a b; it must be one run",
     "sample.py {run} --n 0": "n is 0; it must be 1 or more",
     "sample.py {run} --sampler dpm++ --variance large": "add --variance None",
     "sample.py {run} {run}": "before the flags must be [RUN], and there is",

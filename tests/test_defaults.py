@@ -89,7 +89,7 @@ def read(request, tiny_run, stopped_run, pictures, tmp_path):
     def fields(flags=""):
         after = words(flags)
         if request.param == "recipe":
-            start = SamplingFlags(sampling=default_settings(recipe, after))
+            start = SamplingFlags(sampling=default_settings(recipe))
             return vars(read_flags(start, after).sampling)
         if request.param == "verb":
             opening = mock.patch.object(edit, "open_pipeline", side_effect=KeyboardInterrupt)

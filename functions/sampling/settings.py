@@ -64,7 +64,7 @@ class SamplingConfig:
     # Move each x_0 away from that of a worse model (docs/guidance.md): the run's own
     # snapshot or checkpoint of this STEP, or any other run, checkpoint or folder. Steps at middle
     # noise levels then make two network calls.
-    guide: int | str | None = setting(None, at_least=0)
+    guide: int | str | None = setting(None, at_least=0, metavar="STEP|MODEL", puts_out=("cfg",))
     # The weight of --guide. 1 is the model alone; a larger weight moves x_0 further away from that
     # of the guide. None: 1.5.
     guidance: float | None = setting(None, at_least=-inf)
@@ -73,10 +73,10 @@ class SamplingConfig:
     label: tuple[str, ...] = setting(())
     # Classifier-free guidance, instead of a guide: move each x_0 away from that without the label.
     # 1 is the model alone.
-    cfg: float | None = setting(None, at_least=-inf)
+    cfg: float | None = setting(None, at_least=-inf, puts_out=("guide", "guidance"))
     # Then draw the details of each image at twice its size, by a model of the preset ffhq-details,
     # without guide and temperature. Each model, also if it is the same, doubles the size once more.
-    enlarge: tuple[str, ...] = ()
+    enlarge: tuple[str, ...] = setting((), metavar="MODEL")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -114,12 +114,6 @@ class SamplingConfig:
     @property
     def guide_weight(self) -> float:
         return GUIDANCE if self.guidance is None else self.guidance
-
-    def without_other(self, flags: str) -> "SamplingConfig":
-        """Return the settings without what --cfg or --guide puts out, if the flags have it."""
-        if "--cfg" in flags:
-            return replace(self, guide=None, guidance=None)
-        return replace(self, cfg=None) if "--guide" in flags else self
 
 
 def read_recipe(path: Path) -> SamplingConfig:
@@ -168,13 +162,12 @@ def find_run(run: str | None, words: Sequence[str], name_prefix: str = "") -> Pa
     return processes.on_main(newest_run, first_look(PlaceFlags(), words).runs, name_prefix)
 
 
-def default_settings(run: Path, words: Sequence[str], **defaults: str | int) -> SamplingConfig:
+def default_settings(run: Path, **defaults: str | int) -> SamplingConfig:
     """Return the settings with which flags begin: a recipe's, or the defaults for a model.
 
     Raises UserError for a recipe that cannot be used.
     """
-    settings = SamplingConfig(model=str(run), **defaults)
-    return (read_recipe(run) if is_recipe(run) else settings).without_other(" ".join(words))
+    return read_recipe(run) if is_recipe(run) else SamplingConfig(model=str(run), **defaults)
 
 
 @dataclass(frozen=True, kw_only=True)

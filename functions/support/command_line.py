@@ -176,9 +176,12 @@ def add_flags(parser: ArgumentParser, default: Any, prefix: str = "") -> None:
             continue
         kinds, choices, is_list = types_of(field)
         names = choices or [kind.__name__.upper() for kind in kinds if kind is not NoneType]
-        options = {"type": value_in(kinds), "metavar": "|".join(map(str, names))}
+        metavar = marks.get("metavar", "|".join(map(str, names)))
+        options = {"type": value_in(kinds), "metavar": metavar}
         if is_list:
             options["nargs"] = "*"
+        if "bare" in marks:
+            options |= {"nargs": "?", "const": marks["bare"]}
         if kinds == [bool] and not prefix:
             options = {"action": BooleanOptionalAction}
         shown = shlex.join(map(str, value)) or "none" if isinstance(value, tuple) else value
@@ -222,4 +225,7 @@ def replaced(default: Flags, given: dict[str, Any], prefix: str = "") -> Flags:
             changes[field.name] = replaced(value, given, inner)
         elif prefix + field.name in given:
             changes[field.name] = given[prefix + field.name]
+            if changes[field.name] is not None:
+                others = field.metadata.get("puts_out", ())
+                changes |= {name: None for name in others if prefix + name not in given}
     return replace(default, **changes)

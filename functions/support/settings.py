@@ -35,6 +35,9 @@ def setting(default: Any = MISSING, **marks: Any) -> Any:
     no_flag: the program sets the value, and not the command line.
     flat: the value is a dataclass whose fields are flags without this field's name.
     also: other names of the flag.
+    metavar: what help shows as the flag's value.
+    bare: the value of the flag without one.
+    puts_out: fields that become None with a value of the flag, if they have no flag themselves.
     fixed_by_weights: weights work only with the value with which they were trained, so it is
         fixed, too.
     no_pixels: the value does not change what is drawn, but for rounding.

@@ -45,7 +45,7 @@ class OpeningFlags(PlaceFlags):
 
     # Resume the run in this folder. Without a value, resume the newest unfinished run of the
     # experiment; with auto, resume that run, or start a new run if there is none.
-    resume: tuple[str, ...] | None = None
+    resume: str | None = setting(None, metavar="RUN|auto", bare="newest")
     # Start from the weights of a run, a checkpoint or a diffusers folder, and from its EMA weights
     # if it has any. A run that --resume auto resumes keeps its own.
     init: Path | None = None
@@ -54,9 +54,7 @@ class OpeningFlags(PlaceFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.resume and len(self.resume) > 1:
-            raise ConfigError(f"--resume is {' '.join(self.resume)}; it must be one run")
-        if self.init and self.resume not in (None, ("auto",)):
+        if self.init and self.resume not in (None, "auto"):
             raise ConfigError("--init starts a new run, but --resume continues one")
         if self.runs.is_file():
             raise ConfigError(f"--runs: {self.runs} is a file, and no folder")
@@ -86,11 +84,7 @@ def open_run(words: Sequence[str], description: str) -> Iterator[tuple[TrainingR
         begun = TrainFlags(**vars(flags), experiment=experiment)
         return read_flags(begun, words, "[EXPERIMENT]", description).experiment
 
-    # Without a value, --resume has no words.
-    resume = flags.resume and flags.resume[0]
-    if flags.resume == ():
-        resume = "newest"
-    folder = processes.on_main(run_to_resume, resume, flags.runs, name or DEFAULT_EXPERIMENT)
+    folder = processes.on_main(run_to_resume, flags.resume, flags.runs, name or DEFAULT_EXPERIMENT)
     with ExitStack() as stack:
         if folder and not flags.dry_run:
             with explain_failed_writes(folder, resume_command(folder)):

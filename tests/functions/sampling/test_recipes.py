@@ -49,7 +49,7 @@ def recipe(tiny_run, details_run, tmp_path, monkeypatch):
 def settings(recipe, flags="", **defaults):
     """Return the settings that the flags of sampling give after this recipe, by name."""
     flags = shlex.split(flags)
-    begun = SamplingFlags(sampling=default_settings(recipe, flags, **defaults))
+    begun = SamplingFlags(sampling=default_settings(recipe, **defaults))
     return vars(read_flags(begun, flags).sampling)
 
 
@@ -96,6 +96,7 @@ def test_a_run_of_ones_own_comes_before_the_recipe(recipe, tiny_run, monkeypatch
         ("--enlarge", {"enlarge": ()}),
         ("--guide ./3 --guidance -1", {"guide": "./3", "guidance": -1.0}),
         ("--guide None --guidance None", {"guide": None, "guidance": None}),
+        ("--cfg None", {}),
         # A recipe's guide is put out.
         (
             "--label 'a, b' c --cfg 3",
