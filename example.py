@@ -36,8 +36,8 @@ EMA_DECAY = 0.995  # of the moving average of the weights, per step
 
 # Step t multiplies the image by sqrt(alpha), and adds noise of variance beta = 1 - alpha (Eq. 2).
 # The paper has T = 1000, and betas from 1e-4 to 0.02. With 250 steps sampling takes a quarter of
-# the time, and steps are still small enough for the approximation in `sample`. The betas are four
-# times as large, so all steps together add as much noise as the paper's.
+# the time, and steps are still small enough, as `sample` needs them. The betas are four times as
+# large, so all steps together add as much noise as the paper's.
 T = 250
 beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
 beta = F.pad(beta, (1, 0))  # (T + 1,): t = 0 is the clean image, where beta is 0
@@ -124,8 +124,8 @@ class UNet(nn.Module):
         widths = (DIMS[0], *DIMS, DIMS[-1])
         self.down = nn.ModuleList(Block(widths[i], widths[i + 1]) for i in range(len(DIMS)))
         self.middle = Block(DIMS[-1], DIMS[-1])
-        # On the way up a block gets widths[i + 2] channels from the block before it, and dim from
-        # the skip.
+        # These are listed from large images to small ones, too, and run in reverse. A block gets
+        # widths[i + 2] channels from the next one in the list, or `middle`, and dim from the skip.
         self.up = nn.ModuleList(Block(widths[i + 2] + dim, dim) for i, dim in enumerate(DIMS))
         self.last = norm_and_convolution(DIMS[0], 3)
 
@@ -148,7 +148,7 @@ class UNet(nn.Module):
 
 
 def train(model, images):
-    """Train a network (Algorithm 1). Return its average over the steps, and each step's loss.
+    """Train a network (Algorithm 1). Return it with averaged weights (EMA), and each step's loss.
 
     model: any module (x_t, t) -> eps, on the CPU. images: any tensor (N, C, H, W) in [-1, 1].
     """
