@@ -7,7 +7,6 @@ A config that cannot work raises ConfigError, whose message says which values wo
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal, NoReturn
 
@@ -15,14 +14,12 @@ from torch import nn
 
 from functions.denoiser import OBJECTIVES
 from functions.noise_scheduler import BETA_SCHEDULES, LARGEST_TIMESTEPS, NoiseScheduler
-from functions.optimizers import LR_SCHEDULES, OPTIMIZERS
 from functions.samplers import SAMPLERS
 from functions.support.errors import door
 from functions.support.settings import (
     ConfigError,
     check_fields,
     checked,
-    fields_with,
     from_fields,
     require,
     setting,
@@ -362,8 +359,8 @@ class DiffusionConfig:
     # Optimisation
 
     # "adam"; or "muon", which moves each weight matrix by the orthogonal factor of its momentum,
-    # and all other parameters as Adam does.
-    optimizer: str = setting("adam", choices=OPTIMIZERS, fixed=True)
+    # and all other parameters as Adam does (OPTIMIZERS in functions/optimizers.py).
+    optimizer: str = setting("adam", fixed=True)
     # Length of the run, in passes over the training images. With --resume RUN and more of them, a
     # finished run trains longer.
     epochs: int = setting(45, at_most=10**6)
@@ -374,8 +371,8 @@ class DiffusionConfig:
     # Steps over which the learning rate rises linearly from 0.
     warmup_steps: int = setting(0, at_least=0)
     # The learning rate after the warm-up: "constant", or "cosine", which falls to 0 along a half
-    # cosine over the whole run.
-    lr_schedule: str = setting("constant", choices=LR_SCHEDULES)
+    # cosine over the whole run (LR_SCHEDULES in functions/optimizers.py).
+    lr_schedule: str = "constant"
     # Decay of the weights' moving average (EMA), per step. 0: no EMA; samples use the raw weights.
     ema_decay: float = setting(0.9999, at_most=0.999999)
     # Precision of the network. "auto" is the fastest that the hardware supports. On CUDA, "float32"
@@ -432,11 +429,6 @@ class DiffusionConfig:
     def effective_batch(self) -> int:
         """The number of images in one step, over all processes."""
         return self.batch_size * self.gradient_accumulation
-
-    def rate_of(self, step: int, total_steps: int) -> float:
-        """Return a step's learning rate: a linear warm-up, times the schedule."""
-        rate = self.learning_rate * min(1.0, (step + 1) / (self.warmup_steps + 1))
-        return rate * LR_SCHEDULES[self.lr_schedule](step, total_steps)
 
 
 def build_scheduler(diffusion: dict) -> NoiseScheduler:
@@ -601,32 +593,6 @@ class Experiment:
             raise ConfigError(f"neither DiffusionConfig nor {kind} has {', '.join(unknown)}")
         return Experiment(replace(self.diffusion, **changes), replace(self.model, **model))
 
-    def check_resumption(self, changed: "Experiment") -> None:
-        """Raise ConfigError, with the names of the fields, for what a resumed run cannot change.
-
-        Those are the network, and the fields of DiffusionConfig that are `fixed`.
-        """
-        before, after = self.diffusion, changed.diffusion
-        marks = "fixed", "fixed_by_weights"
-        fixed = {f"diffusion.{name}" for mark in marks for name in fields_with(type(after), mark)}
-        # There is an average of the weights from the first step on, or never.
-        if 0 in (before.ema_decay, after.ema_decay):
-            fixed.add("diffusion.ema_decay")
-        differing = self.differences(changed)
-        if wrong := [name for name in differing if name in fixed or name.startswith("model.")]:
-            raise ConfigError(
-                f"a resumed run cannot change {', '.join(sorted(wrong))}; start a new run for that"
-            )
-        if after.effective_batch != before.effective_batch:
-            count, rest = divmod(before.effective_batch, after.batch_size)
-            remedy = "a batch_size that divides it"
-            if not rest:
-                remedy = f"batch_size = {after.batch_size} and gradient_accumulation = {count}"
-            raise ConfigError(
-                f"a resumed run keeps its effective batch, {before.effective_batch}, as with "
-                f"{remedy}; start a new run for another one"
-            )
-
     def differences(self, other: "Experiment") -> dict[str, tuple]:
         """Return the fields that differ: {"diffusion.epochs": (value, value in `other`), ...}."""
         others = other.to_dict()
@@ -636,20 +602,6 @@ class Experiment:
             for name, value in fields.items()
             if value != others[part].get(name)
         }
-
-    def warnings(self) -> Iterator[str]:
-        """Yield a warning for each setting that is allowed but probably a mistake."""
-        if isinstance(self.model, ModelConfig):
-            groups = self.model.norm_groups
-            channels_of_group = min(self.model.dims) / groups
-            if channels_of_group < 4:
-                yield (
-                    f"norm_groups = {groups} leaves {channels_of_group:g} of the 4 channels that a "
-                    "group needs at the narrowest level; samples may come out tinted "
-                    "(docs/what-did-not-help.md)"
-                )
-        if self.diffusion.max_rotation > 0 and not self.diffusion.use_augmentation:
-            yield "max_rotation has no effect without use_augmentation = True"
 
     def to_dict(self) -> dict:
         """Return the fields as nested dicts, with lists for tuples, as JSON stores them."""

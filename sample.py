@@ -33,7 +33,6 @@ from typing import Any
 
 import torch
 
-from data.batches import batches_of
 from data.pixels import to_uint8
 from functions.sampling.generation import (
     Pipeline,
@@ -59,6 +58,7 @@ from functions.saved.loading import open_model
 from functions.support import processes
 from functions.support.command_line import read_flags, run_script, split_words
 from functions.support.pictures import save_grid, save_image
+from functions.support.processes import batches_of
 from functions.support.settings import ConfigError, setting
 
 # A grid has at most this many images.

@@ -26,12 +26,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from data.batches import batches_of
 from data.pixels import to_model_range
 from functions.ema import copy_buffers, update_ema
 from functions.losses import denoising_loss
+from functions.optimizers import learning_rate_of
 from functions.support import processes
 from functions.support.command_line import run_script
+from functions.support.processes import batches_of
 from functions.support.random_numbers import seed_of
 from functions.training.description import describe_cost
 from functions.training.opening import open_run
@@ -112,7 +113,7 @@ def train(run: TrainingRun) -> bool:
 
             # 5: the optimiser's step. If the gradient or a buffer is not finite, weights, moments
             # and buffers stay.
-            rate = config.rate_of(step, run.total_steps)
+            rate = learning_rate_of(config, step, run.total_steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate * (group["initial_lr"] / config.learning_rate)
             scaler.unscale_(optimizer)

@@ -1,15 +1,10 @@
 """Choose the images of each batch by their indices, and copy batches to the device."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
-
-
-def batches_of(items: Sequence, batch_size: int) -> list:
-    """Split a sequence into batches of at most batch_size."""
-    return [items[first : first + batch_size] for first in range(0, len(items), batch_size)]
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:

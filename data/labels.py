@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from math import inf
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from functions.support.errors import UserError, printable
@@ -62,17 +61,3 @@ def check_labels(
 def drop_labels(label: Tensor, dropped: Tensor, names: Sequence[str]) -> Tensor:
     """Return the labels (B,) of a batch, with no label where `dropped` (B,) is true."""
     return label.masked_fill(dropped, len(names))
-
-
-def chosen_labels(chosen: Sequence[str], names: Sequence[str], indices: Sequence[int]) -> Tensor:
-    """Return the labels (B,) of the images with these B indices: i has chosen[i mod K].
-
-    Raises UserError for one of the K chosen names that is not among those of the model.
-    """
-    if chosen and not names:
-        raise UserError("--label: the model was trained without labels")
-    for name in chosen:
-        if name not in names:
-            known = printable(", ".join(names))
-            raise UserError(f"--label: the model knows {known}, and not {printable(name)!r}")
-    return torch.tensor([names.index(chosen[i % len(chosen)]) for i in indices])

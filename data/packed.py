@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.batches import batches_of
 from data.decode import BadImage, fit_square, open_image, to_pixels
 from data.pixels import picture_of
 from data.sources import Source
@@ -263,5 +262,6 @@ def map_images(source: Source, shape: Shape) -> Iterator[tuple[np.ndarray, int] 
 
     # Threads are enough, because Pillow releases the GIL while it decodes.
     with ThreadPoolExecutor() as executor:
-        for members in batches_of([*source.members.values()], CHUNK):
-            yield from executor.map(prepare, members)
+        members = [*source.members.values()]
+        for first in range(0, len(members), CHUNK):
+            yield from executor.map(prepare, members[first : first + CHUNK])

@@ -34,6 +34,7 @@ COMMANDS = {
     "train.py --diffusion.labels yes": "labels is 'yes'; it must be True or False",
     "train.py --model.dim-multiply 1,2": "dim_multiply is ['1,2']; it must be a list, and",
     "train.py --diffusion.objective w": 'objective is \'w\'; it must be "eps" or "v" or',
+    "train.py --diffusion.optimizer sgd": 'optimizer is \'sgd\'; it must be "adam" or "muon"',
     "train.py --diffusion.precision half": "precision is 'half'; it must be ",
     "train.py --diffusion.epochs": "--diffusion.epochs: expected one argument (see",
     "train.py --diffusion.epochs 3 faces": "unrecognized: faces (see",

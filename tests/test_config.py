@@ -17,6 +17,7 @@ from config import (
 )
 from functions.noise_scheduler import NoiseScheduler
 from functions.support.settings import fields_with
+from functions.training.description import check_changes, warnings_of
 from tests.conftest import refused
 
 # These are the fields that the reference's own script gives.
@@ -105,7 +106,7 @@ def test_an_experiment_survives_json_and_builds_a_network_without_a_warning(name
     experiment = EXPERIMENTS[name]
     assert Experiment.from_dict(experiment.to_dict()) == experiment
     # The reference's first two runs have groups of 2 channels, which is one of their faults.
-    assert len([*experiment.warnings()]) == (name in ("ffhq-run1", "ffhq-run2"))
+    assert len([*warnings_of(experiment)]) == (name in ("ffhq-run1", "ffhq-run2"))
     # The network is built without memory for its weights; an error would end the test.
     with torch.device("meta"):
         build_network(experiment.model, experiment.diffusion.objective)
@@ -127,14 +128,14 @@ NAMES = ", ".join(f"diffusion.{name}" for name in FIXED)
 
 def test_resume_keeps_what_is_fixed_and_names_all_that_differs():
     faces = EXPERIMENTS["faces"]
-    faces.check_resumption(faces.override(**FREE))
+    check_changes(faces, faces.override(**FREE))
     for changes, refusal in (
         (FREE | FIXED | {"dropout": 0.1}, f"cannot change {NAMES}, model.dropout;"),
         ({"batch_size": 4}, "batch, 16, as with batch_size = 4 and gradient_accumulation = 4;"),
         ({"batch_size": 3}, "batch, 16, as with a batch_size that divides it;"),
     ):
         with refused(refusal, ConfigError):
-            faces.check_resumption(faces.override(**changes))
+            check_changes(faces, faces.override(**changes))
 
 
 def test_weights_fix_the_objective_and_all_that_the_schedule_is_built_from():
@@ -172,10 +173,10 @@ def test_a_field_that_does_not_fit_says_what_would(field, value, what_fits):
 
 def test_what_is_probably_not_meant_is_warned_of():
     narrow = EXPERIMENTS["faces"].override(norm_groups=32)
-    assert "norm_groups = 32 leaves 1 of the 4 channels" in next(narrow.warnings())
+    assert "norm_groups = 32 leaves 1 of the 4 channels" in next(warnings_of(narrow))
 
     still = EXPERIMENTS["ffhq-full"].override(use_augmentation=False)
-    assert [*still.warnings()] == ["max_rotation has no effect without use_augmentation = True"]
+    assert [*warnings_of(still)] == ["max_rotation has no effect without use_augmentation = True"]
 
 
 def test_a_size_of_the_last_level_is_checked_if_it_is_given():

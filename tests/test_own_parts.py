@@ -14,7 +14,7 @@ import train
 from config import EXPERIMENTS, ConfigError, Experiment, OwnNetwork
 from data.datasets import hash_inputs
 from data.packed import ImageSet
-from functions.optimizers import OPTIMIZERS, Adam
+from functions.optimizers import OPTIMIZERS, Adam, learning_rate_of
 from functions.saved.loading import load_denoiser
 from functions.saved.run_folder import intact_checkpoint, path_of
 from functions.support.errors import CheckpointError
@@ -77,7 +77,7 @@ def test_own_run_with_labels_buffers_and_groups_resumes_and_is_loaded(
     straight = of_run(tmp_path / "straight")
     train.train(straight)
     rates = [group["lr"] for group in straight.optimizer.param_groups]
-    assert rates == pytest.approx([straight.config.rate_of(5, 6) / n for n in (1, 10)])
+    assert rates == pytest.approx([learning_rate_of(straight.config, 5, 6) / n for n in (1, 10)])
     assert "sample from it: load_denoiser" in capsys.readouterr().out
     cut = of_run(tmp_path / "cut")
     with during(3, terminate):

@@ -25,7 +25,6 @@ from PIL import ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from data.batches import batches_of
 from data.decode import fit_image, fit_mask, open_image_file, to_pixels
 from data.pixels import to_model_range, to_uint8
 from functions.enlarging import Keeping, Known, enlarge
@@ -49,6 +48,7 @@ from functions.saved.run_folder import DeviceFlags, new_folder
 from functions.support.device import DTYPES, choose_device
 from functions.support.errors import UserError
 from functions.support.pictures import save_grid, save_image
+from functions.support.processes import batches_of
 from functions.support.random_numbers import image_noise
 from functions.support.settings import setting
 

@@ -8,16 +8,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.batches import batches_of
-from data.labels import chosen_labels
 from functions.denoiser import Predictor
 from functions.enlarging import Known, enlarge, enlarging_times
 from functions.guidance import Guided, asks_guide
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import SAMPLERS, OnStep
-from functions.sampling.models import Models, open_models
+from functions.sampling.models import Models, chosen_labels, open_models
 from functions.sampling.settings import SamplingConfig, SamplingFlags
 from functions.support.errors import UserError
+from functions.support.processes import batches_of
 from functions.support.random_numbers import image_noise
 from functions.support.settings import fields_with
 from functions.timesteps import sampling_times

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from data.labels import chosen_labels
 from functions.denoiser import Predictor
 from functions.sampling.settings import SamplingConfig
 from functions.saved.checkpoint import SavedModel
@@ -158,3 +158,17 @@ def enlarged(models: Models, path: Path) -> Models:
         )
     enlarger = replace(enlarger, shape=(channels, 2 * height, 2 * width))
     return replace(models, enlargers=(*models.enlargers, enlarger))
+
+
+def chosen_labels(chosen: Sequence[str], names: Sequence[str], indices: Sequence[int]) -> Tensor:
+    """Return the labels (B,) of the images with these B indices: i has chosen[i mod K].
+
+    Raises UserError for one of the K chosen names that is not among those of the model.
+    """
+    if chosen and not names:
+        raise UserError("--label: the model was trained without labels")
+    for name in chosen:
+        if name not in names:
+            known = printable(", ".join(names))
+            raise UserError(f"--label: the model knows {known}, and not {printable(name)!r}")
+    return torch.tensor([names.index(chosen[i % len(chosen)]) for i in indices])

@@ -7,7 +7,7 @@ each process is alone, also in a process group of your own.
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
@@ -66,6 +66,11 @@ def print_main(text: str) -> None:
 def shard(total: int) -> range:
     """Return this process's part of 0 .. total-1. Lengths differ by at most one."""
     return range(rank() * total // count(), (rank() + 1) * total // count())
+
+
+def batches_of(items: Sequence, batch_size: int) -> list:
+    """Split a sequence into batches of at most batch_size."""
+    return [items[first : first + batch_size] for first in range(0, len(items), batch_size)]
 
 
 def wrap(model: nn.Module) -> nn.Module:

@@ -8,10 +8,11 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
-from config import ConfigError, DiffusionConfig, Experiment, build_scheduler
+from config import ConfigError, DiffusionConfig, Experiment, ModelConfig, build_scheduler
 from data.pixels import to_model_range
 from functions.denoiser import Denoiser
 from functions.losses import denoising_loss
+from functions.optimizers import learning_rate_of
 from functions.saved.checkpoint import Checkpoint
 from functions.support import processes
 from functions.support.device import arithmetic
@@ -60,7 +61,7 @@ def check_resumption(earlier: Checkpoint, experiment: Experiment, data: Training
             f"{folder} was {what} than {config.dataset_name} has{reason}; it cannot continue with "
             "these"
         )
-    Experiment.from_dict(earlier.contents["config"]).check_resumption(experiment)
+    check_changes(Experiment.from_dict(earlier.contents["config"]), experiment)
     step = facts["step"]
     if step >= data.total_steps:
         steps = data.steps_per_epoch
@@ -68,6 +69,33 @@ def check_resumption(earlier: Checkpoint, experiment: Experiment, data: Training
             f"the run is finished with {config.epochs} epochs of {steps:,} steps, as "
             f"{step:,} steps are done; to train it longer: --resume {quoted(folder)} "
             f"--diffusion.epochs {step // steps + 1}"
+        )
+
+
+def check_changes(before: Experiment, after: Experiment) -> None:
+    """Raise ConfigError, with the names of the fields, for what a resumed run cannot change.
+
+    Those are the network, and the fields of DiffusionConfig that are `fixed`.
+    """
+    marks = "fixed", "fixed_by_weights"
+    fixed = {f"diffusion.{name}" for mark in marks for name in fields_with(DiffusionConfig, mark)}
+    # There is an average of the weights from the first step on, or never.
+    if 0 in (before.diffusion.ema_decay, after.diffusion.ema_decay):
+        fixed.add("diffusion.ema_decay")
+    differing = before.differences(after)
+    if wrong := [name for name in differing if name in fixed or name.startswith("model.")]:
+        raise ConfigError(
+            f"a resumed run cannot change {', '.join(sorted(wrong))}; start a new run for that"
+        )
+    own, config = before.diffusion.effective_batch, after.diffusion
+    if config.effective_batch != own:
+        count, rest = divmod(own, config.batch_size)
+        remedy = "a batch_size that divides it"
+        if not rest:
+            remedy = f"batch_size = {config.batch_size} and gradient_accumulation = {count}"
+        raise ConfigError(
+            f"a resumed run keeps its effective batch, {own}, as with {remedy}; start a new run "
+            "for another one"
         )
 
 
@@ -112,7 +140,7 @@ def describe(
 def warnings(experiment: Experiment, data: TrainingData, terminal_snr: float) -> Iterator[str]:
     """Yield a warning for each setting that is allowed but probably not meant."""
     config = experiment.diffusion
-    yield from experiment.warnings()
+    yield from warnings_of(experiment)
     # Betas of one's own are those of the weights.
     if terminal_snr > VISIBLE_SNR and not config.betas:
         signal = math.sqrt(terminal_snr / (1 + terminal_snr))
@@ -131,6 +159,21 @@ def warnings(experiment: Experiment, data: TrainingData, terminal_snr: float) ->
         yield "condition_dropout has no effect without labels = True"
 
 
+def warnings_of(experiment: Experiment) -> Iterator[str]:
+    """Yield the warnings that no data are needed for."""
+    if isinstance(experiment.model, ModelConfig):
+        groups = experiment.model.norm_groups
+        channels_of_group = min(experiment.model.dims) / groups
+        if channels_of_group < 4:
+            yield (
+                f"norm_groups = {groups} leaves {channels_of_group:g} of the 4 channels that a "
+                "group needs at the narrowest level; samples may come out tinted "
+                "(docs/what-did-not-help.md)"
+            )
+    if experiment.diffusion.max_rotation > 0 and not experiment.diffusion.use_augmentation:
+        yield "max_rotation has no effect without use_augmentation = True"
+
+
 def describe_changes(
     earlier: dict, experiment: Experiment, data: TrainingData, provenance: dict
 ) -> Iterator[str]:
@@ -144,8 +187,8 @@ def describe_changes(
         yield f"changed: {field} was {value}, is now {now}{other}"
     # More epochs move a step back on its schedule.
     step, earlier_steps = facts["step"], facts["total_steps"]
-    last_rate = before.diffusion.rate_of(step - 1, earlier_steps)
-    rate = config.rate_of(step, data.total_steps)
+    last_rate = learning_rate_of(before.diffusion, step - 1, earlier_steps)
+    rate = learning_rate_of(config, step, data.total_steps)
     if rate > 2 * last_rate:
         yield (
             f"warning: the learning rate was {last_rate:.3g} in the last step, of a run of "

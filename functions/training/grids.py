@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from data.batches import batches_of
 from data.pixels import to_model_range
 from functions.details import shrink
 from functions.enlarging import enlarge
 from functions.samplers import SAMPLERS
+from functions.support.processes import batches_of
 from functions.support.random_numbers import image_noise
 from functions.training.run import TrainingRun
 

@@ -32,7 +32,8 @@ from functions.support.command_line import first_look, read_flags, split_words
 from functions.support.device import choose_device
 from functions.support.errors import UserError, printable
 from functions.support.settings import fields_with, setting
-from functions.training.run import TrainingRun
+from functions.training.description import check_changes
+from functions.training.run import TrainingRun, check_choices
 from functions.training.stopping import explain_failed_writes
 
 # It returns an experiment with the fields that flags replace.
@@ -136,6 +137,8 @@ def make_run(
 ) -> TrainingRun:
     """Return a run with the images that its config names, and the network that it describes."""
     config, model = experiment.diffusion, experiment.model
+    # Preparing the images may take minutes, so this comes first.
+    check_choices(config)
     if config.labels and not isinstance(model, ModelConfig):
         raise ConfigError("a network of diffusers gets no label here")
     image_set = load_images(
@@ -168,5 +171,5 @@ def resume_run(folder: Path, name: str | None, read: Read, device: torch.device)
         build_network(saved.model)
     experiment = read(saved)
     # `TrainingRun` checks this, too, but images of another size would be prepared before.
-    saved.check_resumption(experiment)
+    check_changes(saved, experiment)
     return make_run(own_name, experiment, folder.parent, device, checkpoint)

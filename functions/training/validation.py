@@ -2,10 +2,10 @@
 
 import torch
 
-from data.batches import batches_of
 from functions.denoiser import Denoiser
 from functions.losses import denoising_loss, eps_errors
 from functions.support import processes
+from functions.support.processes import batches_of
 from functions.training.data import TrainingData
 from functions.training.metrics import QUARTERS
 from functions.training.run import TrainingRun

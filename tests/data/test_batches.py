@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis.strategies import integers
 from numpy.testing import assert_array_equal, assert_equal
 
-from data.batches import batches_of, epoch_order, gather, indices_of_steps
+from data.batches import epoch_order, gather, indices_of_steps
 from functions.support import processes
 from tests.data.packing import random_pixels
 
@@ -73,7 +73,3 @@ def test_batches_of_a_memory_map_come_in_order_as_copies(tmp_path, device):
         # What is written to a batch reaches no other batch and no file.
         batch.zero_()
     assert_array_equal(mapped, IMAGES)
-
-
-def test_the_last_batch_may_be_smaller():
-    assert batches_of(range(7), 3) == [range(3), range(3, 6), range(6, 7)]
