@@ -133,7 +133,7 @@ def test_ids_that_become_names_beside_an_unreadable_file_are_the_same_images():
     names = [f"{i:05d}.png" for i in range(50)]
     split = split_of(names)
     assert split.differences(split_of(names, range(50)).hashes) == []
-    # The first runs saved no hash of these.
+    # Models that were trained elsewhere have no hash of these.
     assert split.differences({}) == []
     others = split_of(names[1:])
     assert others.differences(split.hashes) == ["trained on other images or in another order"]
