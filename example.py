@@ -9,7 +9,7 @@ noise is turned into a new image, step by step. The comments name the paper's eq
 
 Either writes new images to example.png, and the curve of the loss to example_loss.png. This file
 imports no other file of the repository, so it can be copied and changed. train.py and sample.py do
-the same with the paper's network, checkpoints, mixed precision, several GPUs and many options.
+this with the paper's network, checkpoints, mixed precision, several GPUs and many options.
 """
 
 import copy
@@ -36,8 +36,8 @@ EMA_DECAY = 0.995  # of the moving average of the weights, per step
 
 # Step t multiplies the image by sqrt(alpha), and adds noise of variance beta = 1 - alpha (Eq. 2).
 # The paper has T = 1000, and betas from 1e-4 to 0.02. With 250 steps sampling takes a quarter of
-# the time, and steps are still small enough, as `sample` needs them. The betas are four times as
-# large, so all steps together add as much noise as the paper's.
+# the time, and steps are still small (the comment above `sample` says why they must be). The betas
+# are four times as large, so all steps together add as much noise as the paper's.
 T = 250
 beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
 beta = F.pad(beta, (1, 0))  # (T + 1,): t = 0 is the clean image, where beta is 0
@@ -124,8 +124,9 @@ class UNet(nn.Module):
         widths = (DIMS[0], *DIMS, DIMS[-1])
         self.down = nn.ModuleList(Block(widths[i], widths[i + 1]) for i in range(len(DIMS)))
         self.middle = Block(DIMS[-1], DIMS[-1])
-        # These are listed from large images to small ones, too, and run in reverse. A block gets
-        # widths[i + 2] channels from the next one in the list, or `middle`, and dim from the skip.
+        # These are listed from large images to small ones, too, and run in reverse: block i runs
+        # after block i + 1, the last one after `middle`. It gets the widths[i + 2] channels of
+        # that, and dim channels from the skip.
         self.up = nn.ModuleList(Block(widths[i + 2] + dim, dim) for i, dim in enumerate(DIMS))
         self.last = norm_and_convolution(DIMS[0], 3)
 
