@@ -14,6 +14,7 @@ from torch import nn
 
 from functions.denoiser import OBJECTIVES
 from functions.noise_scheduler import BETA_SCHEDULES, LARGEST_TIMESTEPS, NoiseScheduler
+from functions.optimizers import LR_SCHEDULES, OPTIMIZERS
 from functions.samplers import SAMPLERS
 from functions.support.errors import door
 from functions.support.settings import (
@@ -359,8 +360,8 @@ class DiffusionConfig:
     # Optimisation
 
     # "adam"; or "muon", which moves each weight matrix by the orthogonal factor of its momentum,
-    # and all other parameters as Adam does (OPTIMIZERS in functions/optimizers.py).
-    optimizer: str = setting("adam", fixed=True)
+    # and all other parameters as Adam does.
+    optimizer: str = setting("adam", choices=OPTIMIZERS, fixed=True)
     # Length of the run, in passes over the training images. With --resume RUN and more of them, a
     # finished run trains longer.
     epochs: int = setting(45, at_most=10**6)
@@ -371,8 +372,8 @@ class DiffusionConfig:
     # Steps over which the learning rate rises linearly from 0.
     warmup_steps: int = setting(0, at_least=0)
     # The learning rate after the warm-up: "constant", or "cosine", which falls to 0 along a half
-    # cosine over the whole run (LR_SCHEDULES in functions/optimizers.py).
-    lr_schedule: str = "constant"
+    # cosine over the whole run.
+    lr_schedule: str = setting("constant", choices=LR_SCHEDULES)
     # Decay of the weights' moving average (EMA), per step. 0: no EMA; samples use the raw weights.
     ema_decay: float = setting(0.9999, at_most=0.999999)
     # Precision of the network. "auto" is the fastest that the hardware supports. On CUDA, "float32"
@@ -430,6 +431,11 @@ class DiffusionConfig:
         """The number of images in one step, over all processes."""
         return self.batch_size * self.gradient_accumulation
 
+    def rate_of(self, step: int, total_steps: int) -> float:
+        """Return a step's learning rate: a linear warm-up, times the schedule."""
+        rate = self.learning_rate * min(1.0, (step + 1) / (self.warmup_steps + 1))
+        return rate * LR_SCHEDULES[self.lr_schedule](step, total_steps)
+
 
 def build_scheduler(diffusion: dict) -> NoiseScheduler:
     """Build the schedule of the fields of a `DiffusionConfig`. Those without a value have defaults.
@@ -469,7 +475,7 @@ class ModelConfig(NetworkConfig):
     # dim_multiply.
     lowest_resolution_size: int | None
     # Channels of each level, from the full resolution down, as multiples of base_dim.
-    dim_multiply: tuple[int, ...] = setting(at_most=1024)
+    dim_multiply: tuple[int, ...] = setting(at_most=1024, not_empty=True)
     # Levels with self-attention, which is no transformer; the name is the reference's. Level 0 is
     # the full resolution. The bottleneck always has it.
     transformer_layers: tuple[int, ...] = setting(at_least=0)

@@ -29,7 +29,6 @@ from torch.nn.utils import clip_grad_norm_
 from data.pixels import to_model_range
 from functions.ema import copy_buffers, update_ema
 from functions.losses import denoising_loss
-from functions.optimizers import learning_rate_of
 from functions.support import processes
 from functions.support.command_line import run_script
 from functions.support.processes import batches_of
@@ -113,7 +112,7 @@ def train(run: TrainingRun) -> bool:
 
             # 5: the optimiser's step. If the gradient or a buffer is not finite, weights, moments
             # and buffers stay.
-            rate = learning_rate_of(config, step, run.total_steps)
+            rate = config.rate_of(step, run.total_steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate * (group["initial_lr"] / config.learning_rate)
             scaler.unscale_(optimizer)

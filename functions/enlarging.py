@@ -7,17 +7,19 @@ models that then enlarge them, are called a cascade (Ho et al. 2022, arXiv:2106.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from functions.denoiser import Predictor
-from functions.details import shrink, shrinking, stretch
+from functions.details import shrink, stretch
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import OnStep, dpm_solver_sample
 from functions.timesteps import nearest_timesteps
 
+# It returns images (B, C, H, W) with what is known of them.
+Keep = Callable[[Tensor], Tensor]
 # At this log-SNR noise hides all that the small image lacks.
 FIRST_LOG_SNR = -1.41
 ENLARGING_STEPS = 7
@@ -29,49 +31,11 @@ SMALL_SIZE = 64
 
 
 @dataclass(frozen=True)
-class Known:
-    """What is known of an image (C, H, W), for inpainting at its own size or a smaller one."""
-
-    image: Tensor
-    # Where it is unknown: (H, W) bool.
-    mask: Tensor
-    # From H to the size S at which it is used, (S, H), and back, (H, S); None for H itself.
-    shrink: Tensor | None = None
-    stretch: Tensor | None = None
-
-    def halved(self) -> "Known":
-        """Return the same for half the size, as Lanczos shrinks the image."""
-        size = len(self.mask) if self.shrink is None else len(self.shrink)
-        shrink = shrinking(size // 2).to(self.image)
-        shrink = shrink if self.shrink is None else shrink @ self.shrink
-        return replace(self, shrink=shrink, stretch=torch.linalg.pinv(shrink))
-
-    def at_size(self) -> tuple[Tensor, Tensor]:
-        """Return the image (C, S, S), and the mask (S, S) of pixels that depend on unknown ones."""
-        if self.shrink is None:
-            return self.image, self.mask
-        shrink = self.shrink
-        reach = (shrink != 0).to(shrink)
-        return shrink @ self.image @ shrink.mT, reach @ self.mask.to(shrink) @ reach.mT > 0
-
-    def put_into(self, images: Tensor) -> Tensor:
-        """Return images (B, C, S, S) with what is known in them.
-
-        Pixels that depend on known and unknown ones get the share of the known ones: the images are
-        stretched, get the known pixels there, and are shrunk again.
-        """
-        if self.shrink is None:
-            return torch.where(self.mask, images, self.image)
-        large = torch.where(self.mask, self.stretch @ images @ self.stretch.mT, self.image)
-        return self.shrink @ large @ self.shrink.mT
-
-
-@dataclass(frozen=True)
 class Keeping(Predictor):
-    """A model whose x_0 has what is known of an image."""
+    """A model whose x_0 has what is known of an image, which `keep` puts in: (B, C, H, W)."""
 
     model: Predictor
-    known: Known
+    keep: Keep
 
     @property
     def scheduler(self) -> NoiseScheduler:
@@ -79,7 +43,7 @@ class Keeping(Predictor):
 
     def estimate(self, x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
         """Return x_0 with the known pixels, and its eps."""
-        x_0 = self.known.put_into(self.model.predict(x_t, t)[0])
+        x_0 = self.keep(self.model.predict(x_t, t)[0])
         return x_0, self.scheduler.predict_eps(x_t, t, x_0)
 
 
@@ -87,16 +51,16 @@ def enlarge(
     model: Predictor,
     small: Tensor,
     noise: Callable[[], Tensor],
-    known: Known | None = None,
+    keep: Keep | None = None,
     on_step: OnStep | None = None,
     clip_x_0: bool = True,
 ) -> Tensor:
     """Return images (B, C, 2H, 2W) that shrink to `small` (B, C, H, W), but for clipping.
 
     `model` draws the details of images that it is given as `low`, and `noise()` the next standard
-    normal noise of the large ones, of one for all or of each. All images get the same known pixels.
-    Near the mask's edge they do not shrink exactly to the small ones. Raises ValueError for noise
-    of another size than twice the images'.
+    normal noise of the large ones, of one for all or of each. `keep` puts into large images what is
+    known of them (functions/inpainting.py); beside it they do not shrink exactly to the small ones.
+    Raises ValueError for noise of another size than twice the images'.
     """
     first = noise()
     *batch, height, width = small.shape
@@ -108,11 +72,11 @@ def enlarge(
         )
     times = enlarging_times(model.scheduler, min(height, width))
     start = stretch(small)
-    if known:
-        start = known.put_into(start)
+    if keep:
+        start = keep(start)
     enlarging = Enlarging(model.given(low=small), small)
     return dpm_solver_sample(
-        Keeping(enlarging, known) if known else enlarging,
+        Keeping(enlarging, keep) if keep else enlarging,
         model.scheduler.q_sample(start, times[0], first),
         times,
         eta=1,

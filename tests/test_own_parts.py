@@ -14,11 +14,12 @@ import train
 from config import EXPERIMENTS, ConfigError, Experiment, OwnNetwork
 from data.datasets import hash_inputs
 from data.packed import ImageSet
-from functions.optimizers import OPTIMIZERS, Adam, learning_rate_of
+from functions.optimizers import OPTIMIZERS, Adam
 from functions.saved.loading import load_denoiser
-from functions.saved.run_folder import intact_checkpoint, path_of
+from functions.saved.run_folder import path_of
 from functions.support.errors import CheckpointError
 from functions.training.metrics import read_metrics
+from functions.training.resuming import intact_checkpoint
 from functions.training.run import TrainingRun
 from tests.conftest import CPU, call, during, load_checkpoint, newest, pixels_of, refused, terminate
 from tests.small_training import same
@@ -77,7 +78,7 @@ def test_own_run_with_labels_buffers_and_groups_resumes_and_is_loaded(
     straight = of_run(tmp_path / "straight")
     train.train(straight)
     rates = [group["lr"] for group in straight.optimizer.param_groups]
-    assert rates == pytest.approx([learning_rate_of(straight.config, 5, 6) / n for n in (1, 10)])
+    assert rates == pytest.approx([straight.config.rate_of(5, 6) / n for n in (1, 10)])
     assert "sample from it: load_denoiser" in capsys.readouterr().out
     cut = of_run(tmp_path / "cut")
     with during(3, terminate):

@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from data.decode import fit_image, fit_mask, open_image_file, to_pixels
 from data.pixels import to_model_range, to_uint8
-from functions.enlarging import Keeping, Known, enlarge
+from functions.enlarging import Keeping, enlarge
+from functions.inpainting import Known
 from functions.sampling.generation import (
     Noise,
     Pipeline,
@@ -80,7 +81,7 @@ class DepthFlags(EditFlags):
     """The flags of interpolate and vary."""
 
     # How far the images are noised, as fractions of all timesteps.
-    depths: tuple[float, ...] = setting((0.25, 0.5, 0.75, 1.0), at_most=1)
+    depths: tuple[float, ...] = setting((0.25, 0.5, 0.75, 1.0), at_most=1, not_empty=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +177,7 @@ def inpaint(pipeline: Pipeline, known: Known, resample: int, indices: Sequence[i
     """
     x_0, mask = known.at_size()
     # Of an image that is larger, pixels at the edge of the mask are known in part.
-    keeping = Keeping(given(pipeline, [0]), known)
+    keeping = Keeping(given(pipeline, [0]), known.put_into)
     scheduler = pipeline.scheduler
     # A step leads from timestep t to s.
     steps = list(pairwise(pipeline.times))
@@ -240,10 +241,11 @@ def inpaint_image(
     for _ in pipeline.models.enlargers:
         sizes.insert(0, sizes[0].halved())
     smallest, *larger = sizes
+    keep = [known.put_into for known in larger]
     results = []
     for indices in batches_of(range(count), pipeline.batch_size):
         images = inpaint(pipeline, smallest, resample, indices)
-        images = enlarge_images(pipeline, images, indices, "inpainting details", larger)
+        images = enlarge_images(pipeline, images, indices, "inpainting details", keep)
         results.append(to_uint8(images))
     pixels_left = np.where(mask[..., None], np.uint8(GREY), image)
     return np.concatenate([[image, pixels_left], *results])

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from functions.denoiser import Predictor
-from functions.enlarging import Known, enlarge, enlarging_times
+from functions.enlarging import Keep, enlarge, enlarging_times
 from functions.guidance import Guided, asks_guide
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import SAMPLERS, OnStep
@@ -186,7 +186,7 @@ def enlarge_images(
     images: Tensor,
     indices: Sequence[int],
     purpose: str = "details",
-    known: Sequence[Known | None] = (),
+    keep: Sequence[Keep | None] = (),
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Let the enlargers draw images (B, C, H, W) at twice their size each, on the CPU.
@@ -194,11 +194,11 @@ def enlarge_images(
     Args:
         indices: those of the details' noise; a single one for the same noise in all images.
         purpose: the noise of another purpose is other noise.
-        known: for each enlarger the pixels that it must keep.
+        keep: for each enlarger what puts the known pixels into its images.
     """
     enlargers = pipeline.models.enlargers
-    known = known or [None] * len(enlargers)
-    for k, (model, kept) in enumerate(zip(enlargers, known, strict=True), start=1):
+    keep = keep or [None] * len(enlargers)
+    for k, (model, kept) in enumerate(zip(enlargers, keep, strict=True), start=1):
         noise = image_noise(pipeline.seed, indices, model.shape, model.device, f"{purpose} {k}")
         images = enlarge(model.denoiser, images, noise, kept, on_step, model.clip_x_0)
     return images.cpu()

@@ -14,18 +14,14 @@ The time is in UTC, so that the newest run is the newest in every time zone.
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
-from filelock import Timeout
-
-from functions.saved.checkpoint import Checkpoint, verify_checkpoint
-from functions.support.errors import CheckpointError, UserError, quoted, warn
-from functions.support.files import holding
+from functions.support.errors import CheckpointError, UserError, warn
 from functions.support.settings import check_fields
 
 Result = TypeVar("Result")
@@ -35,9 +31,6 @@ RUN_NAME = re.compile(r"(.+)-(\d{8}-\d{6})")
 RUNS = Path("runs")
 # The names of checkpoints and snapshots have eight digits.
 CHECKPOINT_NAME = re.compile(r"step-\d{8}\.safetensors")
-# A training that is killed while it writes leaves such files in its run folder. The last ones are
-# those of safetensors.
-TRAINING_LEFTOVERS = (".*.tmp", "*/.*.tmp", "*/.tmp*")
 # This recipe comes with the repository, with its models beside it. It is used when there is no run.
 PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained" / "people.toml"
 
@@ -95,24 +88,6 @@ def path_of(run: Path, kind: str, step: int) -> Path:
     return run / kind / f"step-{step:08d}.{extension}"
 
 
-@contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Lock a run for one process, and delete the incomplete files that a kill has left in it.
-
-    Raises UserError when another process has locked it, and OSError when it is read-only.
-    """
-    advice = "do not start another process in it"
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(holding(run / ".lock", advice, timeout=0))
-        except Timeout as error:
-            raise UserError(f"{run}: another process is already training in this folder") from error
-        for pattern in TRAINING_LEFTOVERS:
-            for leftover in filter(Path.is_file, run.glob(pattern)):
-                leftover.unlink()
-        yield
-
-
 def paths_in(folder: Path) -> list[Path]:
     """Return the paths in a folder; none if nothing is there.
 
@@ -133,15 +108,6 @@ def checkpoints_of(run: Path, folder: str = "checkpoints") -> list[Path]:
 def step_of(checkpoint: Path) -> int:
     """Return the step in the name of a checkpoint or a snapshot."""
     return int(checkpoint.stem.removeprefix("step-"))
-
-
-def delete_old(run: Path, last_step: int, count: int) -> None:
-    """Delete checkpoints except the `count` newest."""
-    # Checkpoints after `last_step` are damaged, and the resumed run will overwrite them. So they do
-    # not count as the newest.
-    checkpoints = [path for path in checkpoints_of(run) if step_of(path) <= last_step]
-    for path in checkpoints[:-count]:
-        path.unlink()
 
 
 def runs_of(runs: Path, prefix: str = "") -> list[Path]:
@@ -219,65 +185,3 @@ def first_intact(candidates: Sequence[Path], read: Callable[[Path], Result]) -> 
         except CheckpointError as error:
             warn(f"WARNING: UNUSABLE CHECKPOINT: {error}. Using the one before it: {next_path}")
     return read(candidates[-1])
-
-
-def intact_checkpoint(run: Path) -> Checkpoint:
-    """Open the newest checkpoint whose checksums are right."""
-    return first_intact(find_checkpoints(run), verify_checkpoint)
-
-
-def last_checkpoint(run: Path) -> Path | None:
-    """Return the path of the newest checkpoint whose checksums are right, if there is one."""
-    with suppress(UserError, OSError, MemoryError):
-        return intact_checkpoint(run).path
-    return None
-
-
-def resume_command(run: Path) -> str:
-    """Return the command that continues a run, for messages."""
-    return f"python train.py --resume {quoted(run)}"
-
-
-def run_to_resume(resume: str | None, runs: Path, experiment: str) -> Path | None:
-    """Return the folder of the run to resume, which has a checkpoint; or None to start a new run.
-
-    `resume` is one of these:
-
-        None           a new run
-        "newest"       the newest run of the experiment that has a checkpoint and has not reached
-                       its last step
-        "auto"         the same, or a new run if there is none
-        a run's folder
-
-    Raises UserError when there is no such run, and CheckpointError when no checkpoint of a run can
-    be read.
-    """
-    if resume is None:
-        return None
-    if resume not in ("newest", "auto"):
-        # A user may give a checkpoint file, which is not a run folder.
-        if Path(resume).is_file() or not checkpoints_of(Path(resume)):
-            raise UserError(
-                f"{resume} is not a run folder with a checkpoint; "
-                "`NAME --resume` resumes the newest unfinished run of NAME"
-            )
-        return Path(resume)
-    finished = None
-    for run in reversed(runs_of(runs, experiment)):
-        # Another experiment's name may begin with this one's.
-        if RUN_NAME.fullmatch(run.name)[1] != experiment or not checkpoints_of(run):
-            continue
-        # Tensors of the chosen run alone are read: those of all older ones would take minutes.
-        done = first_intact(find_checkpoints(run), Checkpoint).contents["run"]
-        if done["step"] < done["total_steps"]:
-            return run
-        finished = finished or run
-    problem = f"{runs}: no unfinished run of {experiment!r} with a checkpoint"
-    if finished:
-        problem += (
-            f"; to train a finished one longer: --resume {quoted(finished)} --diffusion.epochs N"
-        )
-    if resume == "newest":
-        raise UserError(f"{problem}; start a new one without --resume")
-    warn(f"WARNING: NOTHING TO RESUME ({problem}). STARTING A NEW RUN.")
-    return None

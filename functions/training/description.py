@@ -12,7 +12,6 @@ from config import ConfigError, DiffusionConfig, Experiment, ModelConfig, build_
 from data.pixels import to_model_range
 from functions.denoiser import Denoiser
 from functions.losses import denoising_loss
-from functions.optimizers import learning_rate_of
 from functions.saved.checkpoint import Checkpoint
 from functions.support import processes
 from functions.support.device import arithmetic
@@ -187,8 +186,8 @@ def describe_changes(
         yield f"changed: {field} was {value}, is now {now}{other}"
     # More epochs move a step back on its schedule.
     step, earlier_steps = facts["step"], facts["total_steps"]
-    last_rate = learning_rate_of(before.diffusion, step - 1, earlier_steps)
-    rate = learning_rate_of(config, step, data.total_steps)
+    last_rate = before.diffusion.rate_of(step - 1, earlier_steps)
+    rate = config.rate_of(step, data.total_steps)
     if rate > 2 * last_rate:
         yield (
             f"warning: the learning rate was {last_rate:.3g} in the last step, of a run of "

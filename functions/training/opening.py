@@ -20,20 +20,20 @@ from config import (
 from data.datasets import load_images
 from functions.saved.checkpoint import Checkpoint
 from functions.saved.loading import open_model
-from functions.saved.run_folder import (
-    PlaceFlags,
-    intact_checkpoint,
-    locked,
-    resume_command,
-    run_to_resume,
-)
+from functions.saved.run_folder import PlaceFlags
 from functions.support import processes
 from functions.support.command_line import first_look, read_flags, split_words
 from functions.support.device import choose_device
 from functions.support.errors import UserError, printable
 from functions.support.settings import fields_with, setting
 from functions.training.description import check_changes
-from functions.training.run import TrainingRun, check_choices
+from functions.training.resuming import (
+    intact_checkpoint,
+    locked,
+    resume_command,
+    run_to_resume,
+)
+from functions.training.run import TrainingRun
 from functions.training.stopping import explain_failed_writes
 
 # It returns an experiment with the fields that flags replace.
@@ -137,8 +137,6 @@ def make_run(
 ) -> TrainingRun:
     """Return a run with the images that its config names, and the network that it describes."""
     config, model = experiment.diffusion, experiment.model
-    # Preparing the images may take minutes, so this comes first.
-    check_choices(config)
     if config.labels and not isinstance(model, ModelConfig):
         raise ConfigError("a network of diffusers gets no label here")
     image_set = load_images(

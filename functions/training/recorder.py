@@ -9,13 +9,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.pixels import to_uint8
-from functions.saved.run_folder import delete_old, last_checkpoint, locked, new_folder
+from functions.saved.run_folder import new_folder
 from functions.support import processes
 from functions.support.errors import UserError, printable
 from functions.support.files import write_text
 from functions.support.pictures import save_grid
 from functions.training.grids import sample_grid
 from functions.training.metrics import MetricsLog, plot_losses
+from functions.training.resuming import delete_old, last_checkpoint, locked
 from functions.training.run import TrainingRun
 from functions.training.stopping import StopSignals, explain_failed_writes
 from functions.training.validation import validate

@@ -1,19 +1,18 @@
 """A training: its network, all that its steps change, and how that is saved and loaded."""
 
 import copy
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from config import ConfigError, DiffusionConfig, Experiment, OwnNetwork, build_scheduler
+from config import ConfigError, Experiment, OwnNetwork, build_scheduler
 from data.datasets import ImageSet
 from data.labels import check_labels
 from functions.denoiser import Denoiser
 from functions.losses import eps_errors
-from functions.optimizers import LR_SCHEDULES, OPTIMIZERS
+from functions.optimizers import OPTIMIZERS
 from functions.saved.checkpoint import (
     Checkpoint,
     SavedModel,
@@ -21,7 +20,7 @@ from functions.saved.checkpoint import (
     copy_tensors,
     write_tensors,
 )
-from functions.saved.run_folder import path_of, resume_command
+from functions.saved.run_folder import path_of
 from functions.support import processes
 from functions.support.device import (
     COMPILED_DEVICES,
@@ -30,11 +29,11 @@ from functions.support.device import (
     set_deterministic,
 )
 from functions.support.errors import printable, quoted
-from functions.support.settings import require
 from functions.training.data import TrainingData
 from functions.training.description import check_resumption, describe, provenance_of
 from functions.training.details import DetailsData
 from functions.training.metrics import TrainingWindow
+from functions.training.resuming import resume_command
 from models.unet import with_other_labels
 
 
@@ -101,7 +100,6 @@ class TrainingRun:
         if config.ema_decay > 0:
             self.ema_model = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.ema_ramp = True
-        check_choices(config)
         optimizer = OPTIMIZERS[config.optimizer]
         self.optimizer = optimizer(self.model, config.learning_rate, precision)
         if not hasattr(self.optimizer, "found_inf"):
@@ -257,13 +255,3 @@ def check_network(network: nn.Module) -> None:
     others = [name for name, value in network.state_dict().items() if not torch.is_tensor(value)]
     if others:
         raise ConfigError(f"{others[0]} of the network is no tensor, and cannot be saved")
-
-
-def check_choices(config: DiffusionConfig) -> None:
-    """Raise ConfigError for an optimiser or a schedule of its rate that is no row of its table.
-
-    The config does not know these tables, because sampling needs none of them.
-    """
-    for name, table in (("optimizer", OPTIMIZERS), ("lr_schedule", LR_SCHEDULES)):
-        value = getattr(config, name)
-        require(name, value, value in table, " or ".join(map(json.dumps, table)))

@@ -9,8 +9,8 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 from pathlib import Path
 from typing import Any, TextIO
 
-from functions.saved.run_folder import last_checkpoint
 from functions.support.errors import WRITE_ERRORS, UserError
+from functions.training.resuming import last_checkpoint
 
 # A second signal within this many seconds counts as the same request. Schedulers signal every
 # process, and torchrun forwards its own signal too, so one request can arrive twice.

@@ -14,8 +14,8 @@ from numpy.testing import assert_array_equal
 
 from data import decode, packed
 from data.decode import fit_square
-from functions.saved.run_folder import locked
 from functions.support.errors import UserError
+from functions.training.resuming import locked
 from tests.conftest import posix, refused
 from tests.data.packing import (
     IMAGES,

@@ -13,7 +13,8 @@ from torch.testing import assert_close
 import edit
 import evaluate
 import sample
-from functions.enlarging import Known, enlarge, enlarging_times
+from functions.enlarging import enlarge, enlarging_times
+from functions.inpainting import Known
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import dpm_solver_sample
 from functions.sampling.generation import enlarge_images, generate
@@ -95,7 +96,7 @@ def test_an_enlargement_keeps_the_known_pixels_exactly():
     known = Known(large, mask)
     small = known.halved().put_into(0.1 * normal(2, 8, 3, 8, 8))
     noise = image_noise(3, range(8), (3, 16, 16), CPU, "image")
-    drawn = enlarge(WHITE, small, noise, known)
+    drawn = enlarge(WHITE, small, noise, known.put_into)
     assert torch.equal(drawn[..., ~mask], large[:, ~mask].expand(8, -1, -1))
     # The others are different in each image, and shrink to the small one but at the border.
     assert (drawn[0] - drawn[1]).abs()[:, mask].mean() > 0.02

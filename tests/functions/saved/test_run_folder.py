@@ -8,8 +8,10 @@ import torch
 
 from functions.saved import checkpoint, run_folder
 from functions.saved.checkpoint import write_tensors
-from functions.saved.run_folder import checkpoints_of, locked, path_of, run_to_resume
+from functions.saved.run_folder import checkpoints_of, path_of
 from functions.support.errors import CheckpointError, UserError
+from functions.training import resuming
+from functions.training.resuming import locked, run_to_resume
 from tests.conftest import linux, posix, refused, rights_of_others
 
 FACES = "faces-20260101-000000"
@@ -40,8 +42,8 @@ def test_the_newest_run_and_its_newest_checkpoint_are_found(tmp_path, capsys):
     assert run_folder.newest_run(tmp_path, "faces") == done
     checkpoints = [path_of(unfinished, "checkpoints", step) for step in (60, 50, 9)]
     assert run_folder.find_checkpoints(unfinished) == checkpoints
-    assert run_folder.last_checkpoint(unfinished) == checkpoints[0]
-    assert run_folder.last_checkpoint(new) is None
+    assert resuming.last_checkpoint(unfinished) == checkpoints[0]
+    assert resuming.last_checkpoint(new) is None
 
     assert run_to_resume("newest", tmp_path, "ffhq-full") == unfinished
     # "ffhq" is no experiment, but a prefix of two.
@@ -66,13 +68,13 @@ def test_a_finished_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_be
     last.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     assert run_to_resume("auto", tmp_path, "faces") is None
     assert run_to_resume(str(run), tmp_path, "faces") == run
-    assert run_folder.intact_checkpoint(run).path == before
+    assert resuming.intact_checkpoint(run).path == before
     capsys.readouterr()
 
     last.write_bytes(whole[:100])
     assert run_to_resume("auto", tmp_path, "faces") == run
     assert capsys.readouterr().err.count(f"WARNING: UNUSABLE CHECKPOINT: {last}") == 1
-    assert run_folder.last_checkpoint(run) == before
+    assert resuming.last_checkpoint(run) == before
     before.write_bytes(b"")
     with refused(f"{before}: the file is truncated", CheckpointError):
         run_to_resume("auto", tmp_path, "faces")
@@ -130,7 +132,7 @@ def test_an_intact_checkpoint_that_cannot_be_read_now_is_not_passed_over(
     with rights_of_others():
         with pytest.raises(error):
             run_to_resume("auto", tmp_path, "faces")
-        assert run_folder.last_checkpoint(run) is None
+        assert resuming.last_checkpoint(run) is None
 
 
 @posix
@@ -159,6 +161,6 @@ def test_a_lock_deletes_what_a_killed_training_left_and_no_more(tmp_path):
 def test_the_newest_checkpoints_are_kept(tmp_path):
     """Those beyond the step that was reached are no reason to delete another."""
     run = make_run(tmp_path, FACES, *range(10, 70, 10))
-    run_folder.delete_old(run, last_step=40, count=2)
+    resuming.delete_old(run, last_step=40, count=2)
     steps = [run_folder.step_of(path) for path in checkpoints_of(run)]
     assert steps == [30, 40, 50, 60]

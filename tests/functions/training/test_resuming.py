@@ -9,9 +9,9 @@ import torch
 
 import train
 from config import ConfigError
-from functions.saved.run_folder import locked
 from functions.training import opening
 from functions.training.metrics import read_metrics
+from functions.training.resuming import locked
 from tests.conftest import HELD_OUT, call, during, newest, posix, refused, terminate
 from tests.kill import assert_same_run
 from tests.small_training import same

@@ -16,7 +16,6 @@ from data.pixels import to_model_range
 from functions.denoiser import Denoiser
 from functions.losses import denoising_loss
 from functions.noise_scheduler import NoiseScheduler
-from functions.optimizers import learning_rate_of
 from functions.saved.loading import load_denoiser
 from functions.support.random_numbers import generator_of, image_noise, seed_of
 from functions.training.data import TrainingData, training_draws
@@ -187,9 +186,9 @@ def test_learning_rate_decays_rotation_stops_for_the_last_tenth_and_labels_are_d
     full = EXPERIMENTS["ffhq-full"].diffusion
     faces = EXPERIMENTS["faces"].diffusion
     rates = {0: 3e-5 / 5001, 2500: 3e-5 * 2501 / 5001, 5000: 3e-5, 10**6 - 1: 3e-5}
-    assert {step: learning_rate_of(full, step, 10**6) for step in rates} == pytest.approx(rates)
+    assert {step: full.rate_of(step, 10**6) for step in rates} == pytest.approx(rates)
     rates = {500: 1e-3, 750: 1e-3 * (1 - math.sqrt(1 / 2))}
-    assert {step: learning_rate_of(faces, step, 1000) for step in rates} == pytest.approx(rates)
+    assert {step: faces.rate_of(step, 1000) for step in rates} == pytest.approx(rates)
 
     # Label 2 stands for none.
     images = SimpleNamespace(label_names=["a", "b"])

@@ -1,0 +1,49 @@
+"""What is known of an image that is inpainted, at its own size and at half of it.
+
+functions/enlarging.py keeps it in what it draws, and functions/sampling/editing.py has the steps.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from functions.details import shrinking
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of an image (C, H, W), for inpainting at its own size or a smaller one."""
+
+    image: Tensor
+    # Where it is unknown: (H, W) bool.
+    mask: Tensor
+    # From H to the size S at which it is used, (S, H), and back, (H, S); None for H itself.
+    shrink: Tensor | None = None
+    stretch: Tensor | None = None
+
+    def halved(self) -> "Known":
+        """Return the same for half the size, as Lanczos shrinks the image."""
+        size = len(self.mask) if self.shrink is None else len(self.shrink)
+        shrink = shrinking(size // 2).to(self.image)
+        shrink = shrink if self.shrink is None else shrink @ self.shrink
+        return replace(self, shrink=shrink, stretch=torch.linalg.pinv(shrink))
+
+    def at_size(self) -> tuple[Tensor, Tensor]:
+        """Return the image (C, S, S), and the mask (S, S) of pixels that depend on unknown ones."""
+        if self.shrink is None:
+            return self.image, self.mask
+        shrink = self.shrink
+        reach = (shrink != 0).to(shrink)
+        return shrink @ self.image @ shrink.mT, reach @ self.mask.to(shrink) @ reach.mT > 0
+
+    def put_into(self, images: Tensor) -> Tensor:
+        """Return images (B, C, S, S) with what is known in them.
+
+        Pixels that depend on known and unknown ones get the share of the known ones: the images are
+        stretched, get the known pixels there, and are shrunk again.
+        """
+        if self.shrink is None:
+            return torch.where(self.mask, images, self.image)
+        large = torch.where(self.mask, self.stretch @ images @ self.stretch.mT, self.image)
+        return self.shrink @ large @ self.shrink.mT
