@@ -16,6 +16,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import NoneType
 
 import numpy as np
 import torch
@@ -34,7 +35,14 @@ from functions.sampling.editing import (
 )
 from functions.sampling.generation import Pipeline, generate, open_pipeline
 from functions.sampling.settings import OF_SAMPLER, SamplingFlags, default_settings, find_run
-from functions.support.command_line import EXIT_BAD_INPUT, read_flags, run_script, split_words
+from functions.support.command_line import (
+    EXIT_BAD_INPUT,
+    read_flags,
+    replaced,
+    run_script,
+    split_words,
+    value_in,
+)
 from functions.support.errors import UserError
 from functions.support.pictures import grid_of
 
@@ -104,8 +112,8 @@ def tab(
         if names:
             # An empty field gives None, or "".
             label, cfg = rest[:2]
-            words = ["--label", *shlex.split(label or ""), "--cfg", cfg or "None"]
-            config = read_flags(config, words)
+            cfg = value_in([float, NoneType])(cfg or "None")
+            config = replaced(config, {"label": shlex.split(label or ""), "cfg": cfg})
         return work(replace(pipeline, config=config, seed=seed or 0), *rest[len(names) :])
 
     return gr.Interface(

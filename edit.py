@@ -35,7 +35,14 @@ from functions.sampling.editing import (
 from functions.sampling.generation import open_pipeline
 from functions.sampling.settings import default_settings, find_run
 from functions.saved.run_folder import PRETRAINED
-from functions.support.command_line import read_flags, read_verb, run_script, split_words
+from functions.support.command_line import (
+    NoFlags,
+    asks_for_help,
+    read_flags,
+    run_script,
+    split_words,
+)
+from functions.support.errors import UserError
 
 # What saves the picture of a verb, its flags, the words before these, and the settings that it has
 # whatever a recipe says
@@ -48,7 +55,7 @@ VERBS = {
 
 def main() -> None:
     """Read the command line, edit the images, and print which file was written."""
-    verb, words = read_verb([*VERBS, "enlarge"], sys.argv[1:], __doc__)
+    verb, words = read_verb()
     if verb == "enlarge":
         (image, model), words = split_words("FILE [MODEL]", words)
         model = model or str(PRETRAINED.with_name("ffhq-details.safetensors"))
@@ -68,6 +75,17 @@ def main() -> None:
     pipeline = open_pipeline(flags)
     print(f"{verb}: {pipeline}")
     save(flags, pipeline)
+
+
+def read_verb() -> tuple[str, list[str]]:
+    """Split off the first word, which must be a verb; print help if it asks for that."""
+    verbs = [*VERBS, "enlarge"]
+    verb, *others = sys.argv[1:] or ["--help"]
+    if verb in verbs:
+        return verb, others
+    if asks_for_help([verb]):
+        read_flags(NoFlags(), [verb], f"{{{','.join(verbs)}}} ...", __doc__)
+    raise UserError(f"the first word must be {' or '.join(verbs)}, and is {verb!r}")
 
 
 if __name__ == "__main__":

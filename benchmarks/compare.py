@@ -38,6 +38,7 @@ from extras.diffusers_network import DiffusersUNet
 from functions.denoiser import Denoiser
 from functions.losses import denoising_loss
 from functions.noise_scheduler import NoiseScheduler
+from functions.saved.run_folder import DeviceFlags
 from functions.support.command_line import read_flags, run_script
 from functions.support.device import (
     choose_device,
@@ -231,7 +232,7 @@ def heading(preset: str, batch: int, rounds: int, device: torch.device) -> str:
 
 
 @dataclass(frozen=True)
-class CompareFlags:
+class CompareFlags(DeviceFlags):
     """The flags of this script."""
 
     # The preset whose network is built.
@@ -240,8 +241,6 @@ class CompareFlags:
     batch: int = 4
     # Turns for each row.
     rounds: int = 5
-    # cpu or cuda; auto is cuda if it exists.
-    device: str = "auto"
 
 
 def main() -> None:

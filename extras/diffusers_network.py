@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from config import NetworkConfig
 from functions.support.errors import UserError
-from functions.support.settings import ConfigError
+from functions.support.settings import ConfigError, setting
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class DiffusersNetwork(NetworkConfig):
     """A network of diffusers, which that library builds (docs/diffusers-models.md)."""
 
     # The arguments of its `UNet2DModel`.
-    unet_2d_model: dict
+    unet_2d_model: dict = setting(no_flag=True)
 
     @property
     def image_size(self) -> int:

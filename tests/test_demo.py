@@ -217,6 +217,8 @@ def test_a_model_with_labels_has_fields_for_them(labelled_pictures, tmp_path, sh
     assert (config.label, config.cfg) == ((), None)
     with refused("cfg is 'much'; it must be a number", ConfigError):
         submit(None, 0, "dpm++", 4, "a", "much")
+    # What looks like a flag is none.
+    assert submit(None, 0, "dpm++", 4, "a --steps 7", "").config.label == ("a", "--steps", "7")
 
     # A value for Cfg puts the guide out, until the field is empty again.
     submit = drawing_tab(open_saved(run, "--sampler dpm++ --steps 4 --label b --guide 5"))

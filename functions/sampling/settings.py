@@ -25,7 +25,7 @@ from functions.timesteps import SPACINGS
 
 # The default weight w of a guide. Samples are garish from 3 on.
 GUIDANCE = 1.5
-# Options of samplers, without values: a sampler has defaults of its own.
+# Options of samplers, as they are without flags: a sampler has defaults of its own.
 OF_SAMPLER = {"spacing": None, "eta": None, "variance": None, "temperature": 1.0}
 
 
@@ -96,13 +96,15 @@ class SamplingConfig:
                 "--temperature 1"
             )
         if self.guidance is not None and self.guide is None:
-            raise ConfigError("--guidance needs a --guide")
+            raise ConfigError("--guidance needs a --guide; add one, or --guidance None")
         if self.cfg is not None and self.guide is not None:
             raise ConfigError(
                 "--cfg and --guide exclude each other: the model without a label guides"
             )
         if self.cfg is not None and not self.label:
-            raise ConfigError("--cfg needs a --label: the model without it guides")
+            raise ConfigError(
+                "--cfg needs a --label: the model without it guides; add one, or --cfg None"
+            )
 
     @property
     def arguments(self) -> dict[str, str | float]:
@@ -157,7 +159,7 @@ def find_run(run: str | None, words: Sequence[str], name_prefix: str = "") -> Pa
 
     Raises CheckpointError when there is no run.
     """
-    if run:
+    if run is not None:
         return Path(run)
     return processes.on_main(newest_run, first_look(PlaceFlags(), words).runs, name_prefix)
 

@@ -36,12 +36,12 @@ OUT_OF_MEMORY = re.compile(
     "(can't|[Cc]annot) allocate memory|not enough memory|out of memory|ALLOC_FAILED|"
     "ALLOCATION_FAILED"
 )
-MEMORY_ADVICE = "use a smaller --batch-size, a smaller model or another device"
+MEMORY_ADVICE = "use a smaller --batch-size, a smaller model or picture, or another device"
 
 
 @dataclass
 class NoFlags:
-    """The flags before a verb."""
+    """No flags but --help."""
 
 
 def run_script(main: Callable[[], None], memory_advice: str = MEMORY_ADVICE) -> None:
@@ -105,18 +105,6 @@ def read_words(usage: str, description: str) -> list[str | None]:
     return words
 
 
-def read_verb(
-    verbs: Sequence[str], words: Sequence[str], description: str
-) -> tuple[str, list[str]]:
-    """Split off the first word, which must be one of these; print help if it asks for that."""
-    verb, *others = words or ["--help"]
-    if verb in verbs:
-        return verb, others
-    if asks_for_help([verb]):
-        read_flags(NoFlags(), [verb], f"{{{','.join(verbs)}}} ...", description)
-    raise UserError(f"the first word must be {' or '.join(verbs)}, and is {verb!r}")
-
-
 def asks_for_help(words: Sequence[str]) -> bool:
     return not {"-h", "--help"}.isdisjoint(words)
 
@@ -144,12 +132,16 @@ def read_flags(
         allow_abbrev=False,
         formatter_class=RawDescriptionHelpFormatter,
     )
-    add_flags(parser, default)
+    flags = add_flags(parser, default)
     given, others = parser.parse_known_args(words)
     if others:
-        close = get_close_matches(others[0], re.findall(r"--[a-z.-]+", parser.format_help()), n=1)
-        meant = f"; is {close[0]} meant?" if close else ""
-        parser.error(f"unrecognized: {shlex.join(others)}{meant}")
+        # What is typed may lack --diffusion, so the last parts are compared.
+        typed = others[0].partition("=")[0].split(".")[-1]
+        close = get_close_matches(typed.lstrip("-"), flags, n=1)
+        advice = f"; is {flags[close[0]]} meant?" if close else ""
+        if not others[0].startswith("-"):
+            advice = "; words come before all flags"
+        parser.error(f"unrecognized: {shlex.join(others)}{advice}")
     return replaced(default, vars(given))
 
 
@@ -160,8 +152,12 @@ def first_look(default: Flags, words: Sequence[str]) -> Flags:
     return replaced(default, vars(parser.parse_known_args(words)[0]))
 
 
-def add_flags(parser: ArgumentParser, default: Any, prefix: str = "") -> None:
-    """Add a flag for each field of a dataclass. One that is not given is not in what is parsed."""
+def add_flags(parser: ArgumentParser, default: Any, prefix: str = "") -> dict[str, str]:
+    """Add a flag for each field of a dataclass, and return them by the last parts of their names.
+
+    A flag that is not given is not in what is parsed.
+    """
+    flags = {}
     source = "".join(
         inspect.getsource(each) for each in type(default).__mro__ if is_dataclass(each)
     )
@@ -171,7 +167,8 @@ def add_flags(parser: ArgumentParser, default: Any, prefix: str = "") -> None:
     for field in fields(default):
         value, marks = getattr(default, field.name), field.metadata
         if is_dataclass(value):
-            add_flags(parser, value, prefix if "flat" in marks else f"{prefix}{field.name}.")
+            inner = prefix if "flat" in marks else f"{prefix}{field.name}."
+            flags |= add_flags(parser, value, inner)
         if is_dataclass(value) or "no_flag" in marks:
             continue
         kinds, choices, is_list = types_of(field)
@@ -185,8 +182,10 @@ def add_flags(parser: ArgumentParser, default: Any, prefix: str = "") -> None:
         if kinds == [bool] and not prefix:
             options = {"action": BooleanOptionalAction}
         shown = shlex.join(map(str, value)) or "none" if isinstance(value, tuple) else value
+        last = field.name.replace("_", "-")
+        flags[last] = f"--{prefix}{last}"
         group.add_argument(
-            f"--{prefix}{field.name.replace('_', '-')}",
+            flags[last],
             *marks.get("also", ()),
             dest=f"{prefix}{field.name}",
             default=SUPPRESS,
@@ -194,6 +193,7 @@ def add_flags(parser: ArgumentParser, default: Any, prefix: str = "") -> None:
             help=f"{helps[field.name]} Default: {shown}.".replace("%", "%%"),
             **options,
         )
+    return flags
 
 
 def value_in(kinds: Sequence[type]) -> Callable[[str], Any]:
@@ -216,7 +216,10 @@ def value_in(kinds: Sequence[type]) -> Callable[[str], Any]:
 
 
 def replaced(default: Flags, given: dict[str, Any], prefix: str = "") -> Flags:
-    """Return a dataclass with the fields that flags of `add_flags` have given."""
+    """Return a dataclass with the fields that flags of `add_flags` have given.
+
+    Fields that a given one `puts_out` become None.
+    """
     changes = {}
     for field in fields(default):
         value = getattr(default, field.name)

@@ -35,6 +35,7 @@ def setting(default: Any = MISSING, **marks: Any) -> Any:
     no_flag: the program sets the value, and not the command line.
     flat: the value is a dataclass whose fields are flags without this field's name.
     also: other names of the flag.
+    not_empty: a list has at least one item.
     metavar: what help shows as the flag's value.
     bare: the value of the flag without one.
     puts_out: fields that become None with a value of the flag, if they have no flag themselves.
@@ -98,6 +99,7 @@ def checked(each: Field, value: Any) -> Any:
         for item in items
     )
     check(fits, f"a list, and each item {wanted}" if is_list else wanted)
+    check(items or "not_empty" not in each.metadata, "a list of one or more")
 
     numbers = [item for item in items if type(item) in (int, float)]
     at_least = each.metadata.get("at_least", int(float not in kinds))

@@ -93,6 +93,8 @@ def test_a_run_of_ones_own_comes_before_the_recipe(recipe, tiny_run, monkeypatch
         ("--sampler=ddpm --steps=9 --eta None", {"sampler": "ddpm", "steps": 9, "eta": None}),
         ("--eta 0 --temperature 1", {"eta": 0.0, "temperature": 1.0}),
         ("--enlarge a b", {"enlarge": ("a", "b")}),
+        # Of a flag that is repeated, the last one counts.
+        ("--enlarge a --enlarge b", {"enlarge": ("b",)}),
         ("--enlarge", {"enlarge": ()}),
         ("--guide ./3 --guidance -1", {"guide": "./3", "guidance": -1.0}),
         ("--guide None --guidance None", {"guide": None, "guidance": None}),
