@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.decode import fit_image, fit_mask
+from data.pictures import fit_image, fit_mask
 from data.pixels import picture_of, to_uint8
 from functions.samplers import SAMPLERS
 from functions.sampling.editing import (

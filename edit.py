@@ -33,8 +33,7 @@ from functions.sampling.editing import (
     save_variations,
 )
 from functions.sampling.generation import open_pipeline
-from functions.sampling.settings import default_settings, find_run
-from functions.saved.run_folder import PRETRAINED
+from functions.sampling.settings import PRETRAINED, default_settings, find_run
 from functions.support.command_line import (
     NoFlags,
     asks_for_help,

@@ -34,6 +34,7 @@ from typing import Any
 import torch
 
 from data.pixels import to_uint8
+from functions.sampling.export import export
 from functions.sampling.generation import (
     Pipeline,
     generate,
@@ -53,7 +54,6 @@ from functions.sampling.samples_folder import (
     save_gif,
 )
 from functions.sampling.settings import SamplingFlags, default_settings, find_run
-from functions.saved.checkpoint import export
 from functions.saved.loading import open_model
 from functions.support import processes
 from functions.support.command_line import read_flags, run_script, split_words

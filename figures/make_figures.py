@@ -33,8 +33,9 @@ from functions.evaluation.training_images import load_and_split
 from functions.noise_scheduler import NoiseScheduler
 from functions.sampling.generation import Pipeline, generate
 from functions.sampling.samples_folder import generate_frames, save_gif
+from functions.sampling.settings import PRETRAINED
 from functions.sampling.strips import save_columns, save_strip
-from functions.saved.run_folder import PRETRAINED, checkpoints_of, step_of
+from functions.saved.run_folder import checkpoints_of, step_of
 from functions.support.command_line import read_words, run_script
 from functions.support.pictures import save_figure, save_grid, save_image
 from functions.support.random_numbers import generator_of

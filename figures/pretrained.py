@@ -33,10 +33,9 @@ from functions.evaluation.fidelity import frechet_distance, training_features
 from functions.evaluation.training_images import load_and_split
 from functions.sampling.generation import Pipeline, generate
 from functions.sampling.models import guide_path
-from functions.sampling.settings import SamplingConfig, read_recipe
+from functions.sampling.settings import PRETRAINED, SamplingConfig, read_recipe
 from functions.saved.checkpoint import SavedModel, load_weights
 from functions.saved.loading import load_denoiser, open_model
-from functions.saved.run_folder import PRETRAINED
 from functions.support.command_line import read_words, run_script
 from functions.support.errors import UserError
 from functions.support.files import write_text

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from config import EXPERIMENTS, build_network
-from data.datasets import ImageSet
+from data.arrays import from_array
 from functions.training.run import TrainingRun
 from tests.conftest import CPU
 
@@ -42,7 +42,7 @@ def training_run(seed: int = 0, **changes) -> TrainingRun:
         norm_groups=1,
         **changes,
     )
-    images = ImageSet.from_array("plain", np.zeros((50, 4, 4, 3), np.uint8))
+    images = from_array("plain", np.zeros((50, 4, 4, 3), np.uint8))
     torch.manual_seed(seed)
     network = build_network(experiment.model)
     run = TrainingRun("faces", experiment, images, network, Path("runs"), CPU)

@@ -13,7 +13,7 @@ from numpy.testing import assert_array_equal
 from PIL import Image
 
 import sample
-from data.decode import fit_image, open_image_file
+from data.pictures import fit_image, open_image_file
 from data.pixels import picture_of, to_uint8
 from edit import InpaintFlags
 from figures.saved_model import open_saved

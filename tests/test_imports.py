@@ -21,8 +21,8 @@ from tests.conftest import ROOT
 MATHEMATICS = {f"functions.{path.stem}" for path in (ROOT / "functions").glob("*.py")}
 # Of the project, the files of a folder import these alone.
 SAVED = MATHEMATICS | {"config", "models", "extras", "functions.support", "functions.saved"}
-SAMPLING = SAVED | {f"data.{name}" for name in ("batches", "decode", "labels", "pixels")}
-SAMPLING |= {"functions.sampling"}
+SAMPLING = SAVED | {f"data.{name}" for name in ("batches", "decode", "labels", "pictures")}
+SAMPLING |= {"data.pixels", "functions.sampling"}
 TRAINING = SAVED | {"data", "functions.training"}
 MAY_IMPORT = {
     "config.py": {
@@ -61,6 +61,8 @@ OUTSIDE = (
     "edit.py",
     "evaluate.py",
     "demo.py",
+    "data/arrays",
+    "data/pictures",
     "functions/evaluation",
     "functions/sampling/editing",
     "functions/sampling/strips",

@@ -12,8 +12,8 @@ from torch import nn
 import sample
 import train
 from config import EXPERIMENTS, ConfigError, Experiment, OwnNetwork
+from data.arrays import from_array
 from data.datasets import hash_inputs
-from data.packed import ImageSet
 from functions.optimizers import OPTIMIZERS, Adam
 from functions.saved.loading import load_denoiser
 from functions.saved.run_folder import path_of
@@ -48,7 +48,7 @@ class Normed(nn.Module):
 def own_images(pixels=PIXELS, label_count=2, **inputs):
     """Return random images with labels, and with other inputs."""
     inputs["label"] = np.arange(60) % label_count
-    return ImageSet.from_array("mine", pixels, inputs=inputs, label_names=("a", "b"))
+    return from_array("mine", pixels, inputs=inputs, label_names=("a", "b"))
 
 
 def own_run(folder, network=None, images=None, checkpoint=None, **changes):
@@ -139,7 +139,7 @@ class Plain(nn.Module):
         return self.last(self.norm(self.first(x_t)).relu())
 
 
-PLAIN = ImageSet.from_array("mine", PIXELS)
+PLAIN = from_array("mine", PIXELS)
 
 
 def test_an_output_of_another_shape_is_an_error_and_not_broadcast(tmp_path):
@@ -241,7 +241,7 @@ def test_images_of_other_channels_are_trained_and_their_first_ones_shown(channel
         def forward(self, x_t, t):
             return super().forward(x_t)
 
-    images = ImageSet.from_array("mine", PIXELS[..., [0, 1, 2, 0][:channels]])
+    images = from_array("mine", PIXELS[..., [0, 1, 2, 0][:channels]])
     run = own_run(tmp_path, Bare(channels, channels, 1), images)
     assert train.train(run)
     grid = pixels_of(run.folder / "samples" / "step-00000003.png")
@@ -249,7 +249,7 @@ def test_images_of_other_channels_are_trained_and_their_first_ones_shown(channel
 
 
 def test_what_does_not_fit_is_refused(tmp_path):
-    of_array = partial(ImageSet.from_array, "mine")
+    of_array = partial(from_array, "mine")
     for pixels in (PIXELS / 255, PIXELS[:, 1:]):
         with refused(r"they must be uint8 \(N, S, S, C\)", ValueError):
             of_array(pixels)
@@ -271,5 +271,5 @@ def test_inputs_of_other_values_or_dtypes_have_another_hash():
     """The hash is that of their bytes, and not of a text of each number."""
     numbers = PIXELS.astype(np.float32)
     others = numbers, numbers + 1, numbers.astype(np.float64), numbers.reshape(60, -1)
-    hashes = {hash_inputs(ImageSet.from_array("mine", PIXELS, inputs={"n": n})) for n in others}
+    hashes = {hash_inputs(from_array("mine", PIXELS, inputs={"n": n})) for n in others}
     assert len(hashes) == 4

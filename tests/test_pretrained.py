@@ -15,11 +15,11 @@ from data import datasets
 from data.pixels import to_uint8
 from figures import pretrained
 from figures.saved_model import GUIDE_STEPS, GUIDED, open_saved
+from functions.sampling import settings
 from functions.sampling.generation import generate
-from functions.sampling.settings import read_recipe
-from functions.saved import run_folder
+from functions.sampling.settings import PRETRAINED, newest_run, read_recipe
 from functions.saved.checkpoint import load_weights
-from functions.saved.run_folder import PRETRAINED, checkpoints_of, newest_run
+from functions.saved.run_folder import checkpoints_of
 from tests.conftest import ROOT, call, only_in, pixels_of, refused
 
 
@@ -30,7 +30,7 @@ def test_only_sampling_works_without_the_photos(tiny_run, tmp_path, monkeypatch,
     shutil.copytree(tiny_run, "runs/faces-20260101-120000")
     recipe = tmp_path / "people.toml"
     recipe.write_text(f"model = {str(tiny_run)!r}")
-    monkeypatch.setattr(run_folder, "PRETRAINED", recipe)
+    monkeypatch.setattr(settings, "PRETRAINED", recipe)
     call(sampleFFHQ, "--steps 3")
     printed = capsys.readouterr().out
     assert "runs: no run of an experiment ffhq* with a checkpoint here yet; using pre" in printed

@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data.datasets import ImageSet, Split, load_images, split_images
-from data.decode import open_image_file, to_pixels
+from data.decode import to_pixels
+from data.pictures import open_image_file
 from data.pixels import to_model_range
 from functions.sampling.samples_folder import MANIFEST, image_indices, image_path
 from functions.support.errors import UserError

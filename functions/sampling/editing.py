@@ -25,7 +25,8 @@ from PIL import ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from data.decode import fit_image, fit_mask, open_image_file, to_pixels
+from data.decode import to_pixels
+from data.pictures import fit_image, fit_mask, open_image_file
 from data.pixels import to_model_range, to_uint8
 from functions.enlarging import Keeping, enlarge
 from functions.inpainting import Known

@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import Literal
 
 from functions.samplers import SAMPLERS, VARIANCES
-from functions.saved.run_folder import PlaceFlags, is_recipe, newest_run
+from functions.saved.run_folder import RUNS, PlaceFlags, checkpoints_of, is_recipe, runs_of
 from functions.support import processes
 from functions.support.command_line import first_look
 from functions.support.device import DTYPES
-from functions.support.errors import UserError, printable
+from functions.support.errors import CheckpointError, UserError, printable
 from functions.support.files import check_file
 from functions.support.settings import ConfigError, check_fields, from_fields, setting
 from functions.timesteps import SPACINGS
 
+# This recipe comes with the repository, with its models beside it. It is used when there is no run.
+PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained" / "people.toml"
 # The default weight w of a guide. Samples are garish from 3 on.
 GUIDANCE = 1.5
 # Options of samplers, as they are without flags: a sampler has defaults of its own.
@@ -116,6 +118,28 @@ class SamplingConfig:
     @property
     def guide_weight(self) -> float:
         return GUIDANCE if self.guidance is None else self.guidance
+
+
+def newest_run(runs: Path, prefix: str = "") -> Path:
+    """Return the newest run that has a checkpoint.
+
+    If no run has one, return the recipe PRETRAINED, and print so; but not for a folder of runs that
+    the user names. Then raise CheckpointError.
+    """
+    for run in reversed(runs_of(runs, prefix)):
+        if checkpoints_of(run):
+            return run
+    target = f"run of an experiment {prefix}*" if prefix else "run"
+    problem = f"{runs}: no {target} with a checkpoint here yet"
+    if PRETRAINED.exists() and runs == RUNS:
+        # Without a prefix, the preset that trains in minutes is meant.
+        command = f"train.py {prefix}-64" if prefix else "train.py"
+        print(
+            f"{problem}; using pretrained/{PRETRAINED.name}, which comes with the repository "
+            f"(train your own: python {command})"
+        )
+        return PRETRAINED
+    raise CheckpointError(f"{problem}; train one first, or name a checkpoint")
 
 
 def read_recipe(path: Path) -> SamplingConfig:

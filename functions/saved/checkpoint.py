@@ -27,7 +27,7 @@ from torch import Tensor
 
 from config import NetworkConfig, build_scheduler, model_from
 from functions.noise_scheduler import NoiseScheduler
-from functions.support.errors import CheckpointError, UserError, door, printable
+from functions.support.errors import CheckpointError, printable
 from functions.support.files import check_file, parse_json, replacing, sha256
 
 FORMAT = "ddpm-faces checkpoint 4"
@@ -207,29 +207,6 @@ def load_weights(path: Path) -> SavedModel:
     config = file.contents["config"]
     digest = model_digest(config, file.digests[part])
     return SavedModel(path, weights, kind, config, file.contents["run"], digest)
-
-
-def export(saved: SavedModel, path: Path) -> None:
-    """Write a model as a .safetensors file, which sample.py reads, or as a folder for diffusers.
-
-    Raises UserError for a path that exists or has another extension, and CheckpointError for a
-    model that diffusers does not have.
-    """
-    if path.exists():
-        raise UserError(f"{path} exists, and --export does not overwrite")
-    if path.suffix == ".safetensors":
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # The file can be published. Dtype and identity of the weights stay.
-        contents = {"config": saved.config, "run": saved.provenance}
-        write_tensors(path, {saved.part: saved.weights}, contents)
-        return
-    if path.suffix:
-        raise UserError(
-            f"{path}: --export needs NAME.safetensors, or NAME without an extension for a folder"
-        )
-    with door("a folder for diffusers"):
-        from extras.diffusers_folder import write_folder
-    write_folder(saved, path)
 
 
 def model_digest(config: dict, weights_digest: str) -> str:

@@ -31,8 +31,6 @@ RUN_NAME = re.compile(r"(.+)-(\d{8}-\d{6})")
 RUNS = Path("runs")
 # The names of checkpoints and snapshots have eight digits.
 CHECKPOINT_NAME = re.compile(r"step-\d{8}\.safetensors")
-# This recipe comes with the repository, with its models beside it. It is used when there is no run.
-PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained" / "people.toml"
 
 
 @dataclass(frozen=True)
@@ -118,28 +116,6 @@ def runs_of(runs: Path, prefix: str = "") -> list[Path]:
         if RUN_NAME.fullmatch(path.name) and path.name.startswith(prefix)
     ]
     return sorted(folders, key=lambda path: (RUN_NAME.fullmatch(path.name)[2], path))
-
-
-def newest_run(runs: Path, prefix: str = "") -> Path:
-    """Return the newest run that has a checkpoint.
-
-    If no run has one, return the recipe PRETRAINED, and print so; but not for a folder of runs that
-    the user names. Then raise CheckpointError.
-    """
-    for run in reversed(runs_of(runs, prefix)):
-        if checkpoints_of(run):
-            return run
-    target = f"run of an experiment {prefix}*" if prefix else "run"
-    problem = f"{runs}: no {target} with a checkpoint here yet"
-    if PRETRAINED.exists() and runs == RUNS:
-        # Without a prefix, the preset that trains in minutes is meant.
-        command = f"train.py {prefix}-64" if prefix else "train.py"
-        print(
-            f"{problem}; using pretrained/{PRETRAINED.name}, which comes with the repository "
-            f"(train your own: python {command})"
-        )
-        return PRETRAINED
-    raise CheckpointError(f"{problem}; train one first, or name a checkpoint")
 
 
 def is_recipe(path: Path) -> bool:

@@ -21,9 +21,9 @@ from config import ConfigError, ModelConfig, build_network
 from extras.diffusers_folder import copy_weights, network_fields
 from extras.diffusers_network import DiffusersUNet
 from functions.denoiser import OBJECTIVES
+from functions.sampling.export import export
 from functions.sampling.generation import generate, open_pipeline
 from functions.sampling.settings import SamplingConfig, SamplingFlags
-from functions.saved.checkpoint import export
 from functions.saved.loading import load_denoiser, load_model
 from functions.support.errors import CheckpointError
 from functions.support.random_numbers import seed_of

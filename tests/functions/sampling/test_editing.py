@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 import edit
 import sample
-from data.decode import fit_image, open_image_file
+from data.pictures import fit_image, open_image_file
 from functions.inpainting import Known
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import ddpm_sample

@@ -10,9 +10,9 @@ from PIL import Image, ImageSequence
 
 import edit
 import evaluate
+import functions.sampling.settings
 import sample
 from functions.sampling.settings import SamplingFlags, default_settings
-from functions.saved import run_folder
 from functions.saved.run_folder import checkpoints_of
 from functions.support.command_line import read_flags
 from tests.conftest import call, pixels_of, refused
@@ -63,7 +63,7 @@ def test_a_recipe_draws_what_its_flags_draw(recipe, monkeypatch):
         assert (by_recipe / name).read_bytes() == (by_flags / name).read_bytes()
 
     # Samples of the recipe in the box go into the working directory, under its name.
-    monkeypatch.setattr(run_folder, "PRETRAINED", recipe)
+    monkeypatch.setattr(functions.sampling.settings, "PRETRAINED", recipe)
     call(sample, FEW, "--gif")
     [of_the_box] = Path("samples").glob("people-*/grid.png")
     assert of_the_box.read_bytes() == (by_flags / "grid.png").read_bytes()
@@ -77,7 +77,7 @@ def test_a_recipe_draws_what_its_flags_draw(recipe, monkeypatch):
 
 def test_a_run_of_ones_own_comes_before_the_recipe(recipe, tiny_run, monkeypatch, capsys):
     """It is drawn by Algorithm 2 over all timesteps."""
-    monkeypatch.setattr(run_folder, "PRETRAINED", recipe)
+    monkeypatch.setattr(functions.sampling.settings, "PRETRAINED", recipe)
     shutil.copytree(tiny_run, Path("runs") / tiny_run.name)
     call(sample, "--device cpu --n 1")
     printed = capsys.readouterr().out
@@ -132,7 +132,7 @@ def test_edits_use_what_has_a_meaning_for_them(command, settings, recipe, monkey
 def test_export_and_evaluation_use_the_model_alone(recipe, monkeypatch, capsys):
     """Without a run, it is evaluated, too."""
     call(sample, recipe, "--export exported.safetensors")
-    monkeypatch.setattr(run_folder, "PRETRAINED", recipe)
+    monkeypatch.setattr(functions.sampling.settings, "PRETRAINED", recipe)
     call(evaluate, "--images 2 --t-stride 100 --device cpu")
     assert [*Path("evaluation").glob("model-bpd-*.json")]
     printed = capsys.readouterr().out

@@ -6,9 +6,9 @@ import pytest
 import safetensors.torch
 import torch
 
+from functions.sampling.export import export
 from functions.saved.checkpoint import (
     Checkpoint,
-    export,
     load_weights,
     verify_checkpoint,
     write_tensors,

@@ -6,6 +6,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from functions.sampling.settings import newest_run
 from functions.saved import checkpoint, run_folder
 from functions.saved.checkpoint import write_tensors
 from functions.saved.run_folder import checkpoints_of, path_of
@@ -38,8 +39,8 @@ def test_the_newest_run_and_its_newest_checkpoint_are_found(tmp_path, capsys):
     new = make_run(tmp_path, "faces-20260103-000000")
     (tmp_path / "notes").mkdir()
 
-    assert run_folder.newest_run(tmp_path) == unfinished
-    assert run_folder.newest_run(tmp_path, "faces") == done
+    assert newest_run(tmp_path) == unfinished
+    assert newest_run(tmp_path, "faces") == done
     checkpoints = [path_of(unfinished, "checkpoints", step) for step in (60, 50, 9)]
     assert run_folder.find_checkpoints(unfinished) == checkpoints
     assert resuming.last_checkpoint(unfinished) == checkpoints[0]
@@ -54,7 +55,7 @@ def test_the_newest_run_and_its_newest_checkpoint_are_found(tmp_path, capsys):
         run_to_resume("newest", tmp_path, "faces")
 
     with refused("no run", CheckpointError):
-        run_folder.newest_run(tmp_path / "missing")
+        newest_run(tmp_path / "missing")
 
 
 def test_a_finished_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before(

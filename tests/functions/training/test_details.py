@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 import train
 from config import EXPERIMENTS, ConfigError, build_scheduler
-from data.datasets import ImageSet
+from data.arrays import from_array
 from data.pixels import to_model_range
 from functions.denoiser import Denoiser
 from functions.training import details
@@ -41,7 +41,7 @@ def data_of(**changes) -> DetailsData:
     )
     size = experiment.model.image_size
     images = np.random.default_rng(0).integers(0, 256, (200, size, size, 3), np.uint8)
-    return DetailsData(experiment, ImageSet.from_array("noise", images), CPU)
+    return DetailsData(experiment, from_array("noise", images), CPU)
 
 
 def test_a_piece_is_the_shrunk_image_or_a_part_of_it_at_a_multiple_of_8():
