@@ -69,8 +69,6 @@ def to_pixels(image: Image.Image, channels: int) -> np.ndarray:
         # 65535 / 255 = 257 and rounded to the nearest level.
         values = np.asarray(image, np.int32)
         levels = (values + 128) // 257
-        # One value can stand for what is transparent.
-        levels[values == image.info.get("transparency")] = 255
         return np.repeat(np.uint8(levels)[..., None], channels, axis=2)
 
     if image.has_transparency_data:

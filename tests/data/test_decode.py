@@ -34,11 +34,6 @@ FORMS = {
         np.round(GREY_16[..., None] / 65535 * 255),
         0,
     ),
-    "16-bit grey with a transparent value": (
-        encoded(GREY_16, transparency=300),
-        np.where(GREY_16 == 300, 255, np.round(GREY_16 / 65535 * 255))[..., None],
-        0,
-    ),
     "transparent palette": (
         encoded(PALETTE, transparency=0),
         [[[200, 100, 50], [255, 255, 255]]],
