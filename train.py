@@ -23,11 +23,10 @@ import sys
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from data.pixels import to_model_range
-from functions.ema import copy_buffers, update_ema
+from functions.ema import update_ema
 from functions.losses import denoising_loss
 from functions.support import processes
 from functions.support.command_line import run_script
@@ -73,9 +72,11 @@ def train(run: TrainingRun) -> bool:
     denoiser = replace(run.denoiser, network=train_network)
     # Listing the parameters takes as long as launching some kernels, so it is done once.
     parameters = list(run.model.parameters())
-    ema_parameters = list(run.ema_model.parameters()) if run.ema_model else []
-    # Each forward pass changes buffers, such as a batch norm's means. Our own network has none.
-    has_buffers = any(True for _ in run.model.buffers())
+    ema_parameters = buffers = []
+    if run.ema_model:
+        ema_parameters = list(run.ema_model.parameters())
+        # What no gradient changes, such as a batch norm's means; our own network has none.
+        buffers = list(zip(run.ema_model.buffers(), run.model.buffers(), strict=True))
     max_norm = config.clip_grad_norm or math.inf
 
     batches = run.data.batches(range(run.step, run.total_steps))
@@ -86,7 +87,6 @@ def train(run: TrainingRun) -> bool:
             # All random numbers of a step follow from the seed and the step.
             step = run.step
             draws = run.data.draw(step)
-            buffers = [each.clone() for each in run.model.buffers()] if has_buffers else []
             # 2: images x_0 of this process, in [-1, 1], and what else the network gets, if anything
             images, inputs = next(batches)
             fraction_done = step / run.total_steps
@@ -110,23 +110,20 @@ def train(run: TrainingRun) -> bool:
                     scaler.scale(mean).backward()
                 losses.append(loss.detach())
 
-            # 5: the optimiser's step. If the gradient or a buffer is not finite, weights, moments
-            # and buffers stay.
-            rate = config.rate_of(step, run.total_steps)
+            # 5: the optimiser's step. If the gradient is not finite, weights and moments stay.
             for group in optimizer.param_groups:
-                group["lr"] = rate * (group["initial_lr"] / config.learning_rate)
+                group["lr"] = config.rate_of(step, run.total_steps)
             scaler.unscale_(optimizer)
             grad_norm = clip_grad_norm_(parameters, max_norm)
-            optimizer.found_inf = found_inf(grad_norm, run.model, buffers)
-            restore_buffers(run.model, buffers, optimizer.found_inf)
+            optimizer.found_inf = (~grad_norm.isfinite()).float()  # () 1 or 0; no host waits
             optimizer.step()
             scaler.update()
             # Those of parameters that an optimizer of one's own does not move, too
             run.model.zero_grad()
             if run.ema_model:
                 update_ema(ema_parameters, parameters, step, config.ema_decay, run.ema_ramp)
-                if has_buffers:
-                    copy_buffers(run.ema_model, run.model)
+                for average, buffer in buffers:
+                    average.copy_(buffer)
 
             # Here everything that is due is written: rows of metrics, validations, snapshots,
             # samples, checkpoints. A signal stops the run.
@@ -134,30 +131,6 @@ def train(run: TrainingRun) -> bool:
                 return False
             # 6: until the last step
     return True
-
-
-@torch.no_grad()
-def found_inf(grad_norm: Tensor, network: nn.Module, before: list[Tensor]) -> Tensor:
-    """Return 1.0 if a step is to be skipped, else 0.0, the same in all processes: ().
-
-    It is skipped if the norm of the gradient () is not finite, or if a number in a buffer, such as
-    a batch norm's mean, no longer is as it was `before`. No host waits for its device.
-    """
-    skipped = ~grad_norm.isfinite()
-    if not before:
-        return skipped.float()
-    # Some are infinite from the start, such as a mask.
-    for old, buffer in zip(before, network.buffers(), strict=True):
-        skipped = skipped | (old.isfinite() & ~buffer.isfinite()).any()
-    # All processes have the same gradient, but each has its own buffers.
-    return (processes.all_reduce(skipped.float()) > 0).float()
-
-
-@torch.no_grad()
-def restore_buffers(network: nn.Module, before: list[Tensor], skipped: Tensor) -> None:
-    """Give the buffers of a network the values `before` the step if it was skipped () > 0."""
-    for old, buffer in zip(before, network.buffers(), strict=True):
-        buffer.copy_(torch.where(skipped > 0, old, buffer))
 
 
 if __name__ == "__main__":

@@ -35,9 +35,16 @@ def from_array(
         label = inputs["label"]
         if label.ndim != 1 or label.dtype.kind not in "iu":
             raise ValueError(f"labels are {label.dtype} {label.shape}; they must be integers (N,)")
+        if not {*label.tolist()} <= {*range(len(label_names))}:
+            raise ValueError("labels must be indices of label_names")
         # PyTorch looks up no index of another dtype.
         inputs["label"] = label.astype(np.int64)
-    pixels_hash = hashlib.sha256(np.ascontiguousarray(images)).hexdigest()[:16]
+    # A run goes on only with the same numbers. Labels have a hash of their own.
+    digest = hashlib.sha256(np.ascontiguousarray(images))
+    for key, values in sorted(inputs.items()):
+        if key != "label":
+            digest.update(f"{key} {values.dtype} {values.shape}".encode())
+            digest.update(np.ascontiguousarray(values))
     summary = f"{name}: {len(images):,} images at {images.shape[1]}x{images.shape[2]}"
     return ImageSet(
         name,
@@ -45,7 +52,7 @@ def from_array(
         ids=names,
         names=names,
         rule="name",
-        pixels_hash=pixels_hash,
+        pixels_hash=digest.hexdigest()[:16],
         summary=summary,
         inputs=inputs,
         label_names=[*label_names],

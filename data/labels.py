@@ -3,7 +3,6 @@
 The network gets it as its argument `label`, and the length of the list stands for no label.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from math import inf
 
@@ -37,9 +36,6 @@ def read_labels(
     label = np.array([indices[name] for name in labels])
     counts = sorted(np.bincount(label))
     summary = f"{len(names)} labels of {counts[0]:,} to {counts[-1]:,} images"
-    folded = Counter(map(str.casefold, names))
-    if alike := [name for name in names if folded[name.casefold()] > 1]:
-        summary += f"; warning: labels differ in case alone: {printable(', '.join(alike))}"
     return label, names, summary
 
 
@@ -48,8 +44,6 @@ def check_labels(
 ) -> None:
     """Raise UserError for labels (N,) that a run cannot learn from images with these indices."""
     dataset = printable(dataset_name)
-    if not {*label.tolist()} <= {*range(len(names))}:
-        raise UserError(f"{dataset}: labels must be indices of label_names")
     unseen = [name for index, name in enumerate(names) if index not in label[trained]]
     if unseen:
         raise UserError(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @torch.no_grad()
@@ -27,10 +27,3 @@ def update_ema(
     if ramp:
         decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(averages, parameters, 1 - decay)
-
-
-@torch.no_grad()
-def copy_buffers(average: nn.Module, network: nn.Module) -> None:
-    """Copy what no gradient changes, such as a batch norm's means. Our own network has none."""
-    for own, buffer in zip(average.buffers(), network.buffers(), strict=True):
-        own.copy_(buffer)

@@ -34,14 +34,12 @@ class Adam(torch.optim.Adam):
 
     If the tensor `found_inf` is 1, a step of fused Adam changes nothing, and no host waits to know.
     `state` exists from the start, so that a checkpoint can be loaded before the first step.
-    `parameters` may be groups, as PyTorch has them, each with a learning rate of its own.
     """
 
-    def __init__(self, parameters: Iterable[Tensor | dict], lr: float):
+    def __init__(self, parameters: Iterable[Tensor], lr: float):
         super().__init__(parameters, lr=lr, fused=True)
-        for group in self.param_groups:
-            for p in group["params"]:
-                self.state[p] = self.new_state(p)
+        for p in self.param_groups[0]["params"]:
+            self.state[p] = self.new_state(p)
         self.found_inf = torch.zeros((), device=p.device)
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
@@ -74,7 +72,7 @@ class Muon(Adam):
 
     def __init__(
         self,
-        parameters: Iterable[Tensor | dict],
+        parameters: Iterable[Tensor],
         lr: float,
         precision: torch.dtype,
         tables: Iterable[Tensor] = (),
@@ -97,28 +95,28 @@ class Muon(Adam):
         """Make one step. For the matrices it waits for no device."""
         gradients = {}
         stacks = defaultdict(list)
-        for i, group in enumerate(self.param_groups):
-            for p in group["params"]:
-                if self.is_matrix(p) and p.grad is not None:
-                    gradients[p] = p.grad
-                    stacks[i, p.shape].append(p)
-                    # Adam leaves a parameter that has no gradient as it is.
-                    p.grad = None
+        for p in self.param_groups[0]["params"]:
+            if self.is_matrix(p) and p.grad is not None:
+                gradients[p] = p.grad
+                stacks[p.shape].append(p)
+                # Adam leaves a parameter that has no gradient as it is.
+                p.grad = None
         super().step()
         for p, gradient in gradients.items():
             p.grad = gradient
         skipped = self.found_inf > 0
         # Matrices of equal shape are multiplied together: on a CPU as many as its cache may hold,
         # on a GPU all, because launching kernels takes longer there than computing.
-        for (i, _), weights in stacks.items():
+        for weights in stacks.values():
             count = len(weights)
             if weights[0].device.type == "cpu":
                 count = max(1, CPU_STACK // weights[0].numel())
             for start in range(0, len(weights), count):
-                self.move(weights[start : start + count], self.param_groups[i], skipped)
+                self.move(weights[start : start + count], skipped)
 
-    def move(self, weights: list[Tensor], group: dict, skipped: Tensor) -> None:
-        """Make one step of N weights of equal shape and one group, unless `skipped` () is true."""
+    def move(self, weights: list[Tensor], skipped: Tensor) -> None:
+        """Make one step of N weights of equal shape, unless `skipped` () is true."""
+        group = self.param_groups[0]
         # Channels come last, as in memory: (N, out, k, k, in). The columns of the factors have the
         # same order.
         momenta = [self.state[p]["exp_avg"].movedim(1, -1) for p in weights]

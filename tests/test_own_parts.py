@@ -13,12 +13,10 @@ import sample
 import train
 from config import EXPERIMENTS, ConfigError, Experiment, OwnNetwork
 from data.arrays import from_array
-from data.datasets import hash_inputs
 from functions.optimizers import OPTIMIZERS, Adam
 from functions.saved.loading import load_denoiser
 from functions.saved.run_folder import path_of
 from functions.support.errors import CheckpointError
-from functions.training.metrics import read_metrics
 from functions.training.resuming import intact_checkpoint
 from functions.training.run import TrainingRun
 from tests.conftest import CPU, call, during, load_checkpoint, newest, pixels_of, refused, terminate
@@ -63,28 +61,16 @@ def own_run(folder, network=None, images=None, checkpoint=None, **changes):
     return TrainingRun("mine", experiment, images, network, folder, CPU, checkpoint)
 
 
-def two_groups(network, lr, precision):
-    """Return Adam whose second group of parameters has a tenth of the learning rate."""
-    first, *others = network.parameters()
-    return Adam([{"params": [first]}, {"params": others, "lr": lr / 10}], lr)
-
-
-def test_own_run_with_labels_buffers_and_groups_resumes_and_is_loaded(
-    tmp_path, capsys, monkeypatch
-):
+def test_own_run_with_labels_and_buffers_resumes_and_is_loaded(tmp_path, capsys):
     """A resumed run equals an uninterrupted one, and what is loaded draws with the averages."""
-    monkeypatch.setitem(OPTIMIZERS, "two groups", two_groups)
-    of_run = partial(own_run, optimizer="two groups")
-    straight = of_run(tmp_path / "straight")
+    straight = own_run(tmp_path / "straight")
     train.train(straight)
-    rates = [group["lr"] for group in straight.optimizer.param_groups]
-    assert rates == pytest.approx([straight.config.rate_of(5, 6) / n for n in (1, 10)])
     assert "sample from it: load_denoiser" in capsys.readouterr().out
-    cut = of_run(tmp_path / "cut")
+    cut = own_run(tmp_path / "cut")
     with during(3, terminate):
         assert not train.train(cut)
     assert f"continue with: a TrainingRun of {cut.folder} (docs" in capsys.readouterr().out
-    resumed = of_run(tmp_path / "cut", checkpoint=intact_checkpoint(cut.folder))
+    resumed = own_run(tmp_path / "cut", checkpoint=intact_checkpoint(cut.folder))
     assert resumed.step == 3
     train.train(resumed)
     saved = newest(straight.folder)
@@ -97,32 +83,6 @@ def test_own_run_with_labels_buffers_and_groups_resumes_and_is_loaded(
     for error, script, flags in ((CheckpointError, sample, ""), (ConfigError, train, "--resume")):
         with refused("its network, 'Normed', is not built by a config", error):
             call(script, flags, straight.folder)
-
-
-def test_skipped_step_leaves_buffers_and_their_copies(tmp_path, monkeypatch):
-    """The gradient of the third step is spoilt; that of the fifth is finite, but a buffer is not.
-
-    The third one's buffers are finite, but no longer as they were.
-    """
-    run = own_run(tmp_path, checkpoint_every=1, keep_checkpoints=9, log_every=1, validate_every=1)
-    original = train.denoising_loss
-
-    def spoilt(*args):
-        if run.step == 4:
-            run.model.norm.running_var.fill_(math.inf)
-        return original(*args) * (math.nan if run.step == 2 else 1)
-
-    monkeypatch.setattr(train, "denoising_loss", spoilt)
-    assert train.train(run)
-    steps = [load_checkpoint(path_of(run.folder, "checkpoints", step)) for step in range(1, 7)]
-    for before, after, following in (steps[1:4], steps[3:6]):
-        assert same(before["model"], after["model"])
-        for name, _ in Normed().named_buffers():
-            assert same(before["ema"][name], after["ema"][name])
-        assert not same(after["model"]["norm.running_var"], following["model"]["norm.running_var"])
-    rows = read_metrics(run.folder / "metrics.csv")
-    assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 1, 2, 2]
-    assert all(math.isfinite(row["val_loss_ema"]) for row in rows)
 
 
 class Plain(nn.Module):
@@ -206,20 +166,6 @@ def test_an_optimizer_that_cannot_skip_a_step_is_refused(kind, tmp_path, monkeyp
         own_run(tmp_path, Plain(), PLAIN, optimizer="other")
 
 
-class Extra(Plain):
-    """A network whose state has more than tensors."""
-
-    def get_extra_state(self):
-        return {"calls": 3}
-
-
-def test_networks_that_cannot_be_trained_or_saved_are_refused(tmp_path):
-    with refused("the network is frozen, as that of load_denoiser is", ConfigError):
-        own_run(tmp_path, Plain().requires_grad_(False), PLAIN)
-    with refused("_extra_state of the network is no tensor, and cannot be saved", ConfigError):
-        own_run(tmp_path, Extra(), PLAIN)
-
-
 def test_folders_that_are_deleted_during_a_run_are_made_again(tmp_path):
     run = own_run(tmp_path, Plain(), PLAIN, snapshot_every=2)
 
@@ -259,10 +205,10 @@ def test_what_does_not_fit_is_refused(tmp_path):
     for label in (np.zeros(60), np.zeros((60, 1), int)):
         with refused(r"they must be integers \(N,\)", ValueError):
             of_array(PIXELS, inputs={"label": label})
-    small = of_array(PIXELS, inputs={"label": np.zeros(60, np.uint8)})
+    small = of_array(PIXELS, inputs={"label": np.zeros(60, np.uint8)}, label_names="a")
     assert small.inputs["label"].dtype == np.int64
-    with refused("mine: labels must be indices of label_names"):
-        own_run(tmp_path, images=own_images(label_count=3))
+    with refused("labels must be indices of label_names", ValueError):
+        own_images(label_count=3)
     with refused(r"mine are \(4, 4, 3\) .* the network's \(8, 8, 3\)", ConfigError):
         own_run(tmp_path, images=own_images(PIXELS[:, :4, :4]))
 
@@ -271,5 +217,5 @@ def test_inputs_of_other_values_or_dtypes_have_another_hash():
     """The hash is that of their bytes, and not of a text of each number."""
     numbers = PIXELS.astype(np.float32)
     others = numbers, numbers + 1, numbers.astype(np.float64), numbers.reshape(60, -1)
-    hashes = {hash_inputs(from_array("mine", PIXELS, inputs={"n": n})) for n in others}
+    hashes = {from_array("mine", PIXELS, inputs={"n": n}).pixels_hash for n in others}
     assert len(hashes) == 4

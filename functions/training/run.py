@@ -92,7 +92,6 @@ class TrainingRun:
         set_deterministic(config.deterministic)
         earlier = facts.get("arithmetic", {}).get("precision")
         precision = choose_precision(config.precision, device, earlier)
-        check_network(network)
         self.model = network.to(device, memory_format=fast_layout(device))
         scheduler = build_scheduler(vars(config))
         self.denoiser = Denoiser(self.model, scheduler, config.objective, precision)
@@ -107,9 +106,6 @@ class TrainingRun:
                 f"{type(self.optimizer).__name__} does not skip a step: a row of OPTIMIZERS needs "
                 "`found_inf`, and its state from the start, as Adam in functions/optimizers.py"
             )
-        # A group of parameters may have a rate of its own, which follows the same schedule.
-        for group in self.optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
         # Gradients of float16 underflow unless the loss is scaled; elsewhere the scaler does
         # nothing.
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
@@ -244,14 +240,3 @@ class TrainingRun:
         if scaler:
             self.scaler.load_state_dict(scaler)
         self.ema_ramp = checkpoint.contents["run"]["ema_ramp"]
-
-
-def check_network(network: nn.Module) -> None:
-    """Raise ConfigError for a network that cannot be trained, or not be saved."""
-    if not any(parameter.requires_grad for parameter in network.parameters()):
-        raise ConfigError(
-            "the network is frozen, as that of load_denoiser is: call network.requires_grad_(True)"
-        )
-    others = [name for name, value in network.state_dict().items() if not torch.is_tensor(value)]
-    if others:
-        raise ConfigError(f"{others[0]} of the network is no tensor, and cannot be saved")

@@ -83,18 +83,6 @@ def test_matrices_move_as_those_of_pytorch_and_the_rest_as_adams():
         assert torch.equal(ours[name], theirs[name])
 
 
-def test_muon_moves_each_group_at_its_own_rate():
-    shapes = (16, 16), (16,)
-    fast, slow = ([nn.Parameter(torch.zeros(shape)) for shape in shapes] for _ in range(2))
-    for p in fast + slow:
-        p.grad = normal(0, *p.shape)
-    groups = [{"params": fast}, {"params": slow, "lr": RATE / 10}]
-    Muon(groups, RATE, torch.float32).step()
-    for p, other in zip(fast, slow, strict=True):
-        assert p.all()
-        assert_close(p, 10 * other)
-
-
 def moved(scale):
     """Return by how much a first step moves a matrix whose gradient has this RMS."""
     matrix = nn.Parameter(torch.zeros(32, 144))

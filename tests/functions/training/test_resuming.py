@@ -96,7 +96,7 @@ def test_a_run_goes_on_with_the_same_images_wherever_they_are(unfinished, tiny_r
     resume = ["--resume", unfinished, "--diffusion.dataset-name", elsewhere]
     before = (unfinished / "config.json").read_bytes()
     for name, other, sentence in (
-        ("00007.png", "00008.png", "was trained on other pixels than"),
+        ("00007.png", "00008.png", "was trained on other pixels or inputs than"),
         ("00007.png", None, "was trained on other images or in another order than"),
         (f"{HELD_OUT[0]:05d}.png", None, "was validated on other images or in "),
     ):
