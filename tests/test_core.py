@@ -40,9 +40,12 @@ def test_the_core_alone_trains_resumes_and_draws(alone):
         shutil.rmtree(alone / "drawn")
 
     # What is missing is named.
-    ended = script("sample.py google/ddpm-cifar10-32", cwd=alone)
-    assert ended.returncode == 2
-    assert (
-        ended.stderr
-        == "error: a model of diffusers needs extras of this project, which is not here\n"
-    )
+    (alone / "a.parquet").touch()
+    for command, what in (
+        ("sample.py google/ddpm-cifar10-32", "a model of diffusers"),
+        ("train.py --diffusion.dataset-name a.parquet", "a.parquet"),
+        ("train.py --diffusion.dataset-name MNIST", "MNIST"),
+    ):
+        ended = script(command, cwd=alone)
+        sentence = f"error: {what} needs extras of this project, which is not here\n"
+        assert (ended.returncode, ended.stderr) == (2, sentence)

@@ -1,10 +1,7 @@
 """data/sources.py: the images of every kind of set are found and ordered alike, and no others."""
 
-import sys
-
 import pytest
 
-from data.datasets import load_images
 from data.sources import find_source
 from tests.conftest import posix, refused
 from tests.data.packing import IMAGES, TREE, encoded, write_folder, write_zip
@@ -84,15 +81,3 @@ def test_what_is_no_source_is_said_in_a_sentence(tmp_path):
             find_source(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="/missing'"):
         find_source(tmp_path / "missing")
-
-
-@pytest.mark.parametrize("name", ["a.parquet", "MNIST"])
-def test_without_extras_a_set_that_needs_them_says_so(name, tmp_path, monkeypatch):
-    (tmp_path / "a.parquet").touch()
-    monkeypatch.chdir(tmp_path)
-    # As when the folder is deleted
-    for module in [module for module in sys.modules if f"{module}.".startswith("extras.")]:
-        monkeypatch.delitem(sys.modules, module)
-    monkeypatch.setattr(sys, "path", [])
-    with refused(f"{name} needs extras of this project, which is not here"):
-        load_images(name, 28)
