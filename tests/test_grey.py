@@ -1,33 +1,15 @@
-"""Networks with one channel, from image files to pictures; and that three channels stay as ever."""
+"""Networks with one channel, from samples to pictures and their evaluation."""
 
 import numpy as np
 import pytest
-from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
 import edit
 import evaluate
 import sample
-from data.datasets import load_images
 from tests.conftest import call
-from tests.data.packing import IMAGES, write_folder
 
 FEW = "--steps 12 --device cpu"
-
-
-def test_grey_packs_lie_beside_those_of_colours(tmp_path):
-    path = write_folder(tmp_path / "set")
-    colour = load_images(path, 8)
-    grey = load_images(path, 8, channels=1)
-
-    # This is the luma of ITU-R BT.601.
-    assert_allclose(grey.images, IMAGES @ [[0.299], [0.587], [0.114]], atol=1)
-    names = [pack.images.filename.name for pack in (colour, grey)]
-    assert names == ["set-8px.packed", "set-8px-grey.packed"]
-
-    # A network with three channels sees grey as three equal ones.
-    seen = load_images(write_folder(tmp_path / "grey", grey.images.squeeze(3)), 8).images
-    assert_array_equal(seen, np.repeat(grey.images, 3, axis=3))
 
 
 @pytest.mark.slow

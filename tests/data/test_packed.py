@@ -105,16 +105,6 @@ def test_a_disk_without_locks_is_a_warning(path, monkeypatch, capsys):
         pass
 
 
-@pytest.mark.parametrize("function", ["to_pixels", "ImageSet"])
-def test_an_error_of_our_own_is_neither_a_bad_image_nor_a_damaged_pack(path, monkeypatch, function):
-    if function == "ImageSet":
-        load(path)
-        forbid_decoding(monkeypatch)
-    monkeypatch.setattr(packed, function, Mock(side_effect=AttributeError("typo")))
-    with refused("typo", AttributeError):
-        load(path)
-
-
 def test_a_pack_is_final_and_says_how_its_bad_images_are_read_again(path, monkeypatch):
     """Of the images one is cut short, one is a web page, and one is for another Pillow."""
     (path / "00010.webp").write_bytes(encoded(IMAGES[0], "WEBP"))
