@@ -11,7 +11,8 @@ import pytest
 from tests.conftest import ROOT
 
 # Each command has its sentence. The texts {empty} and {pictures} stand for a folder without and
-# with images, {run} for a trained model, and {init} for a training that begins with it.
+# with images, {run} for a trained model, {recipe} for its samples at a temperature of 0.5, and
+# {init} for a training that begins with it.
 COMMANDS = {
     "train.py --diffusion.dataset-name no/such/folder": "no/such/folder",
     "train.py --diffusion.dataset-name {pictures} --diffusion.batch-size 47": "fewer than one step",
@@ -19,6 +20,7 @@ COMMANDS = {
     "train.py --diffusion.clip-grad-norm inf": "clip_grad_norm is inf; it must be finite",
     "train.py --resume {empty}": "not a run folder with a checkpoint",
     "train.py --resume": "no unfinished run",
+    "train.py --resume {run} --diffusion.objective v": "cannot change diffusion.objective;",
     "train.py --resume {run} --init {run}": "--init starts a new run, but --resume continues one",
     "{init} --model.image-size 64": "lowest_resolution_size is 8; it must be 32",
     "{init} --model.base-dim 16": "base_dim is 8 for the weights of",
@@ -29,6 +31,7 @@ COMMANDS = {
     "train.py --device gpu": "'gpu'",
     "train.py --device cuda:99": "PyTorch must have it",
     "train.py fases": "there is no experiment 'fases', but faces, faces-v",
+    "train.py --model.norm-groups 7": "norm_groups is 7; it must be a divisor of 32",
     "train.py --diffusion.epochs x": "epochs is 'x'; it must be an integer",
     "train.py --diffusion.epoch 3": "unrecognized: --diffusion.epoch 3; is --diffusion.epochs",
     "train.py --diffusion.labels yes": "labels is 'yes'; it must be True or False",
@@ -57,12 +60,14 @@ COMMANDS = {
     "sample.py {run} --cfg 2": "--cfg needs a --label",
     "sample.py {run} --label 2 --cfg 2 --guide 30": "--cfg and --guide exclude each other",
     "sample.py {run} --enlarge {run} {run}": "cannot enlarge: it was not trained with",
+    "sample.py {recipe} --sampler ddim": "and these add none (--eta); add --temperature 1",
     "sample.py none.toml": "none.toml: there is no such file",
     "sample.py runs/faces-20260101-120000": "faces-20260101-120000: there is no such file",
     "sample.py {run} --steps 101": "steps is 101; a model with 100 timesteps takes 1 to 100",
     "sample.py {run} --steps 1 --guide 5": "at which --guide or --cfg changes anything; take more",
     "edit.py vry 1 {run}": "the first word must be interpolate or vary or inpaint or enlarge, and",
     "edit.py vary": "before the flags must be A [RUN], and there is nothing",
+    "edit.py inpaint 0 {recipe} --eta 1": "--sampler ddpm are --spacing and --variance; add --eta",
     "edit.py vary 1 {run} --label 2 blue": "an edit has one --label",
     "edit.py inpaint a.png {run} --sampler dpm++": "depend on earlier steps",
     "edit.py inpaint a.png {run} --temperature 0.5": "with --temperature 1",
@@ -83,9 +88,11 @@ def test_errors_are_one_line_and_leave_nothing(
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "notes.txt").write_text("not an image")
+    recipe = empty / "cool.toml"
+    recipe.write_text(f'model = "{tiny_run}"\nsampler = "dpm++"\ntemperature = 0.5')
     init = f"train.py --init {tiny_run} --diffusion.dataset-name {pictures}"
     command_line = command.format(
-        empty=empty, pictures=pictures, root=ROOT, run=tiny_run, init=init
+        empty=empty, pictures=pictures, recipe=recipe, root=ROOT, run=tiny_run, init=init
     )
     name, *arguments = command_line.split()
     monkeypatch.setattr(sys, "argv", [name, *arguments, "--runs", str(tmp_path / "runs")])

@@ -1,6 +1,7 @@
-"""Flags begin with a whole config, replace fields of it, and the config checks itself.
+"""Flags begin with a whole config, and replace fields of it.
 
 The config is that of a preset, a checkpoint, the weights of --init, a recipe, or a verb of edit.py.
+tests/test_bad_input.py has values that do not fit.
 """
 
 from dataclasses import dataclass
@@ -11,8 +12,6 @@ import pytest
 import edit
 from functions.sampling.settings import SamplingFlags, default_settings
 from functions.support.command_line import read_flags
-from functions.support.errors import UserError
-from functions.support.settings import ConfigError
 from functions.training.opening import open_run
 from tests.conftest import call, words
 
@@ -25,11 +24,9 @@ class Begun:
 
     words: str
     own: dict
-    # A flag that changes a field, and its value; and a flag that is refused, with its sentence
+    # A flag that changes fields, and their values
     flag: str
     changed: dict
-    wrong: str
-    sentence: str
 
 
 BEGUN = {
@@ -38,16 +35,12 @@ BEGUN = {
         {"snapshot_every": 125, "batch_size": 9, "objective": "eps"},
         "--diffusion.snapshot-every 7",
         {"snapshot_every": 7},
-        "--model.norm-groups 7",
-        "norm_groups is 7; it must be a divisor of 32",
     ),
     "checkpoint": Begun(
         "--resume {stopped}",
         {"epochs": 2, "timesteps_diff": 100},
         "--diffusion.epochs 3",
         {"epochs": 3},
-        "--diffusion.objective v",
-        "a resumed run cannot change diffusion.objective",
     ),
     "init": Begun(
         "faces-v --init {run} --diffusion.dataset-name {pictures}",
@@ -55,24 +48,18 @@ BEGUN = {
         {"epochs": 70, "timesteps_diff": 100, "objective": "eps", "beta_schedule": "linear"},
         "--diffusion.epochs 3",
         {"epochs": 3},
-        "--diffusion.objective v",
-        "objective is eps for the weights of",
     ),
     "recipe": Begun(
         "{recipe}",
         {"sampler": "dpm++", "steps": 4, "temperature": 0.5, "eta": None},
         "--steps 9",
         {"steps": 9},
-        "--sampler ddim",
-        "and these add none .*; add --temperature 1",
     ),
     "verb": Begun(
         "inpaint 0 {recipe}",
         {"sampler": "ddpm", "steps": 50, "temperature": 1.0, "eta": None},
         "--sampler ddim --eta 1 --steps 7",
         {"sampler": "ddim", "steps": 7, "eta": 1.0},
-        "--eta 1",
-        "the options of --sampler ddpm are --spacing and --variance; add --eta None",
     ),
 }
 
@@ -109,10 +96,3 @@ def test_a_field_is_that_of_the_config_or_of_its_flag(read):
     assert own | begun.own == own
     changed = fields(begun.flag)
     assert changed == own | begun.changed
-
-
-def test_what_does_not_fit_is_refused_in_one_sentence(read):
-    begun, fields = read
-    with pytest.raises((UserError, ConfigError), match=begun.sentence) as refusal:
-        fields(begun.wrong)
-    assert "\n" not in str(refusal.value)
