@@ -12,7 +12,6 @@ import torch
 from torch.distributed.run import main as torchrun_program
 
 import train
-from functions.support.processes import batches_of
 from functions.training.metrics import read_metrics
 from tests.conftest import ROOT, TINY, call, newest, only_in
 from tests.forked import Program, train_script, wait_until
@@ -138,7 +137,3 @@ def test_a_refusal_in_rank_0_is_said_once(tmp_path):
 
     # Some versions of PyTorch say in each process that they are connected.
     assert not re.sub(r"\[Gloo\].*\n", "", programs[1].printed)
-
-
-def test_the_last_batch_may_be_smaller():
-    assert batches_of(range(7), 3) == [range(3), range(3, 6), range(6, 7)]
