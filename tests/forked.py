@@ -9,8 +9,6 @@ import runpy
 import signal
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 from tests.conftest import ROOT, words
 
@@ -30,7 +28,7 @@ else:
 PATIENCE = 200
 
 
-def train_script() -> None:
+def train_script():
     runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
 
@@ -42,10 +40,10 @@ class Program(SERVER.Process):
 
     def __init__(
         self,
-        output: Path,
-        *arguments: object,
-        act: Callable[[], None] = train_script,
-        **environment: object,
+        output,
+        *arguments,
+        act=train_script,
+        **environment,
     ):
         super().__init__(daemon=True)
         self.output = output
@@ -57,7 +55,7 @@ class Program(SERVER.Process):
         output.write_bytes(b"")
         self.start()
 
-    def run(self) -> None:
+    def run(self):
         """Do in the new process what a shell would do, then run the program."""
         with open(self.output, "ab") as file:
             # Output and errors of this process and of its children go to the file.
@@ -73,17 +71,17 @@ class Program(SERVER.Process):
         self.act()
 
     @property
-    def printed(self) -> str:
+    def printed(self):
         return self.output.read_text()
 
-    def wait(self) -> int:
+    def wait(self):
         """Wait for the end and return the exit status, which is -n where signal n ended it."""
         self.join(PATIENCE)
         assert self.exitcode is not None, f"it has not ended: {self.printed}"
         return self.exitcode
 
 
-def wait_until(reached: Callable[[], object], alive: Callable[[], bool]) -> None:
+def wait_until(reached, alive):
     """Wait until `reached` is true.
 
     Raises AssertionError when the process ends before, or is late.

@@ -11,8 +11,6 @@ opens extras/ by doors alone, which are imports within functions.
 
 import ast
 import sys
-from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import pytest
 
@@ -70,11 +68,11 @@ OUTSIDE = (
 MOST_DOORS = 5
 
 
-def parsed(path: Path) -> ast.Module:
+def parsed(path):
     return ast.parse(path.read_text())
 
 
-def imported(nodes: Iterable[ast.AST]) -> Iterator[str]:
+def imported(nodes):
     """Yield all names that these nodes import: modules, and their members."""
     for node in nodes:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -82,19 +80,19 @@ def imported(nodes: Iterable[ast.AST]) -> Iterator[str]:
             yield from (f"{module}{alias.name}" for alias in node.names)
 
 
-def outside_of_functions(tree: ast.Module) -> Iterator[ast.AST]:
+def outside_of_functions(tree):
     """Yield the statements that an import of a file, or its start, executes."""
     for node in tree.body:
         yield from ast.walk(node) if isinstance(node, ast.If) else [node]
 
 
-def files_of(names: Iterable[str]) -> set[str]:
+def files_of(names):
     """Return the project's files of these names, in which a member is one of its module."""
     paths = {part.replace(".", "/") for name in names for part in (name, name.rpartition(".")[0])}
     return {f"{path}.py" for path in paths if (ROOT / f"{path}.py").is_file()}
 
 
-def core() -> set[str]:
+def core():
     """Return the files that train.py and sample.py import outside of functions."""
     found = set()
     todo = {"train.py", "sample.py"}
