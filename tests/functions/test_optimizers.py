@@ -54,8 +54,9 @@ def test_matrices_move_as_those_of_pytorch_and_the_rest_as_adams():
 
     matrices = [f"{i}.weight" for i in range(3)]
     others = [name for name in ours if name not in matrices]
-    theirs = {name: nn.Parameter(start[name].clone().flatten(1)) for name in matrices}
-    theirs |= {name: nn.Parameter(start[name].clone()) for name in others}
+    theirs = {name: nn.Parameter(p.clone()) for name, p in start.items()}
+    for name in matrices:
+        theirs[name].data = theirs[name].data.flatten(1)
     optimizers = [
         OPTIMIZERS["muon"](layers, RATE, torch.bfloat16),
         torch.optim.Muon(

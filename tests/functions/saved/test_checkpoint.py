@@ -17,15 +17,13 @@ from functions.support.files import replacing
 from tests.small_training import same, stepped_run, training_run
 
 
-def test_a_training_comes_back_bit_for_bit(path):
-    """Weights, average, moments, steps, scaler and window come back; memory layouts stay."""
+def test_a_loss_scale_comes_back_and_memory_layouts_stay(path):
+    """tests/functions/saved/test_survival.py has all that comes back on a CPU."""
     saved = stepped_run()
     saved.scaler.load_state_dict(saved.scaler.state_dict() | {"scale": 2.0, "_growth_tracker": 7})
     saved.save(path)
     other = training_run(1)
-    assert not any(map(same, other.parts().values(), saved.parts().values()))
     other.load(verify_checkpoint(path))
-    assert same(other.parts(), saved.parts())
     assert other.scaler.state_dict() == saved.scaler.state_dict()
 
     for parameter in other.model.parameters():
@@ -37,8 +35,7 @@ def test_a_file_is_one_of_safetensors_of_any_shape_and_layout(path):
     image = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     tensors = {"ü": torch.tensor(1), "none": torch.ones(0, 3), "image": image}
     tensors["half"] = image.mT.half()
-    run = {"experiment": "ü", "step": 2**60, "total_steps": None}
-    contents = {"config": {"diffusion": {}, "model": {}}, "run": run}
+    contents = training_run().contents()
     write_tensors(path, {"a": tensors}, contents)
 
     file = Checkpoint(path)
