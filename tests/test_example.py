@@ -1,5 +1,7 @@
 """example.py computes what the rest of the repository computes, and its command draws pictures."""
 
+from unittest import mock
+
 import pytest
 import torch
 from PIL import Image
@@ -39,9 +41,9 @@ def test_example_samples_as_the_repository():
     assert_close(samples, ddpm_sample(DENOISER, x_T))
 
 
-def test_example_averages_the_weights(monkeypatch):
-    monkeypatch.setattr(example, "STEPS", 2)  # the learning rate of the last step is nearly 0
-    monkeypatch.setattr(example, "EMA_DECAY", 0.7)
+# The learning rate of the last step is nearly 0.
+@mock.patch.multiple(example, STEPS=2, EMA_DECAY=0.7)
+def test_example_averages_the_weights():
     model = torch.nn.Conv2d(3, 3, 1)
     model.forward = lambda x_t, t: model._conv_forward(x_t, model.weight, model.bias)
     before = model.weight.detach().clone()
@@ -51,11 +53,9 @@ def test_example_averages_the_weights(monkeypatch):
 
 
 @pytest.mark.slow
+@mock.patch.multiple(example, STEPS=3, SIZE=8, DIMS=(8, 16), BATCH_SIZE=2, T=10)
 def test_example_trains_on_a_folder_of_two_images(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    small = {"STEPS": 3, "SIZE": 8, "DIMS": (8, 16), "BATCH_SIZE": 2, "T": 10}
-    for name, value in small.items():
-        monkeypatch.setattr(example, name, value)
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "notes.txt").touch()

@@ -36,20 +36,19 @@ def test_processes_share_each_step_of_an_epoch_and_can_start_anywhere(
 ):
     effective_batch = min(effective_batch, n)
     steps = n // effective_batch
-    start %= 2 * steps
-    settings = (np.arange(n) * 10, 3, effective_batch)
-
     # Two epochs are walked.
+    way = range(2 * steps)
+    rest = way[start % len(way) :]
+    settings = (np.arange(n) * 10, 3, effective_batch)
     walked = []
     for rank in range(count):
         here, everywhere = mock.Mock(return_value=rank), mock.Mock(return_value=count)
         with mock.patch.multiple(processes, rank=here, count=everywhere):
             share = processes.shard(effective_batch)
         assert effective_batch // count <= len(share) <= -(-effective_batch // count)
-        indices = list(indices_of_steps(*settings, share, range(2 * steps)))
+        indices = list(indices_of_steps(*settings, share, way))
         walked.append(indices)
-        resumed = indices_of_steps(*settings, share, range(start, 2 * steps))
-        assert_equal(list(resumed), indices[start:])
+        assert_equal(list(indices_of_steps(*settings, share, rest)), indices[rest.start :])
 
     orders = [epoch_order(n, 3, epoch)[: steps * effective_batch] for epoch in range(2)]
     all_indices = np.concatenate([batch for step in zip(*walked, strict=True) for batch in step])
