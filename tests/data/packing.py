@@ -35,6 +35,9 @@ def encoded(image, image_format="PNG", **options):
     return buffer.getvalue()
 
 
+PICTURE = encoded(IMAGES[0])
+
+
 def write_zip(path, images=IMAGES, pattern="{number:05d}.png", more=(), mode="w", **options):
     """Write the images and the files of `more` (bytes by name) to a zip; return its path."""
     with zipfile.ZipFile(path, mode, **options) as archive:

@@ -4,9 +4,8 @@ import pytest
 
 from data.sources import find_source
 from tests.conftest import posix, refused
-from tests.data.packing import IMAGES, TREE, encoded, write_folder, write_zip
+from tests.data.packing import IMAGES, PICTURE, TREE, write_folder, write_zip
 
-PICTURE = encoded(IMAGES[0])
 NUMBERS = list(range(len(IMAGES)))
 LAYOUTS = [f"thumbnails128x128/{TREE}", "img{number:08d}.JPG", "resized/{number}.bmp"]
 

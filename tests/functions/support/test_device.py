@@ -50,8 +50,7 @@ def test_each_process_has_a_gpu_that_is_there(monkeypatch):
         (CUDA, False, "auto", [], "float16"),
         (CPU, True, "auto", [], "bfloat16"),
         (CPU, False, "auto", [], "float32"),
-        # A resumed run keeps its precision where the device has it.
-        (CPU, True, "auto", ["float32"], "float32"),
+        # A resumed run keeps its precision only where the device has it (test_resuming.py).
         (CUDA, False, "auto", ["bfloat16"], "float16"),
         # Samples have that of the training, or else float32, as for a model that does not say it.
         (CPU, True, "auto", ["bfloat16", "float32"], "bfloat16"),
