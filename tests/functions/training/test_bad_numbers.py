@@ -72,7 +72,6 @@ def test_a_bad_step_changes_only_the_average(trained, monkeypatch):
             for name, average in before["ema"].items()
         }
         torch.testing.assert_close(after["ema"], expected)
-    assert {n.item() for name, n in newest(run)["optimizer"].items() if name[:5] == "step."} == {8}
     rows = read_metrics(run / "metrics.csv")
     assert [row["skipped_steps"] for row in rows] == [0, 1, 1, 2, 2, 2, 2, 2, 2, 2]
     assert [row["step"] for row in rows if math.isnan(row["loss"])] == [2, 4]

@@ -20,7 +20,6 @@ from tests.conftest import (
     DETAILS,
     call,
     during,
-    newest,
     normal,
     only_in,
     refused,
@@ -29,7 +28,7 @@ from tests.conftest import (
     train_tiny,
     words,
 )
-from tests.small_training import same
+from tests.kill import assert_same_run
 
 SMALL = dict(image_size=32, dim_multiply=(1, 2), base_dim=8, norm_groups=2, batch_size=10)
 
@@ -121,9 +120,7 @@ def test_a_resumed_run_of_details_is_the_uninterrupted_one(details_run, pictures
     run = only_in(tmp_path)
     call(train, "--resume", run)
     assert f"sample from it: python edit.py enlarge FILE {run}" in capsys.readouterr().out
-    ours, theirs = newest(run), newest(details_run)
-    for part in ("model", "ema", "optimizer"):
-        assert same(ours[part], theirs[part]), part
+    assert_same_run(run, details_run)
 
 
 def test_a_grid_shows_held_out_images_that_were_shrunk_to_a_quarter(

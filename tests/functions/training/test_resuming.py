@@ -138,8 +138,6 @@ def test_a_run_is_locked_before_its_checkpoint_is_read(unfinished, monkeypatch):
             call(train, "--resume", unfinished)
     monkeypatch.setattr(opening, "intact_checkpoint", read_while_locked)
     call(train, "--resume", unfinished)
-    with locked(unfinished):
-        pass
 
 
 def test_a_file_in_place_of_the_folder_of_runs_is_found_before_the_data(tmp_path):
