@@ -99,10 +99,14 @@ def test_a_folder_of_other_settings_is_refused(tiny_run, tmp_path):
     before = [contents(single), contents(pictures)]
     early = "checkpoints/step-00000005.safetensors"
     for folder, run, flags, changed in (
-        (single, early, "--seed 1 --precision bfloat16", "checkpoint seed precision"),
+        (
+            single,
+            early,
+            "--seed 1 --precision bfloat16 --guide 5",
+            "checkpoint seed precision guide guidance",
+        ),
         (pictures, "", "--sampler ddim --individual", "sampler eta variance"),
         (single, "", "--steps 4 --spacing logsnr --individual", "steps spacing"),
-        (pictures, "", "--guide 5", "guide guidance"),
         # Pictures of other images are refused, too, but not single images of the same settings.
         (pictures, "", "-n 3", "grid"),
     ):
@@ -120,14 +124,12 @@ def test_a_folder_of_other_settings_is_refused(tiny_run, tmp_path):
 def test_samples_without_a_folder_go_into_a_new_one_named_by_the_time(
     tiny_run, unfinished, tmp_path, monkeypatch
 ):
-    """In the run; of an exported file, and for a recipe, under its name, here."""
+    """In the run; of an exported file under its name, here. test_recipes.py has recipes."""
     monkeypatch.chdir(tmp_path)
     call(sample, tiny_run, "--export", "there/x.safetensors")
-    Path("mine.toml").write_text(f"model = {str(tiny_run)!r}")
     for run, folder, name in (
         (unfinished, unfinished / "samples", TIME),
         ("there/x.safetensors", Path("samples"), f"x-{TIME}"),
-        ("mine.toml", Path("samples"), f"mine-{TIME}"),
     ):
         before = {*folder.glob("*")}
         call(sample, run, "--device cpu --steps 2 --n 1")
