@@ -217,6 +217,13 @@ def trained(pictures, tmp_path):
 
 
 @pytest.fixture
+def here(tmp_path, monkeypatch):
+    """Work in the test's own folder, and return it."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
 def path(tmp_path):
     """Return a path to which a checkpoint may be written."""
     return tmp_path / "step-00000005.safetensors"

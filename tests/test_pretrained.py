@@ -23,12 +23,11 @@ from functions.saved.run_folder import checkpoints_of
 from tests.conftest import ROOT, call, only_in, pixels_of, refused
 
 
-def test_only_sampling_works_without_the_photos(tiny_run, tmp_path, monkeypatch, capsys):
+def test_only_sampling_works_without_the_photos(tiny_run, here, monkeypatch, capsys):
     """A model of FFHQ comes without its photos, and what needs them says so in one sentence."""
-    monkeypatch.chdir(tmp_path)
     # A run of another experiment does not count.
     shutil.copytree(tiny_run, "runs/faces-20260101-120000")
-    recipe = tmp_path / "people.toml"
+    recipe = here / "people.toml"
     recipe.write_text(f"model = {str(tiny_run)!r}")
     monkeypatch.setattr(settings, "PRETRAINED", recipe)
     call(sampleFFHQ, "--steps 3")
@@ -41,7 +40,7 @@ def test_only_sampling_works_without_the_photos(tiny_run, tmp_path, monkeypatch,
     assert grid.width / grid.height == pytest.approx(5 / 4, rel=0.02)
     assert (folder / "denoising.gif").exists()
 
-    monkeypatch.setattr(datasets, "DATA_FOLDER", tmp_path)
+    monkeypatch.setattr(datasets, "DATA_FOLDER", here)
     boxed = PRETRAINED.with_name("ffhq-64.safetensors")
     with refused(f"images that {boxed} was trained on: FFHQ was not found at .*--data NAME"):
         call(evaluate, boxed)
@@ -84,8 +83,7 @@ def test_a_run_is_boxed_with_a_guide_and_a_card(tiny_run, details_run, tmp_path,
         assert errors[0] > errors[-1] > 0
 
 
-def test_the_real_model_is_found_from_any_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_real_model_is_found_from_any_folder(here):
     assert newest_run(Path("runs")) == newest_run(Path("runs"), "ffhq") == PRETRAINED
     recipe = read_recipe(PRETRAINED)
     drawn_by = {Path(path).stem: "sample.py pretrained/people.toml" for path in recipe.enlarge}

@@ -19,8 +19,8 @@ import sample
 from config import ConfigError, ModelConfig, build_network
 from extras.diffusers_folder import copy_weights, network_fields
 from extras.diffusers_network import DiffusersUNet
-from functions.sampling.generation import generate, open_pipeline
-from functions.sampling.settings import SamplingConfig, SamplingFlags
+from figures.saved_model import open_saved
+from functions.sampling.generation import generate
 from functions.saved.loading import load_denoiser, load_model
 from functions.support.errors import CheckpointError
 from functions.support.random_numbers import seed_of
@@ -89,10 +89,9 @@ def their_images(unet, scheduler):
 def our_images(path):
     """Return what sample.py draws of the same noise."""
     images = []
-    for settings in ({"sampler": "ddpm"}, {"sampler": "ddim", "steps": 5}):
-        config = SamplingConfig(model=str(path), **settings)
-        flags = SamplingFlags(device="cpu", seed=3, sampling=config)
-        x_0 = generate(open_pipeline(flags), range(2))
+    for flags in ("--sampler ddpm", "--sampler ddim --steps 5"):
+        pipeline = open_saved(path, f"{flags} --seed 3 --device cpu")
+        x_0 = generate(pipeline, range(2))
         images.append((x_0 / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy())
     return images
 
@@ -123,21 +122,21 @@ def folder(their_folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_ours_to_diffusers_and_back(trained, tmp_path, monkeypatch):
-    """Run, folder and exported file give the same images, and so do the pipelines of diffusers."""
-    monkeypatch.chdir(tmp_path)
+def test_ours_to_diffusers_and_back(trained, here):
+    """Run and folder give the same images, and so do the pipelines of diffusers.
+
+    tests/functions/saved/test_checkpoint.py has an exported file.
+    """
     # The betas are rescaled for this T.
     run = trained("--diffusion.timesteps-diff 25 --diffusion.epochs 1")
-    exported, file = Path("faces"), Path("a/new/folder/faces.safetensors")
-    for path in (exported, file):
-        call(sample, run, "--export", path)
-    pipeline = DDPMPipeline.from_pretrained(exported)
+    call(sample, run, "--export faces")
+    pipeline = DDPMPipeline.from_pretrained("faces")
     theirs = their_images(pipeline.unet, pipeline.scheduler)
-    for path in (run, exported, file):
+    for path in (run, Path("faces")):
         assert_close(our_images(path), theirs, rtol=0, atol=1e-3)
     # Nobody else needs to know where the run lies on this disk.
-    texts = [path.read_text() for path in exported.rglob("*.json")]
-    assert str(tmp_path.parent) not in "".join(texts)
+    texts = [path.read_text() for path in Path("faces").rglob("*.json")]
+    assert str(here.parent) not in "".join(texts)
 
 
 def test_theirs_comes_back_from_a_file_and_from_a_folder(their_folder, tmp_path):
@@ -180,9 +179,8 @@ def test_an_export_compares_both_networks(model, fields, sentence):
         copy_weights(ours, theirs, config)
 
 
-def test_what_only_a_folder_decides(folder, pictures, tmp_path, monkeypatch, capsys):
+def test_what_only_a_folder_decides(folder, pictures, here, capsys):
     """A folder decides on the variance, on clipping of x_0, and on where samples go."""
-    monkeypatch.chdir(tmp_path)
     change(folder / SCHEDULE, variance_type="fixed_large", clip_sample=False)
     before = sorted(folder.rglob("*"))
 
@@ -307,11 +305,10 @@ def test_a_door_without_its_extra_says_so(their_folder, tiny_run, tmp_path, monk
             call(sample, *flags)
 
 
-def test_a_name_is_taken_from_the_cache_of_diffusers(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_a_name_is_taken_from_the_cache_of_diffusers(folder, here, monkeypatch, capsys):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    repository = tmp_path / "cache" / "models--me--faces"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(here / "cache"))
+    repository = here / "cache" / "models--me--faces"
     shutil.copytree(folder, repository / "snapshots" / "0a1b")
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0a1b")

@@ -104,7 +104,7 @@ def test_samples_have_the_mean_and_variance_of_the_chain():
 
 
 @pytest.fixture
-def photo(tmp_path, monkeypatch):
+def photo(here):
     """Go to a folder with a photo of 40 x 20 pixels, masks of it, and the photo with a part erased.
 
     The erased part is that of mask.png.
@@ -122,8 +122,7 @@ def photo(tmp_path, monkeypatch):
         "full": 0 * mask + 255,
     }
     for name, image in images.items():
-        Image.fromarray(image).save(tmp_path / f"{name}.png")
-    monkeypatch.chdir(tmp_path)
+        Image.fromarray(image).save(f"{name}.png")
 
 
 @pytest.mark.parametrize("files", [("photo.png", "mask.png"), ("erased.png", None)])

@@ -88,8 +88,11 @@ def test_a_pixel_that_is_known_of_a_small_image_depends_on_no_unknown_one():
     assert not unknown[6:].any()
 
 
-def test_an_enlargement_keeps_the_known_pixels_exactly():
-    """The small image agrees with them, as that of an inpainting does."""
+def test_an_enlargement_shrinks_to_the_small_image_beside_known_pixels():
+    """The small image agrees with them, as that of an inpainting does.
+
+    test_editing.py has an inpainting, which keeps them and draws others.
+    """
     large = (0.3 * normal(1, 3, 16, 16)).clamp(-1, 1)
     mask = torch.zeros(16, 16, dtype=torch.bool)
     mask[:, :5] = True
@@ -97,9 +100,7 @@ def test_an_enlargement_keeps_the_known_pixels_exactly():
     small = known.halved().put_into(0.1 * normal(2, 8, 3, 8, 8))
     noise = image_noise(3, range(8), (3, 16, 16), CPU, "image")
     drawn = enlarge(WHITE, small, noise, known.put_into)
-    assert torch.equal(drawn[..., ~mask], large[:, ~mask].expand(8, -1, -1))
-    # The others are different in each image, and shrink to the small one but at the border.
-    assert (drawn[0] - drawn[1]).abs()[:, mask].mean() > 0.02
+    # They do but at the border.
     assert_close(shrunk(drawn)[..., 0], small[..., 0], atol=0.15, rtol=0)
 
 
@@ -191,9 +192,8 @@ def test_a_model_of_details_enlarges_and_draws_nothing_alone(tiny_run, details_r
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_a_picture_of_any_shape_is_enlarged(times, details_run, tmp_path, monkeypatch):
+def test_a_picture_of_any_shape_is_enlarged(times, details_run, here):
     """It shrinks to the picture, but for clipping and rounding; another seed has other details."""
-    monkeypatch.chdir(tmp_path)
     y, x = np.mgrid[:13, :18]
     picture = np.stack([60 + 8 * y, 60 + 5 * x, 200 - 6 * y], -1).astype(np.uint8)
     Image.fromarray(picture).save("face.png")

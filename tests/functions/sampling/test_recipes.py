@@ -35,10 +35,9 @@ GUIDED = "--sampler dpm++ --steps 3 --n 2 --device cpu --individual"
 
 
 @pytest.fixture
-def recipe(tiny_run, details_run, tmp_path, monkeypatch):
+def recipe(tiny_run, details_run, here):
     """Return a recipe whose parts are beside it, a file, a file in a folder, and a run."""
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "mine"
+    folder = here / "mine"
     (folder / "guides").mkdir(parents=True)
     early, last = checkpoints_of(tiny_run)
     shutil.copy(last, folder / "model.safetensors")
@@ -91,9 +90,10 @@ def test_a_run_of_ones_own_comes_before_the_recipe(recipe, tiny_run, monkeypatch
 @pytest.mark.parametrize(
     "flags, changed",
     [
-        ("--steps 9 --seed 3", {"steps": 9}),
-        ("--sampler dpm++ --temperature 1", {"temperature": 1.0}),
-        ("--sampler=ddpm --steps=9 --eta None", {"sampler": "ddpm", "steps": 9, "eta": None}),
+        (
+            "--sampler=ddpm --steps=9 --eta None --seed 3",
+            {"sampler": "ddpm", "steps": 9, "eta": None},
+        ),
         ("--eta 0 --temperature 1", {"eta": 0.0, "temperature": 1.0}),
         ("--enlarge a b", {"enlarge": ("a", "b")}),
         # Of a flag that is repeated, the last one counts.
@@ -157,7 +157,6 @@ def test_export_and_evaluation_use_the_model_alone(recipe, monkeypatch, capsys):
         ("steps", "st\udcffeps", "'utf-8' codec can't decode"),
         ("steps = 4", "steps = 1.5", "steps is 1.5; it must be an integer"),
         ("guidance = 2", f"guidance = {'9' * 400}", "guidance is 99.*; it must be finite"),
-        ("guidance = 2", f"guidance = {'9' * 5000}", "Exceeds the limit"),
         ("guidance = 2", f"label = {'[' * 2000 + ']' * 2000}", "maximum recursion depth"),
         ("steps = 4", "batch-size = 3\nbatch_size = 4", "a key is there with - and with _"),
         ("model.safetensors", "people.toml", "people.toml is a recipe, and no model; name one"),
@@ -187,9 +186,8 @@ def test_a_byte_order_mark_and_what_is_no_file_are_read(recipe, monkeypatch):
     assert settings(recipe)["model"] == large
 
 
-def test_guide_is_the_file_of_this_step_or_a_path(tiny_run, tmp_path, monkeypatch):
+def test_guide_is_the_file_of_this_step_or_a_path(tiny_run, here):
     """A snapshot comes before a checkpoint, and a number is a step beside a folder of this name."""
-    monkeypatch.chdir(tmp_path)
     Path("5").mkdir()
     saved = load_weights(checkpoints_of(tiny_run)[-1])
     assert guide_path(5, saved) == tiny_run / "checkpoints" / "step-00000005.safetensors"
@@ -197,7 +195,7 @@ def test_guide_is_the_file_of_this_step_or_a_path(tiny_run, tmp_path, monkeypatc
     assert guide_path("5", saved) == Path("5")
     with refused("no snapshot or checkpoint of step 7 .* of steps 5, 10"):
         guide_path(7, saved)
-    model = shutil.copy(saved.path, tmp_path / "faces.safetensors")
+    model = shutil.copy(saved.path, here / "faces.safetensors")
     with refused("it is in no run.*name one of these, or the file of a model"):
         call(sample, model, GUIDED, "--guide 5")
 

@@ -121,11 +121,8 @@ def test_a_folder_of_other_settings_is_refused(tiny_run, tmp_path):
     assert names == {"grid", "00000", "00001", "00002"}
 
 
-def test_samples_without_a_folder_go_into_a_new_one_named_by_the_time(
-    tiny_run, unfinished, tmp_path, monkeypatch
-):
+def test_samples_without_a_folder_go_into_a_new_one_named_by_the_time(tiny_run, unfinished, here):
     """In the run; of an exported file under its name, here. test_recipes.py has recipes."""
-    monkeypatch.chdir(tmp_path)
     call(sample, tiny_run, "--export", "there/x.safetensors")
     for run, folder, name in (
         (unfinished, unfinished / "samples", TIME),
