@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_array_equal
-from PIL import Image
 
 import sample
 from data.pictures import fit_image, open_image_file
-from data.pixels import picture_of, to_uint8
+from data.pixels import picture_of, to_model_range, to_uint8
 from edit import InpaintFlags
 from figures.saved_model import open_saved
 from functions.samplers import SAMPLERS
@@ -66,7 +65,7 @@ def page(tiny_run, tmp_path_factory):
 
 def cut(grid):
     """Return the images of a grid, row by row."""
-    pixels = np.asarray(grid)
+    pixels = np.array(grid)
     # There are 2 pixels between images, and around them.
     places = [range(2, length, SIZE + 2) for length in pixels.shape[:2]]
     return [pixels[y : y + SIZE, x : x + SIZE] for y, x in itertools.product(*places)]
@@ -82,44 +81,41 @@ def test_draw_is_the_grid_of_the_script_with_the_flags_of_the_page(page, tiny_ru
     assert_array_equal(grid, pixels_of(tmp_path / "grid.png"))
 
 
-def test_mix_in_the_page_shows_an_upload(page, pictures):
-    """At depth 0 it comes back."""
+def test_mix_in_the_page_is_that_of_edits(page, tiny_run, pictures):
+    """It mixes an image of the seed with an upload."""
     tab(page, "Mix")
-    fill(page, Depth=0, Share=1, Steps=5)
+    fill(page, Seed=3, Depth=0.5, Share=0.3, Steps=5)
     file = pictures / "00003.png"
     panel = page.get_by_role("tabpanel").locator("visible=true")
     panel.locator("input[type=file]").last.set_input_files(file)
     # The picture is shown when the upload is complete.
     panel.locator("img").last.wait_for()
     submit(page)
-    photo = fit_image(open_image_file(file), (3, SIZE, SIZE))
-    assert_array_equal(cut(picture(page))[1:], [photo, photo])
-
-
-@small_grids
-def test_mix_is_that_of_edits(tiny_run):
-    from demo import mix  # This imports Gradio.
-
-    pipeline = open_saved(tiny_run, "--seed 3 --sampler dpm++ --steps 5 --device cpu")
-    ends = generate(changed(pipeline, batch_size=1), [0, 12])
+    pipeline = open_saved(tiny_run, f"{FLAGS} --seed 3 --steps 5 --device cpu")
+    photo = fit_image(open_image_file(file), pipeline.models.shape)
+    ends = torch.cat([generate(pipeline, [0]), to_model_range(photo[None])])
     mixture = interpolate_images(pipeline, ends, time_at(pipeline, 0.5), torch.tensor([0.3]))
     expected = to_uint8(torch.stack([ends[0], mixture[0], ends[1]]))
-    assert_array_equal(cut(mix(pipeline, 0.5, 0.3, 0, None, 12, None)), expected)
+    assert_array_equal(cut(picture(page)), expected)
 
 
-def test_paint_in_the_page_shows_in_grey_what_is_painted_over(page, tiny_run):
+def test_paint_in_the_page_is_that_of_edits(page, tiny_run):
     """It begins with image 0 of the flags' seed, enlarged and then reduced again.
 
-    As long as nothing is painted over, it says so.
+    As long as nothing is painted over, it says so. What is painted over is shown in grey.
     """
     tab(page, "Paint")
     fill(page, Seed=3, Steps=4)
-    image, kept, *_ = cut(inpaint(page))
+    image, kept, *_ = edited = cut(inpaint(page))
     pipeline = open_saved(tiny_run, f"{FLAGS} --steps 20 --device cpu")
     first = picture_of(to_uint8(generate(pipeline, [0]))[0]).resize((512, 512))
     assert_array_equal(image, fit_image(first, pipeline.models.shape))
     painted = (kept == 128).all(axis=2)
     assert 0.02 < painted.mean() < 0.4
+    # With the defaults of edit.py, whose tests are in tests/functions/sampling.
+    pipeline = open_saved(tiny_run, f"{FLAGS} --seed 3 --sampler ddpm --steps 4 --device cpu")
+    expected = inpaint_image(pipeline, image, painted, InpaintFlags.resample, 4)
+    assert_array_equal(edited, expected)
 
 
 def test_mix_and_paint_refuse_what_they_cannot_do(tiny_run):
@@ -132,21 +128,6 @@ def test_mix_and_paint_refuse_what_they_cannot_do(tiny_run):
     for work in (mix, paint):
         with refused("an edit has one --label"):
             work(pipeline, 0.5, {})
-
-
-@small_grids
-def test_paint_is_that_of_edits(tiny_run, pictures):
-    """With the defaults of edit.py, whose tests are in tests/functions/sampling."""
-    from demo import paint
-
-    mask = np.zeros((SIZE, SIZE), bool)
-    mask[4:9] = True
-    photo = Image.open(pictures / "00003.png").resize((SIZE, SIZE))
-    pipeline = open_saved(tiny_run, "--steps 4 --seed 3 --sampler ddpm --device cpu")
-    layer = np.dstack([np.uint8(255) * mask] * 4)
-    edited = paint(pipeline, 2, {"background": photo, "layers": [layer]})
-    expected = inpaint_image(pipeline, np.array(photo), mask, InpaintFlags.resample, 2)
-    assert_array_equal(cut(edited), expected)
 
 
 def test_it_listens_to_this_machine_alone(page):

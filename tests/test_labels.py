@@ -16,7 +16,6 @@ import train
 from config import ConfigError
 from data.datasets import load_images, split_images
 from functions.enlarging import Keeping
-from functions.guidance import Guided
 from functions.sampling import editing
 from functions.sampling.generation import given
 from functions.saved.checkpoint import Checkpoint, write_tensors
@@ -172,7 +171,6 @@ def test_guidance_by_the_label_is_that_of_the_same_network_without_it():
     """tests/functions/test_guidance.py has what a guide does."""
     pipeline = pipeline_of(UNet(**SMALL_MODEL, label_count=2), label=("b", "a"), cfg=2.5)
     guided = given(changed(pipeline, {"label_names": ["b", "a"]}), [0, 1, 2])
-    assert isinstance(guided, Guided)
     assert guided.weight == 2.5
     assert guided.model.inputs["label"].tolist() == [0, 1, 0]
     assert guided.guide == pipeline.models.denoiser
@@ -184,21 +182,19 @@ def test_guidance_by_the_label_is_that_of_the_same_network_without_it():
 
 
 def test_edits_have_one_label(labelled_run, tmp_path, monkeypatch):
-    shown = []
-    monkeypatch.setattr(editing, "save_strip", lambda columns, *_: shown.append(columns))
+    monkeypatch.setattr(editing, "save_strip", save := mock.Mock())
     flags = [labelled_run, FEW, "--out", tmp_path, "--label"]
     call(sample, *flags, "blue --cfg 2 --indices 1 --individual")
     own = pixels_of(tmp_path / "00001.png").astype(float)
     call(edit, "vary 1", *flags, "blue --cfg 2 --depths 1")
-    original, *variations = shown.pop().values()
+    original, *variations = save.call_args.args[0].values()
     assert abs(original[0] - own).max() <= 1
     # From pure noise, each has the label's colour.
     assert sum(image[0].mean((0, 1)).argmax() == 2 for image in variations) >= 7
 
 
 def test_held_out_images_are_measured_with_their_own_labels(labelled_run, coloured):
-    forward = mock.patch.object(UNet, "forward", autospec=True, side_effect=UNet.forward)
-    with forward as calls:
+    with mock.patch.object(UNet, "forward", autospec=True, side_effect=UNet.forward) as calls:
         call(evaluate, labelled_run, "--t-stride 200")
     seen = [each.kwargs["label"].item() for each in calls.call_args_list]
     image_set = load_images(coloured, 8, labels=True)

@@ -41,7 +41,7 @@ def test_the_noised_image_is_in_float32_whatever_the_network_computes_in():
 
 def test_draws_depend_on_seed_and_step_alone():
     # Between the two draws of the same step there are draws of others.
-    places = ((0, 7), (0, 6), (0, 8), (1, 7), (0, 7))
+    places = ((0, 7), (0, 6), (1, 7), (0, 7))
     draws = [training_draws(*place, 64, (3, 4, 4), 1000, CPU) for place in places]
     for first, *others, again in zip(*draws, strict=True):
         assert torch.equal(first, again)
