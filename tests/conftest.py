@@ -122,6 +122,15 @@ def draw_pictures(folder):
     return folder
 
 
+def split_folder(pictures, folder, trained, held_out=1):
+    """Return a folder with the first pictures in train/ and the next ones in val/."""
+    for i in range(trained + held_out):
+        part = folder / ("train" if i < trained else "val")
+        part.mkdir(parents=True, exist_ok=True)
+        shutil.copy(pictures / f"{i:05d}.png", part)
+    return folder
+
+
 def pixels_of(path):
     """Return the pixels of an image file."""
     return np.asarray(Image.open(path))
@@ -131,6 +140,11 @@ def only_in(folder):
     """Return the path of the one file or folder in a folder, such as the one run of `--runs`."""
     [path] = folder.iterdir()
     return path
+
+
+def files_of(folder):
+    """Return the bytes of all files in a folder, by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def shrunk(images):

@@ -7,14 +7,9 @@ import pytest
 import torch
 
 import evaluate
-from tests.conftest import call
+from tests.conftest import call, files_of
 
 BPD = "--t-stride 100 --device cpu"
-
-
-def files_of(folder):
-    """Return the bytes of all files of a folder, by name."""
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.slow

@@ -31,7 +31,6 @@ temperature = 0.5
 """
 FLAGS = "--sampler dpm++ --steps 4 --spacing trailing --guidance 2 --temperature 0.5"
 FEW = "--device cpu --n 2"
-GUIDED = "--sampler dpm++ --steps 3 --n 2 --device cpu --individual"
 
 
 @pytest.fixture
@@ -197,7 +196,7 @@ def test_guide_is_the_file_of_this_step_or_a_path(tiny_run, here):
         guide_path(7, saved)
     model = shutil.copy(saved.path, here / "faces.safetensors")
     with refused("it is in no run.*name one of these, or the file of a model"):
-        call(sample, model, GUIDED, "--guide 5")
+        call(sample, model, FEW, "--guide 5")
 
 
 @pytest.mark.parametrize(
@@ -206,4 +205,4 @@ def test_guide_is_the_file_of_this_step_or_a_path(tiny_run, here):
 def test_a_guide_of_another_shape_or_schedule_is_refused(tiny_run, trained, flags):
     flags += " --model.transformer-layers 0 --diffusion.epochs 1"
     with refused(r"another shape of images, or another noise schedule"):
-        call(sample, tiny_run, GUIDED, "--guide", trained(flags))
+        call(sample, tiny_run, FEW, "--guide", trained(flags))

@@ -17,7 +17,7 @@ import sample
 from functions.sampling.generation import Pipeline
 from functions.sampling.samples_folder import image_path
 from functions.support.pictures import grid_of
-from tests.conftest import call, pixels_of, posix, refused, samples_of
+from tests.conftest import call, files_of, pixels_of, posix, refused, samples_of
 from tests.forked import Program
 from tests.functions.support.test_processes import two
 
@@ -32,10 +32,6 @@ def whole(tiny_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     call(sample, tiny_run, FLAGS, "--out", folder)
     return folder
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def written(folder):
@@ -80,7 +76,7 @@ def test_after_a_kill_two_processes_make_only_what_is_missing(whole, tiny_run, t
     call(sample, *command)
     assert "sampling 0 of 22 images" in capsys.readouterr().out
     assert kept.items() <= written(folder).items()
-    assert contents(folder) == contents(whole)
+    assert files_of(folder) == files_of(whole)
 
 
 def test_indices_are_images_of_the_seed(whole, tiny_run, tmp_path):
@@ -96,7 +92,7 @@ def test_a_folder_of_other_settings_is_refused(tiny_run, tmp_path):
     single, pictures = (tmp_path / name for name in ("single", "pictures"))
     call(sample, tiny_run, "--individual", common, single)
     call(sample, tiny_run, common, pictures, "--gif")
-    before = [contents(single), contents(pictures)]
+    before = [files_of(single), files_of(pictures)]
     early = "checkpoints/step-00000005.safetensors"
     for folder, run, flags, changed in (
         (
@@ -113,7 +109,7 @@ def test_a_folder_of_other_settings_is_refused(tiny_run, tmp_path):
         with refused("of other settings") as error:
             call(sample, tiny_run / run, common, folder, flags)
         assert re.findall(r"(\w+) was ", str(error.value)) == changed.split()
-    assert [contents(single), contents(pictures)] == before
+    assert [files_of(single), files_of(pictures)] == before
     call(sample, tiny_run, "--individual", common, pictures, "-n 3")
     call(sample, tiny_run, common, pictures)
     call(sample, tiny_run, common, single)

@@ -30,14 +30,19 @@ from tests.conftest import (
 )
 from tests.kill import assert_same_run
 
-SMALL = dict(image_size=32, dim_multiply=(1, 2), base_dim=8, norm_groups=2, batch_size=10)
+SMALL = dict(
+    image_size=32,
+    dim_multiply=(1, 2),
+    base_dim=8,
+    norm_groups=2,
+    batch_size=10,
+    gradient_accumulation=4,
+)
 
 
 def data_of(**changes) -> DetailsData:
     """Return the data of a training of 200 random images, 40 of them in a step."""
-    experiment = EXPERIMENTS["ffhq-details"].override(
-        **SMALL | {"gradient_accumulation": 4} | changes
-    )
+    experiment = EXPERIMENTS["ffhq-details"].override(**SMALL | changes)
     size = experiment.model.image_size
     images = np.random.default_rng(0).integers(0, 256, (200, size, size, 3), np.uint8)
     return DetailsData(experiment, from_array("noise", images), CPU)

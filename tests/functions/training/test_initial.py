@@ -2,7 +2,6 @@
 
 import shutil
 import sys
-from functools import partial
 
 import pytest
 import torch
@@ -28,10 +27,6 @@ def beginning_with(initial, pictures, runs, *flags, preset="faces"):
     return words(*start, *TRAINING, *flags)
 
 
-def begin_with(*arguments, **named):
-    call(train, *beginning_with(*arguments, **named))
-
-
 @pytest.mark.slow
 def test_a_run_begins_with_the_averaged_weights_of_another(tiny_run, pictures, tmp_path, capsys):
     """Network, T and betas are those of the weights, whatever the preset has.
@@ -41,19 +36,18 @@ def test_a_run_begins_with_the_averaged_weights_of_another(tiny_run, pictures, t
     source = shutil.copytree(tiny_run, tmp_path / "source" / tiny_run.name)
     last = checkpoints_of(source)[-1]
     before = load_weights(last)
-    flags = "--resume auto"
-    arguments = source, pictures, tmp_path / "runs", flags
-    begin = partial(begin_with, *arguments, preset="cifar10")
-    with open_run(beginning_with(*arguments, preset="cifar10"), "") as (run, _):
+    runs = tmp_path / "runs"
+    start = beginning_with(source, pictures, runs, "--resume auto", preset="cifar10")
+    with open_run(start, "") as (run, _):
         assert same(run.parts()["model"], run.parts()["ema"])
         assert same(run.parts()["ema"], before.weights)
 
     with pytest.raises(KeyboardInterrupt), during(7, interrupt):
-        begin()
+        call(train, *start)
     # The same command continues the run, even if the other one has a newer checkpoint by now.
     last.rename(last.with_stem("step-00000011"))
-    begin()
-    contents = newest(only_in(tmp_path / "runs"))
+    call(train, *start)
+    contents = newest(only_in(runs))
     initial = contents["run"]["initial"]
     assert capsys.readouterr().out.count(f"begins as  {initial}") == 2
     assert f"{last}: {before}" in initial
@@ -76,8 +70,8 @@ def test_a_network_of_diffusers_is_trained_on_and_resumed(
 ):
     """Betas, T and objective are the folder's, whatever the preset has."""
     with pytest.raises(KeyboardInterrupt), during(9, interrupt):
-        begin_with(their_folder, pictures, tmp_path / "killed", preset="faces-v")
-    killed = only_in(tmp_path / "killed")
+        call(train, *beginning_with(their_folder, pictures, tmp_path, preset="faces-v"))
+    killed = only_in(tmp_path)
     call(train, "--resume", killed)
 
     before = load_model(their_folder)
@@ -91,7 +85,7 @@ def test_a_network_of_diffusers_is_trained_on_and_resumed(
 
     # It can be sampled, and be the beginning of another run; and its own package is needed.
     call(sample, killed, "--n 1 --steps 1")
-    begin_with(killed, pictures, tmp_path / "again", "--dry-run")
+    call(train, *beginning_with(killed, pictures, tmp_path, "--dry-run"))
     monkeypatch.setitem(sys.modules, "diffusers", None)
     for script, *flags in (
         (sample, their_folder),
@@ -115,4 +109,4 @@ def test_a_network_of_diffusers_is_trained_on_and_resumed(
 )
 def test_a_network_of_diffusers_stays_as_it_is(flags, sentence, their_folder, pictures, tmp_path):
     with pytest.raises((UserError, ConfigError), match=sentence):
-        begin_with(their_folder, pictures, tmp_path, flags)
+        call(train, *beginning_with(their_folder, pictures, tmp_path, flags))

@@ -12,7 +12,7 @@ from config import ConfigError
 from functions.training import opening
 from functions.training.metrics import read_metrics
 from functions.training.resuming import locked
-from tests.conftest import HELD_OUT, call, during, newest, posix, refused, terminate
+from tests.conftest import HELD_OUT, call, during, newest, posix, refused, split_folder, terminate
 from tests.kill import assert_same_run
 from tests.small_training import same
 
@@ -107,13 +107,9 @@ def test_a_run_goes_on_with_the_same_images_wherever_they_are(unfinished, tiny_r
             call(train, *resume)
         shutil.copy(pictures / name, elsewhere)
     # The same images in folders of these names are split by another rule.
-    for side, pattern in (("train", "000[0-3]*.png"), ("val", "0004*.png")):
-        (elsewhere / "sides" / side).mkdir(parents=True)
-        for picture in pictures.glob(pattern):
-            shutil.copy(picture, elsewhere / "sides" / side)
+    sides = split_folder(pictures, elsewhere.with_name("sides"), 40, 10)
     with refused(r"then: by a hash of each name; now: its val images\)", ConfigError):
-        call(train, *resume[:-1], elsewhere / "sides")
-    shutil.rmtree(elsewhere / "sides")
+        call(train, *resume[:-1], sides)
     assert (unfinished / "config.json").read_bytes() == before
 
     # An unreadable picture is none of them, and its name does not make the others' numbers names.
