@@ -125,6 +125,7 @@ def folder(their_folder, tmp_path):
 def test_ours_to_diffusers_and_back(trained, here):
     """Run and folder give the same images, and so do the pipelines of diffusers.
 
+    Betas of the folder are in float32, and still it can guide the run.
     tests/functions/saved/test_checkpoint.py has an exported file.
     """
     # The betas are rescaled for this T.
@@ -134,6 +135,7 @@ def test_ours_to_diffusers_and_back(trained, here):
     theirs = their_images(pipeline.unet, pipeline.scheduler)
     for path in (run, Path("faces")):
         assert_close(our_images(path), theirs, rtol=0, atol=1e-3)
+    call(sample, run, "--guide faces --guidance 2 --sampler dpm++ --steps 4 --n 1 --device cpu")
     # Nobody else needs to know where the run lies on this disk.
     texts = [path.read_text() for path in Path("faces").rglob("*.json")]
     assert str(here.parent) not in "".join(texts)
@@ -281,14 +283,6 @@ def test_damaged_folders_are_refused_in_a_sentence(their_folder, tmp_path):
         folder = shutil.copytree(their_folder, tmp_path / str(k))
         damage(folder / damaged)
         assert sentence in refusal(folder)
-
-
-def test_an_export_can_guide_the_model(tiny_run, tmp_path):
-    """Its betas have been in float32."""
-    folder = tmp_path / "folder"
-    call(sample, tiny_run, "--export", folder)
-    flags = "--device cpu --n 1 --sampler dpm++ --steps 4 --guidance 2"
-    call(sample, tiny_run, flags, "--guide", folder, "--out", tmp_path / "out")
 
 
 def test_a_door_without_its_extra_says_so(their_folder, tiny_run, tmp_path, monkeypatch):

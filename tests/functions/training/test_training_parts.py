@@ -139,15 +139,15 @@ def test_metrics_go_to_csv_and_tensorboard_and_resume_cuts_what_is_done_again(tm
     assert {file.name for file in tmp_path.iterdir()} == {"metrics.csv", "tensorboard"}
 
 
-@pytest.mark.parametrize("foreign", [b"15,1.5", b"15" + b"," * (len(COLUMNS) - 1) + b"x", b""])
 @pytest.mark.parametrize("more", ["", "old,"])
 def test_metrics_keep_rows_of_numbers_and_those_of_other_columns_are_moved_aside(
-    more, foreign, tmp_path, capsys
+    more, tmp_path, capsys
 ):
     """Their curves can be drawn all the same. A spreadsheet marks the start and ends its lines."""
     path = tmp_path / "metrics.csv"
     header = (more + ",".join(COLUMNS)).encode()
     row = b"10" + b"," * (header.count(b",") - 1) + b",0.25"
+    foreign = row + b"x"
     before = b"\r\n".join([b"\xef\xbb\xbf" + header, row, foreign, row])
     path.write_bytes(before)
     assert [row["val_loss_q3"] for row in read_metrics(path)] == [0.25, 0.25]
@@ -193,7 +193,7 @@ def test_learning_rate_decays_rotation_stops_for_the_last_tenth_and_labels_are_d
     data = SimpleNamespace(config=replace(full, condition_dropout=0.25), image_set=images)
     draws = training_draws(0, 0, 40, (3, 8, 8), 1000, CPU)
     labels = torch.arange(40) % 2
-    for done, angle in ((0, 3), (0.899, 3), (0.9, 0), (0.999, 0)):
+    for done, angle in ((0.899, 3), (0.9, 0)):
         expected = augment(draws.noise, draws.flip, angle * draws.rotation)
         others = {"label": labels, "other": draws.noise}
         x_0, inputs = TrainingData.augment(data, draws.noise, others, draws, done)
