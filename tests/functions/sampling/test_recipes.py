@@ -17,7 +17,7 @@ from functions.sampling.settings import SamplingFlags, default_settings
 from functions.saved.checkpoint import load_weights
 from functions.saved.run_folder import checkpoints_of
 from functions.support.command_line import read_flags
-from tests.conftest import call, pixels_of, refused
+from tests.conftest import call, files_of, pixels_of, refused
 
 TEXT = """\
 model = "model.safetensors"
@@ -59,15 +59,13 @@ def test_a_recipe_draws_what_its_flags_draw(recipe, monkeypatch):
     parts = "mine/model.safetensors --guide mine/guides/early.safetensors --enlarge mine/large"
     call(sample, parts, FLAGS, FEW, "--out flags")
     call(sample, recipe, FEW, "--out recipe")
-    by_flags, by_recipe = Path("flags"), Path("recipe")
-    for name in ("grid.png", "samples.json"):
-        assert (by_recipe / name).read_bytes() == (by_flags / name).read_bytes()
+    assert files_of(Path("recipe")) == files_of(Path("flags"))
 
     # Samples of the recipe in the box go into the working directory, under its name.
     monkeypatch.setattr(functions.sampling.settings, "PRETRAINED", recipe)
     call(sample, FEW, "--gif")
     [of_the_box] = Path("samples").glob("people-*/grid.png")
-    assert of_the_box.read_bytes() == (by_flags / "grid.png").read_bytes()
+    assert of_the_box.read_bytes() == Path("flags/grid.png").read_bytes()
     # The animation has the size of the enlarged images, which the last frame shows. Its palette
     # has few of these colours.
     with Image.open(of_the_box.parent / "denoising.gif") as animation:
