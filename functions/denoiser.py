@@ -106,8 +106,7 @@ class Predictor(ABC):
 class Denoiser(Predictor):
     """A network with the schedule and the objective that it was trained with.
 
-    `network` may also be a plain function (x_t (B, C, H, W), t (B,) int64) -> prediction. Raises
-    ValueError for an objective that is not in OBJECTIVES.
+    `network` may also be a plain function (x_t (B, C, H, W), t (B,) int64) -> prediction.
     """
 
     network: nn.Module | Callable[[Tensor, Tensor], Tensor]
@@ -119,12 +118,6 @@ class Denoiser(Predictor):
     precision: torch.dtype = torch.float32
     # What the network gets beside x_t and t, such as labels, by the names of its arguments.
     inputs: dict[str, Tensor] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise ValueError(
-                f"objective is {self.objective!r}; it can be {' or '.join(OBJECTIVES)}"
-            )
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Return the network's prediction at (x_t, t (B,)): (B, C, H, W), of the dtype of x_t.

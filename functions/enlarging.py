@@ -60,24 +60,15 @@ def enlarge(
     `model` draws the details of images that it is given as `low`, and `noise()` the next standard
     normal noise of the large ones, of one for all or of each. `keep` puts into large images what is
     known of them (functions/inpainting.py); beside it they do not shrink exactly to the small ones.
-    Raises ValueError for noise of another size than twice the images'.
     """
-    first = noise()
-    *batch, height, width = small.shape
-    large = *batch[1:], 2 * height, 2 * width
-    if first.shape not in ((len(small), *large), (1, *large)):
-        raise ValueError(
-            f"images are {(*small.shape,)} and noise is {(*first.shape,)}; they must be "
-            "(B, C, H, W) and (B or 1, C, 2 H, 2 W)"
-        )
-    times = enlarging_times(model.scheduler, min(height, width))
+    times = enlarging_times(model.scheduler, min(small.shape[-2:]))
     start = stretch(small)
     if keep:
         start = keep(start)
     enlarging = Enlarging(model.given(low=small), small)
     return dpm_solver_sample(
         Keeping(enlarging, keep) if keep else enlarging,
-        model.scheduler.q_sample(start, times[0], first),
+        model.scheduler.q_sample(start, times[0], noise()),
         times,
         eta=1,
         clip_x_0=clip_x_0,

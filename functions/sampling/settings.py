@@ -149,8 +149,6 @@ def read_recipe(path: Path) -> SamplingConfig:
         # Editors on Windows may begin the file with a byte-order mark.
         values = tomllib.loads(path.read_text("utf-8-sig"))
         by_field = {key.replace("-", "_"): value for key, value in values.items()}
-        if len(by_field) < len(values):
-            raise ConfigError("a key is there with - and with _")
         config = from_fields(SamplingConfig, by_field)
     except ConfigError as error:
         raise UserError(f"{path}: {printable(error)}") from error

@@ -31,8 +31,6 @@ from functions.support.errors import CheckpointError, printable
 from functions.support.files import check_file, parse_json, replacing, sha256
 
 FORMAT = "ddpm-faces checkpoint 4"
-# The keys that contents have at least, by their part.
-NEEDED = {"config": {"diffusion", "model"}, "run": {"experiment", "step", "total_steps"}}
 # Tensors by their names.
 Tensors = dict[str, Tensor]
 
@@ -80,7 +78,7 @@ def digest_of(tensors: Tensors) -> str:
 class Checkpoint:
     """A checkpoint or a model. Opening it reads and checks `contents`, but no tensor.
 
-    Raises CheckpointError for a file that is missing, damaged, of another format, or neither; and
+    Raises CheckpointError for a file that is missing, damaged, or of another format; and
     OSError or MemoryError for one that cannot be read now.
     """
 
@@ -94,11 +92,9 @@ class Checkpoint:
             raise unreadable(path, f"its format is {file_format!r}")
         if metadata.get("sha256") != sha256(text):
             raise unreadable(path, "it has a wrong checksum")
+        # What has a right checksum is as a run wrote it, so values are not looked at.
         self.contents = parse_json(path, text)
         self.digests = self.contents.pop("digests", {})
-        # What has a right checksum is as a run wrote it, so values are not looked at.
-        if not all(keys <= self.contents.get(part, {}).keys() for part, keys in NEEDED.items()):
-            raise CheckpointError(f"{path}: neither a checkpoint nor a model")
 
     def tensors(self, part: str) -> Tensors:
         """Read the tensors of a part, to the CPU, by their names without the part's name.

@@ -57,8 +57,6 @@ class OpeningFlags(PlaceFlags):
         super().__post_init__()
         if self.init and self.resume not in (None, "auto"):
             raise ConfigError("--init starts a new run, but --resume continues one")
-        if self.runs.is_file():
-            raise ConfigError(f"--runs: {self.runs} is a file, and no folder")
 
 
 @dataclass(frozen=True, kw_only=True)

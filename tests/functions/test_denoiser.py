@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from functions.denoiser import OBJECTIVES, Denoiser, Objective
 from functions.losses import denoising_loss, eps_errors
 from functions.noise_scheduler import NoiseScheduler
-from tests.conftest import normal, refused, small_unet
+from tests.conftest import normal, small_unet
 from tests.functions.known_denoisers import exact
 
 SCHEDULER = NoiseScheduler(1000)
@@ -28,11 +28,6 @@ X_0 = Objective(
 @pytest.fixture(autouse=True)
 def third_objective(monkeypatch):
     monkeypatch.setitem(OBJECTIVES, "x_0", X_0)
-
-
-def test_an_unknown_objective_is_refused():
-    with refused(r"it can be eps or v.* or x_0", ValueError):
-        Denoiser(None, SCHEDULER, objective="noise")
 
 
 def images(seed):

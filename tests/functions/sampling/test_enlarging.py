@@ -104,12 +104,6 @@ def test_an_enlargement_shrinks_to_the_small_image_beside_known_pixels():
     assert_close(shrunk(drawn)[..., 0], small[..., 0], atol=0.15, rtol=0)
 
 
-@pytest.mark.parametrize("shape", [(3, 4, 8), (1, 8, 8), (8,)])
-def test_pictures_whose_noise_is_not_that_of_twice_their_size_are_refused(shape):
-    with pytest.raises(ValueError, match=r"must be \(B, C, H, W\) and \(B or 1, C, 2 H, 2 W\)"):
-        enlarge(WHITE, torch.zeros(2, *shape), lambda: torch.zeros(2, 3, 16, 16))
-
-
 def test_a_model_that_does_not_clip_enlarges_without_clipping():
     bright = torch.full((1, 3, 8, 8), 1.5)
     pipeline = changed(pipeline_of(None), {"denoiser": WHITE, "shape": (3, 8, 8)})

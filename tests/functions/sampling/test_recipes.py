@@ -154,7 +154,6 @@ def test_export_and_evaluation_use_the_model_alone(recipe, monkeypatch, capsys):
         ("steps", "st\udcffeps", "'utf-8' codec can't decode"),
         ("guidance = 2", f"guidance = {'9' * 400}", "guidance is 99.*; it must be finite"),
         ("guidance = 2", f"label = {'[' * 2000 + ']' * 2000}", "maximum recursion depth"),
-        ("steps = 4", "batch-size = 3\nbatch_size = 4", "a key is there with - and with _"),
         ("model.safetensors", "people.toml", "people.toml is a recipe, and no model; name one"),
     ],
 )

@@ -134,10 +134,3 @@ def test_a_run_is_locked_before_its_checkpoint_is_read(unfinished, monkeypatch):
             call(train, "--resume", unfinished)
     monkeypatch.setattr(opening, "intact_checkpoint", read_while_locked)
     call(train, "--resume", unfinished)
-
-
-def test_a_file_in_place_of_the_folder_of_runs_is_found_before_the_data(tmp_path):
-    file = tmp_path / "runs"
-    file.touch()
-    with refused(f"--runs: {file} is a file, and no folder", ConfigError):
-        call(train, "faces --diffusion.dataset-name no/such/folder --runs", file)
