@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -104,6 +105,20 @@ def test_an_enlargement_shrinks_to_the_small_image_beside_known_pixels():
     assert_close(shrunk(drawn)[..., 0], small[..., 0], atol=0.15, rtol=0)
 
 
+@pytest.mark.parametrize("size, std", [(32, 0.0), (64, 0.03)])
+def test_a_model_gets_images_of_64_pixels_and_more_with_noise(size, std):
+    """The large image shrinks to the one without it all the same."""
+    small = 0.1 * normal(0, 2, 3, size, size)
+    noise = image_noise(3, range(2), (3, 2 * size, 2 * size), CPU, "image")
+    with mock.patch.object(type(WHITE), "given", return_value=WHITE) as given:
+        large = enlarge(WHITE, small, noise)
+    added = given.call_args.kwargs["low"] - small
+    assert added.std(dim=(1, 2, 3)).tolist() == pytest.approx([std] * 2, rel=0.03)
+    first, second = added.flatten(1)
+    assert abs(first @ second) <= 0.05 * first @ first
+    assert_close(shrunk(large), small, atol=1e-3, rtol=0)
+
+
 def test_a_model_that_does_not_clip_enlarges_without_clipping():
     bright = torch.full((1, 3, 8, 8), 1.5)
     pipeline = changed(pipeline_of(None), {"denoiser": WHITE, "shape": (3, 8, 8)})
@@ -121,7 +136,7 @@ def test_steps_are_even_in_log_snr_and_for_small_images_in_t_whatever_the_schedu
         *times, last = enlarging_times(scheduler, 64)
         assert last == -1
         log_snr = torch.logit(scheduler.alphas_cumprod)[times]
-        expected = torch.linspace(-1.41, 7, 7, dtype=torch.float64)
+        expected = torch.linspace(-1.41, 6, 7, dtype=torch.float64)
         assert_close(log_snr, expected, atol=0.15, rtol=0)
     assert enlarging_times(shifted, 63) == [499, 428, 356, 285, 213, 142, 70, -1]
     # A short schedule has fewer.
