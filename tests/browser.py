@@ -9,13 +9,14 @@ import runpy
 import shutil
 import signal
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 from PIL import Image
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import BrowserContext, Locator, Page, sync_playwright
 
 from tests.conftest import ROOT
 from tests.forked import Program, wait_until
@@ -23,12 +24,12 @@ from tests.forked import Program, wait_until
 UNPAINTED = "choose an image and paint over a part of it"
 
 
-def demo_script():
+def demo_script() -> None:
     runpy.run_path(str(ROOT / "demo.py"), run_name="__main__")
 
 
 @contextmanager
-def served(printed, *flags, act=demo_script):
+def served(printed: Path, *flags: object, act: Callable[[], None] = demo_script) -> Iterator[str]:
     """Run demo.py in a process of its own, printing to a file; yield the page's address.
 
     At the end it is stopped as Ctrl-C stops it, and its exit status is checked.
@@ -43,7 +44,7 @@ def served(printed, *flags, act=demo_script):
 
 
 @contextmanager
-def browser():
+def browser() -> Iterator[BrowserContext]:
     """Yield headless Chromium for pages whose waits end after a minute."""
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"))
@@ -53,7 +54,7 @@ def browser():
         chromium.close()
 
 
-def fill(page, **values):
+def fill(page: Page, **values: object) -> None:
     """Give the visible controls of these names a value, such as Seed=3; of sliders, the number.
 
     A tab that has just opened may give its controls their defaults once more, some milliseconds
@@ -74,29 +75,29 @@ def fill(page, **values):
     raise AssertionError(f"the page does not keep {values}")
 
 
-def submit(page):
+def submit(page: Page) -> None:
     """Click the button of the open tab."""
     page.get_by_role("button", name="Submit").locator("visible=true").click()
 
 
-def tab(page, name):
+def tab(page: Page, name: str) -> None:
     """Open the tab of this name."""
     page.get_by_role("tab", name=name).click()
 
 
-def download_link(page):
+def download_link(page: Page) -> Locator:
     """Return the button that downloads the picture of the open tab."""
     return page.get_by_test_id("download-link").locator("visible=true")
 
 
-def picture(page):
+def picture(page: Page) -> np.ndarray:
     """Wait for the first picture in the open tab, download it by its button, return its pixels."""
     with page.expect_download() as download:
         download_link(page).click()
     return np.asarray(Image.open(download.value.path()))
 
 
-def inpaint(page):
+def inpaint(page: Page) -> np.ndarray:
     """Draw a broad line across the image in the tab Paint, inpaint it, and return the picture.
 
     There must be no earlier picture. Nothing in the page says when it has the image and the line,
@@ -119,7 +120,7 @@ def inpaint(page):
     return picture(page)
 
 
-def main():
+def main() -> None:
     """Draw with the run of the command line, and write a screenshot of the page."""
     with (
         TemporaryDirectory() as folder,

@@ -108,7 +108,7 @@ def labelled_pictures(tmp_path_factory):
     return folder
 
 
-def draw_pictures(folder):
+def draw_pictures(folder: Path) -> Path:
     """Fill a folder with 50 simple pictures, 20 x 20: a disc of one colour on another."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
@@ -243,13 +243,13 @@ def path(tmp_path):
     return tmp_path / "step-00000005.safetensors"
 
 
-def pipeline_of(network, timesteps=100, seed=0, device=CPU, **settings):
+def pipeline_of(network, timesteps=100, seed=0, device=CPU, **settings) -> Pipeline:
     """Return the pipeline with these settings by a network for images of 16 x 16."""
     models = Models(Denoiser(network, NoiseScheduler(timesteps)), (3, 16, 16), device)
     return Pipeline(models, SamplingConfig(model="network", **settings), seed)
 
 
-def changed(pipeline, models=(), **settings):
+def changed(pipeline, models=(), **settings) -> Pipeline:
     """Return a pipeline with other settings, and other fields of its `Models`."""
     models = replace(pipeline.models, **dict(models))
     return replace(pipeline, models=models, config=replace(pipeline.config, **settings))
@@ -261,7 +261,7 @@ def normal(seed, *shape, dtype=torch.float32):
     return torch.randn(shape, generator=generator, dtype=dtype)
 
 
-def small_unet(dim_multiply=(1, 2)):
+def small_unet(dim_multiply=(1, 2)) -> UNet:
     """Return a small network whose output is not zero."""
     torch.manual_seed(0)
     model = UNet(16, 3, 8, dim_multiply, [1], 16, norm_groups=4)
@@ -317,7 +317,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="capabilities and lim
 posix = pytest.mark.skipif(os.name != "posix", reason="signals")
 
 
-def load_checkpoint(path):
+def load_checkpoint(path) -> dict:
     """Return all that a checkpoint holds, so that two can be compared."""
     file = verify_checkpoint(path)
     return {**file.contents, **{part: file.tensors(part) for part in file.digests}}

@@ -9,6 +9,8 @@ import runpy
 import signal
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 from tests.conftest import ROOT, words
 
@@ -28,7 +30,7 @@ else:
 PATIENCE = 200
 
 
-def train_script():
+def train_script() -> None:
     runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
 
@@ -40,10 +42,10 @@ class Program(SERVER.Process):
 
     def __init__(
         self,
-        output,
-        *arguments,
-        act=train_script,
-        **environment,
+        output: Path,
+        *arguments: object,
+        act: Callable[[], None] = train_script,
+        **environment: object,
     ):
         super().__init__(daemon=True)
         self.output = output
@@ -55,7 +57,7 @@ class Program(SERVER.Process):
         output.write_bytes(b"")
         self.start()
 
-    def run(self):
+    def run(self) -> None:
         """Do in the new process what a shell would do, then run the program."""
         with open(self.output, "ab") as file:
             # Output and errors of this process and of its children go to the file.
@@ -71,17 +73,17 @@ class Program(SERVER.Process):
         self.act()
 
     @property
-    def printed(self):
+    def printed(self) -> str:
         return self.output.read_text()
 
-    def wait(self):
+    def wait(self) -> int:
         """Wait for the end and return the exit status, which is -n where signal n ended it."""
         self.join(PATIENCE)
         assert self.exitcode is not None, f"it has not ended: {self.printed}"
         return self.exitcode
 
 
-def wait_until(reached, alive):
+def wait_until(reached: Callable[[], object], alive: Callable[[], bool]) -> None:
     """Wait until `reached` is true.
 
     Raises AssertionError when the process ends before, or is late.

@@ -23,7 +23,7 @@ EVERY = 2
 SECONDS = 0.4
 
 
-def kill_and_resume(folder, times):
+def kill_and_resume(folder: Path, times: int) -> str:
     """Train a tiny run without a pause, and another that is killed `times` times; compare them.
 
     There are fewer kills when the run ends before one. Returns what happened. Raises AssertionError
@@ -74,14 +74,14 @@ def kill_and_resume(folder, times):
     return f"killed {kills} times, {kills_in_a_write} of them while a file was being written"
 
 
-def kill(program, seconds):
+def kill(program: Program, seconds: float) -> None:
     """Kill a training so many seconds after its start."""
     wait_until(lambda: "goes to" in program.printed, program.is_alive)
     time.sleep(seconds)
     program.kill()
 
 
-def assert_same_run(a, b):
+def assert_same_run(a: Path, b: Path) -> None:
     """Assert that two runs are equal bit for bit in all but speed."""
     first = results_of(a)
     second = results_of(b)
@@ -90,7 +90,7 @@ def assert_same_run(a, b):
         assert same(first[what], second[what]), f"another {what}"
 
 
-def results_of(run):
+def results_of(run: Path) -> dict:
     """Return weights, moments, EMA, counters, snapshots, grids, and the numbers of metrics.csv."""
     return {
         **newest(run),
@@ -100,7 +100,7 @@ def results_of(run):
     }
 
 
-def sample_grids(run):
+def sample_grids(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (run / "samples").glob("*.png")}
 
 

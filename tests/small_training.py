@@ -12,7 +12,7 @@ from functions.training.run import TrainingRun
 from tests.conftest import CPU
 
 
-def same(a, b):
+def same(a: object, b: object) -> bool:
     """Say whether nested containers of plain values and tensors are equal to the bit."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
@@ -25,7 +25,7 @@ def same(a, b):
     return type(a) is type(b) and repr(a) == repr(b)
 
 
-def training_run(seed=0, **changes):
+def training_run(seed: int = 0, **changes) -> TrainingRun:
     """Return a new run with these changes, with a scaler of the loss as on a GPU.
 
     Its network has three thousand parameters.
@@ -50,7 +50,7 @@ def training_run(seed=0, **changes):
     return run
 
 
-def stepped_run(seed=0):
+def stepped_run(seed: int = 0) -> TrainingRun:
     """Return a run after one step, which the average of the weights has not seen."""
     run = training_run(seed)
     for parameter in run.model.parameters():

@@ -11,6 +11,8 @@ opens extras/ by doors alone, which are imports within functions.
 
 import ast
 import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -68,11 +70,11 @@ OUTSIDE = (
 MOST_DOORS = 5
 
 
-def parsed(path):
+def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
 
 
-def imported(nodes):
+def imported(nodes: Iterable[ast.AST]) -> Iterator[str]:
     """Yield all names that these nodes import: modules, and their members."""
     for node in nodes:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -80,19 +82,19 @@ def imported(nodes):
             yield from (f"{module}{alias.name}" for alias in node.names)
 
 
-def outside_of_functions(tree):
+def outside_of_functions(tree: ast.Module) -> Iterator[ast.AST]:
     """Yield the statements that an import of a file, or its start, executes."""
     for node in tree.body:
         yield from ast.walk(node) if isinstance(node, ast.If) else [node]
 
 
-def files_of(names):
+def files_of(names: Iterable[str]) -> set[str]:
     """Return the project's files of these names, in which a member is one of its module."""
     paths = {part.replace(".", "/") for name in names for part in (name, name.rpartition(".")[0])}
     return {f"{path}.py" for path in paths if (ROOT / f"{path}.py").is_file()}
 
 
-def core():
+def core() -> set[str]:
     """Return the files that train.py and sample.py import outside of functions."""
     found = set()
     todo = {"train.py", "sample.py"}

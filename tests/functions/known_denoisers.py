@@ -15,7 +15,7 @@ from functions.noise_scheduler import broadcast
 exact = partial(Denoiser, precision=torch.float64)
 
 
-def white(std, scheduler, mean=0.0):
+def white(std, scheduler, mean=0.0) -> Denoiser:
     """Return the ideal denoiser of images whose pixels are independent, from N(mean, std^2)."""
 
     def network(x_t, t, low=None):
@@ -25,7 +25,7 @@ def white(std, scheduler, mean=0.0):
     return exact(network, scheduler)
 
 
-def mean_and_variance(denoiser, sampler, times, start, **options):
+def mean_and_variance(denoiser, sampler, times, start, **options) -> tuple[float, float]:
     """Return the mean and the variance that a sampler gives to a state of those in `start`.
 
     The denoiser is that of `white`. There is no chance in it: the two are exact.
