@@ -111,8 +111,7 @@ def train(run: TrainingRun) -> bool:
                 losses.append(loss.detach())
 
             # 5: the optimiser's step. If the gradient is not finite, weights and moments stay.
-            for group in optimizer.param_groups:
-                group["lr"] = config.rate_of(step, run.total_steps)
+            optimizer.param_groups[0]["lr"] = config.rate_of(step, run.total_steps)
             scaler.unscale_(optimizer)
             grad_norm = clip_grad_norm_(parameters, max_norm)
             optimizer.found_inf = (~grad_norm.isfinite()).float()  # () 1 or 0; no host waits

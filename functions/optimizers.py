@@ -37,7 +37,8 @@ class Adam(torch.optim.Adam):
     """
 
     def __init__(self, parameters: Iterable[Tensor], lr: float):
-        super().__init__(parameters, lr=lr, fused=True)
+        # Of groups with rates of their own, PyTorch says here that they are no tensors.
+        super().__init__([{"params": [*parameters]}], lr=lr, fused=True)
         for p in self.param_groups[0]["params"]:
             self.state[p] = self.new_state(p)
         self.found_inf = torch.zeros((), device=p.device)

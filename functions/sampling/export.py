@@ -18,7 +18,8 @@ def export(saved: SavedModel, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         # The file can be published. Dtype and identity of the weights stay.
         contents = {"config": saved.config, "run": saved.provenance}
-        write_tensors(path, {saved.part: saved.weights}, contents)
+        part = "ema" if saved.kind == "EMA" else "model"
+        write_tensors(path, {part: saved.weights}, contents)
         return
     if path.suffix:
         raise UserError(

@@ -169,11 +169,6 @@ class SavedModel:
         return self.provenance.get("label_names", [])
 
     @property
-    def part(self) -> str:
-        """Return the part of a file that has such weights."""
-        return "ema" if self.kind == "EMA" else "model"
-
-    @property
     def name(self) -> str:
         """Return the model's name, for the names of its results."""
         return self.provenance["experiment"] if self.path.is_dir() else self.path.stem
