@@ -1,4 +1,4 @@
-"""Recipes draw what their flags draw, a given flag wins, and errors name them; and guides."""
+"""Recipes: they draw what the same flags draw, a given flag wins, and their errors name them."""
 
 import shlex
 import shutil
@@ -12,9 +12,7 @@ import edit
 import evaluate
 import functions.sampling.settings
 import sample
-from functions.sampling.models import guide_path
 from functions.sampling.settings import SamplingFlags, default_settings
-from functions.saved.checkpoint import load_weights
 from functions.saved.run_folder import checkpoints_of
 from functions.support.command_line import read_flags
 from tests.conftest import call, files_of, pixels_of, refused
@@ -179,26 +177,3 @@ def test_a_byte_order_mark_and_what_is_no_file_are_read(recipe, monkeypatch):
     monkeypatch.setenv("HOME", str(recipe.parent))
     recipe.write_text('model = "~/large"')
     assert settings(recipe)["model"] == large
-
-
-def test_guide_is_the_file_of_this_step_or_a_path(tiny_run, here):
-    """A snapshot comes before a checkpoint, and a number is a step beside a folder of this name."""
-    Path("5").mkdir()
-    saved = load_weights(checkpoints_of(tiny_run)[-1])
-    assert guide_path(5, saved) == tiny_run / "checkpoints" / "step-00000005.safetensors"
-    assert guide_path(10, saved) == tiny_run / "snapshots" / "step-00000010.safetensors"
-    assert guide_path("5", saved) == Path("5")
-    with refused("no snapshot or checkpoint of step 7 .* of steps 5, 10"):
-        guide_path(7, saved)
-    model = shutil.copy(saved.path, here / "faces.safetensors")
-    with refused("it is in no run.*name one of these, or the file of a model"):
-        call(sample, model, FEW, "--guide 5")
-
-
-@pytest.mark.parametrize(
-    "flags", ["--diffusion.timesteps-diff 50", "--model.image-size 8 --model.dim-multiply 1"]
-)
-def test_a_guide_of_another_shape_or_schedule_is_refused(tiny_run, trained, flags):
-    flags += " --model.transformer-layers 0 --diffusion.epochs 1"
-    with refused(r"another shape of images, or another noise schedule"):
-        call(sample, tiny_run, FEW, "--guide", trained(flags))
