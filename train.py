@@ -32,7 +32,6 @@ from functions.support import processes
 from functions.support.command_line import run_script
 from functions.support.processes import batches_of
 from functions.support.random_numbers import seed_of
-from functions.training.description import describe_cost
 from functions.training.opening import open_run
 from functions.training.recorder import Recorder
 from functions.training.run import TrainingRun
@@ -47,11 +46,8 @@ def main() -> None:
     # The run is new, or it begins with the weights of --init, or it is resumed.
     with processes.connected(), open_run(sys.argv[1:], __doc__) as (run, is_dry):
         processes.print_main(run.describe())
-        if is_dry:
-            processes.print_main(describe_cost(run.data, run.denoiser, run.optimizer, run.step))
-            return
-        finished = train(run)
-    if not finished:
+        stopped = not is_dry and not train(run)
+    if stopped:
         sys.exit(EXIT_STOPPED)
 
 

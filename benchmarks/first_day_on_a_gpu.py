@@ -10,20 +10,23 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 # Python looks for modules in this script's folder, not in the repository's root.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
-from benchmarks.compare import seconds_of
+from benchmarks.compare import seconds_of, wait_for
 from config import EXPERIMENTS
-from functions.training.description import run_pass
+from functions.denoiser import Denoiser
+from functions.losses import denoising_loss
 from functions.training.metrics import read_metrics
 from functions.training.opening import make_run
 from functions.training.run import TrainingRun
@@ -51,6 +54,11 @@ def run_of(name: str, folder: str = "", **changes: str | int) -> TrainingRun:
     return make_run(name, experiment, Path(folder), DEVICE)
 
 
+def denoising_gradient(denoiser: Denoiser, *batch: Tensor) -> None:
+    """Run forward and backward of `denoising_loss`."""
+    denoising_loss(denoiser, *batch).sum().backward()
+
+
 def training(name: str) -> Iterator[Fact]:
     """Yield time and memory of a pass, forward and backward, eager and compiled.
 
@@ -69,11 +77,15 @@ def training(name: str) -> Iterator[Fact]:
     # On a CPU the compiler would take a minute, so there the network is only traced.
     compiled = torch.compile(run.model, dynamic=False, backend="inductor" if GPU else "eager")
     for mode, network in {"eager": run.model, "compiled": compiled}.items():
-        one_pass = partial(run_pass, replace(run.denoiser, network=network), x_0, t, noise)
+        denoiser = replace(run.denoiser, network=network)
+        one_pass = partial(denoising_gradient, denoiser, x_0, t, noise)
         run.optimizer.zero_grad()
         # Both networks have the same dropout.
         torch.manual_seed(0)
-        yield f"{name}, {mode}: s of the first pass", one_pass()
+        start = time.perf_counter()
+        one_pass()
+        wait_for(DEVICE)
+        yield f"{name}, {mode}: s of the first pass", time.perf_counter() - start
         # Copies on the CPU take no memory of the GPU.
         gradients.append([parameter.grad.cpu().clone() for parameter in parameters])
 

@@ -1,17 +1,10 @@
-"""What is said of a run and its cost, to files and reader, and how a resumption is refused."""
+"""What is said of a run, to files and reader, and how a resumption is refused."""
 
 import math
-import time
 from collections.abc import Iterator
-from datetime import timedelta
-
-import torch
-from torch import Tensor
 
 from config import ConfigError, DiffusionConfig, Experiment, ModelConfig, build_scheduler
-from data.pixels import to_model_range
 from functions.denoiser import Denoiser
-from functions.losses import denoising_loss
 from functions.saved.checkpoint import Checkpoint
 from functions.support import processes
 from functions.support.device import arithmetic
@@ -201,48 +194,3 @@ def describe_changes(
                 f"warning: {name} was {value}, is now {now}: no longer bit for bit like an "
                 "uninterrupted run"
             )
-
-
-def describe_cost(
-    data: TrainingData, denoiser: Denoiser, optimizer: torch.optim.Optimizer, step: int
-) -> str:
-    """Describe the time of a run's steps from `step` on.
-
-    The optimiser's steps here are real ones, so nothing can be trained afterwards.
-    """
-    draws = data.draw(step)
-    images, inputs = next(data.batches(range(step, step + 1)))
-    x_0, inputs = data.augment(to_model_range(images), inputs, draws, 0.0)
-    count = min(data.config.batch_size, len(data.share))
-    batch = [each[:count] for each in (x_0, draws.t, draws.noise)]
-    given = denoiser.given(**{name: value[:count] for name, value in inputs.items()})
-    # The first pass and the first step warm up.
-    seconds = min(run_pass(given, *batch) for _ in range(2))
-    # The gradients are those of the last pass, as in training.
-    for _ in range(2):
-        start = time.perf_counter()
-        optimizer.step()
-        wait(denoiser)
-    seconds_of_step = len(data.share) * seconds / count + time.perf_counter() - start
-
-    to_go = timedelta(seconds=round(seconds_of_step * (data.total_steps - step)))
-    epochs_of_a_day = 86_400 / (seconds_of_step * data.steps_per_epoch)
-    return (
-        f"  compute    forward and backward of {count} on {data.device}: {seconds:.3g} s\n"
-        f"             so the steps to go take about {to_go} (h:mm:ss), not compiled\n"
-        f"             24 hours are {epochs_of_a_day:,.1f} epochs\n"
-        "nothing was started"
-    )
-
-
-def run_pass(denoiser: Denoiser, x_0: Tensor, t: Tensor, noise: Tensor) -> float:
-    """Return the seconds of forward and backward of `denoising_loss`."""
-    start = time.perf_counter()
-    denoising_loss(denoiser, x_0, t, noise).sum().backward()
-    wait(denoiser)
-    return time.perf_counter() - start
-
-
-def wait(denoiser: Denoiser) -> None:
-    """Wait until the device has finished; reading a number does so on every device."""
-    next(denoiser.network.parameters()).sum().item()

@@ -50,7 +50,7 @@ class OpeningFlags(PlaceFlags):
     # Start from the weights of a run, a checkpoint or a diffusers folder, and from its EMA weights
     # if it has any. A run that --resume auto resumes keeps its own.
     init: Path | None = None
-    # Prepare the data, describe the run and its cost, and stop.
+    # Prepare the data, describe the run, and stop.
     dry_run: bool = False
 
     def __post_init__(self) -> None:
