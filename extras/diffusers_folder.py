@@ -27,8 +27,9 @@ from extras.diffusers_network import (
 )
 from functions.denoiser import OBJECTIVES
 from functions.saved.checkpoint import SavedModel, copy_tensors, digest_of, model_digest
+from functions.saved.run_folder import RUN_NAME, RUNS
 from functions.support.errors import CheckpointError, UserError, printable
-from functions.support.files import read_json
+from functions.support.files import check_file, read_json
 from models.unet import BLOCKS_DOWN
 
 # The objectives and the variances by diffusers' words.
@@ -56,14 +57,25 @@ PIPELINES = ("DDPMPipeline", "DDIMPipeline")
 def load_folder(path: Path) -> SavedModel:
     """Load a model from a folder, or by its name on a model hub from the cache of diffusers.
 
-    Raises CheckpointError for a folder that cannot be read, or that we cannot sample from, and
-    UserError for a model that is not in the cache and cannot be downloaded.
+    Raises CheckpointError for a folder that is missing, that cannot be read, or that we cannot
+    sample from; and UserError for a model that is not in the cache and cannot be downloaded.
     """
+    if not path.is_dir() and not is_hub_name(path):
+        check_file(path)
     folder = path if path.is_dir() else downloaded(path)
     try:
         return read_folder(folder)
     except ConfigError as error:
         raise CheckpointError(f"{folder}: this model cannot be read: {printable(error)}") from error
+
+
+def is_hub_name(path: Path) -> bool:
+    """Return whether a path that does not exist can be a name such as google/ddpm-cifar10-32.
+
+    A path in a folder that exists, or in that of runs, is no such name.
+    """
+    is_path = path.parent.exists() or path.parent == RUNS
+    return len(path.parts) == 2 and not is_path and not RUN_NAME.fullmatch(path.name)
 
 
 def downloaded(name: Path) -> Path:

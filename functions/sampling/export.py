@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from functions.saved.checkpoint import SavedModel, write_tensors
-from functions.support.errors import UserError, door
+from functions.saved.loading import diffusers_folder
+from functions.support.errors import UserError
 
 
 def export(saved: SavedModel, path: Path) -> None:
@@ -25,6 +26,4 @@ def export(saved: SavedModel, path: Path) -> None:
         raise UserError(
             f"{path}: --export needs NAME.safetensors, or NAME without an extension for a folder"
         )
-    with door("a folder for diffusers"):
-        from extras.diffusers_folder import write_folder
-    write_folder(saved, path)
+    diffusers_folder().write_folder(saved, path)

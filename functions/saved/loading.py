@@ -4,6 +4,7 @@ denoiser = load_denoiser("runs/faces-20260101-120000")
 """
 
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from torch import nn
 from config import ConfigError, DiffusionConfig, build_network
 from functions.denoiser import Denoiser
 from functions.saved.checkpoint import SavedModel, copy_tensors, load_weights
-from functions.saved.run_folder import RUN_NAME, RUNS, find_checkpoints, first_intact
+from functions.saved.run_folder import find_checkpoints, first_intact
 from functions.support import processes
 from functions.support.device import choose_precision, fast_layout
 from functions.support.errors import CheckpointError, door, printable
@@ -54,25 +55,21 @@ def open_model(
     return saved, rebuild(saved, device, dtype, network)
 
 
-def is_hub_name(path: Path) -> bool:
-    """Return whether a path that does not exist can be a name such as google/ddpm-cifar10-32.
-
-    A path in a folder that exists, or in that of runs, is no such name.
-    """
-    is_path = path.parent.exists() or path.parent == RUNS or path.suffix == ".safetensors"
-    return len(path.parts) == 2 and not is_path and not RUN_NAME.fullmatch(path.name)
-
-
 def load_model(path: Path) -> SavedModel:
     """Load a checkpoint, an exported file, or a diffusers folder, by its path or name.
 
     Raises CheckpointError for one that cannot be read, or that we cannot sample from.
     """
-    if not path.is_dir() and not is_hub_name(path):
+    if path.is_file() or path.suffix == ".safetensors":
         return load_weights(path)
+    return diffusers_folder().load_folder(path)
+
+
+def diffusers_folder() -> ModuleType:
+    """Return the module that reads and writes models of diffusers. Raises UserError without it."""
     with door("a model of diffusers"):
-        from extras.diffusers_folder import load_folder
-    return load_folder(path)
+        import extras.diffusers_folder as module
+    return module
 
 
 def rebuild(
