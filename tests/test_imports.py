@@ -46,7 +46,7 @@ MAY_IMPORT = {
         "functions.support.files",
         "functions.support.settings",
     },
-    "extras": SAVED | {"data"},
+    "extras": TRAINING,
     "functions": MATHEMATICS,
     "functions/support": {"functions.support", "data.pixels"},
     "functions/saved": SAVED,

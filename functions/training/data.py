@@ -1,4 +1,4 @@
-"""The data of a run: its images and their split, the batches of its steps, and their draws."""
+"""The data of a run: what its steps, validations and grids get of images and random numbers."""
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
@@ -14,6 +14,8 @@ from data.batches import gather, indices_of_steps
 from data.datasets import ImageSet, split_images
 from data.labels import drop_labels
 from data.pixels import to_model_range
+from functions.denoiser import Denoiser
+from functions.samplers import SAMPLERS
 from functions.support import processes
 from functions.support.errors import printable
 from functions.support.random_numbers import generator_of, image_noise
@@ -67,7 +69,7 @@ def cut(draws: Draws, places: range) -> Draws:
 
 
 class TrainingData:
-    """The images of a run, and what each step gets of them.
+    """The images of a run, and what its steps, validations and grids get of them.
 
     Raises ConfigError for images that do not fit the network, and for too few.
 
@@ -181,3 +183,26 @@ class TrainingData:
         # The noise of a triple depends on its place among all triples, not on its batch.
         noise = image_noise(config.seed, places, x_0.shape[1:], self.device, "validation noise")
         return x_0, t.to(self.device), noise(), inputs
+
+    def grid_images(self, places: range) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the held-out images at B places of a grid, and their inputs, but all labels."""
+        indices = self.split.val_indices
+        images, inputs = self.gather(indices[np.array(places) % len(indices)])
+        if "label" in inputs:
+            label = torch.tensor(places, device=self.device)
+            inputs["label"] = label % len(self.image_set.label_names)
+        return images, inputs
+
+    def sample(self, denoiser: Denoiser, places: range) -> Tensor:
+        """Sample images (B, C, H, W) at B places of a grid, always from the same noise."""
+        config = self.config
+        _, inputs = self.grid_images(places)
+        noise = image_noise(config.seed, places, self.image_shape, self.device, "image")
+        sampler = SAMPLERS[config.grid_sampler]
+        return sampler.function(
+            denoiser.given(**inputs),
+            noise(),
+            min(config.grid_steps, config.timesteps_diff),
+            **sampler.options,
+            step_noise=lambda k: noise(),
+        )

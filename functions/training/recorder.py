@@ -14,12 +14,11 @@ from functions.support import processes
 from functions.support.errors import UserError, printable
 from functions.support.files import write_text
 from functions.support.pictures import save_grid
-from functions.training.grids import sample_grid
 from functions.training.metrics import MetricsLog, plot_losses
 from functions.training.resuming import delete_old, last_checkpoint, locked
 from functions.training.run import TrainingRun
 from functions.training.stopping import StopSignals, explain_failed_writes
-from functions.training.validation import validate
+from functions.training.validation import sample_grid, validate
 
 # The run ends at a row of metrics.csv if at least so many steps directly before it were skipped.
 MOST_SKIPPED = 20

@@ -28,10 +28,9 @@ from functions.support.device import (
     fast_layout,
     set_deterministic,
 )
-from functions.support.errors import printable, quoted
+from functions.support.errors import door, printable, quoted
 from functions.training.data import TrainingData
 from functions.training.description import check_resumption, describe, provenance_of
-from functions.training.details import DetailsData
 from functions.training.metrics import TrainingWindow
 from functions.training.resuming import resume_command
 from models.unet import with_other_labels
@@ -75,7 +74,10 @@ class TrainingRun:
         self.config = config = experiment.diffusion
         self.runs_folder = runs_folder
         self.device = device
-        data_class = DetailsData if config.objective == "details" else TrainingData
+        data_class = TrainingData
+        if config.objective == "details":
+            with door("objective = details"):
+                from extras.details_training import DetailsData as data_class
         self.data = data_class(experiment, image_set, device)
         self.total_steps = self.data.total_steps
         self.earlier = checkpoint

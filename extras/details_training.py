@@ -1,4 +1,4 @@
-"""What a step of the objective "details" gets: pieces of photos, and each at half its size."""
+"""Train a network of details: what its steps get, pieces of photos, each also at half its size."""
 
 from functools import cached_property
 from typing import NamedTuple
@@ -9,9 +9,12 @@ from torch import Tensor
 from config import ConfigError, Experiment, build_scheduler
 from data.augmentation import augment
 from data.datasets import ImageSet
+from data.pixels import to_model_range
+from functions.denoiser import Denoiser
 from functions.details import shrink
+from functions.enlarging import enlarge
 from functions.noise_scheduler import broadcast
-from functions.support.random_numbers import generator_of
+from functions.support.random_numbers import generator_of, image_noise
 from functions.training.data import TrainingData, cut
 
 # The share of pieces that are parts of photos; the others are whole photos, shrunk.
@@ -131,3 +134,12 @@ class DetailsData(TrainingData):
         draws = cut(self.held_out_draws, places)
         x_0, inputs = self.augment(*self.held_out_images(places), draws, 0.0)
         return x_0, draws.t, draws.noise, inputs
+
+    def sample(self, denoiser: Denoiser, places: range) -> Tensor:
+        """Shrink held-out images to a quarter of their size, and enlarge them twice."""
+        images, _ = self.grid_images(places)
+        images = shrink(shrink(to_model_range(images))).clamp(-1, 1)
+        for shape, purpose in ((self.piece_shape, "image"), (self.image_shape, "details")):
+            noise = image_noise(self.config.seed, places, shape, self.device, purpose)
+            images = enlarge(denoiser, images, noise)
+        return images

@@ -9,12 +9,11 @@ import train
 from config import EXPERIMENTS, ConfigError, build_scheduler
 from data.arrays import from_array
 from data.pixels import to_model_range
+from extras import details_training
+from extras.details_training import DetailsData
 from functions.denoiser import Denoiser
-from functions.training import details
-from functions.training.details import DetailsData
-from functions.training.grids import sample_grid
 from functions.training.opening import open_run
-from functions.training.validation import validation_losses
+from functions.training.validation import sample_grid, validation_losses
 from tests.conftest import (
     CPU,
     DETAILS,
@@ -65,7 +64,7 @@ def test_a_piece_is_the_shrunk_image_or_a_part_of_it_at_a_multiple_of_8():
     noise = (inputs["low"] - shrunk(pieces)).std((1, 2, 3))
     assert_close(noise, draws.low_std, atol=0.01, rtol=0.2)
     assert 10 < (draws.low_std == 0).sum() < 30
-    assert draws.low_std.max() <= details.LOW_NOISE
+    assert draws.low_std.max() <= details_training.LOW_NOISE
 
 
 def test_flips_and_the_missing_small_image_are_as_the_draws_say():
@@ -84,7 +83,10 @@ def test_flips_and_the_missing_small_image_are_as_the_draws_say():
 def test_noise_is_even_in_log_snr_and_more_often_large_for_whole_images():
     data = data_of()
     u = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
-    for is_part, share in ((True, details.NOISY_PARTS), (False, details.NOISY_WHOLES)):
+    for is_part, share in (
+        (True, details_training.NOISY_PARTS),
+        (False, details_training.NOISY_WHOLES),
+    ):
         log_snr = data.log_snr[data.times_at(u, torch.full(u.shape, is_part))]
         assert log_snr.min() >= -1.46 and log_snr.max() <= 6.52
         assert (log_snr < 1).float().mean() == pytest.approx(share, abs=0.01)
