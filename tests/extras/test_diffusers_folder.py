@@ -293,7 +293,7 @@ def test_a_door_without_its_extra_says_so(their_folder, tiny_run, tmp_path, monk
     for flags, sentence in (
         ([their_folder], "a model of diffusers needs extras/diffusers_folder of this project"),
         ([file], "a network of diffusers needs extras/diffusers_network of this project, which is"),
-        ([tiny_run, "--export", tmp_path / "folder"], "a folder for diffusers needs extras/"),
+        ([tiny_run, "--export", tmp_path / "folder"], "a model of diffusers needs extras/"),
     ):
         with refused(f"^{sentence}"):
             call(sample, *flags)
