@@ -121,15 +121,6 @@ def test_a_new_run_needs_a_training_image_of_each_label(renamed):
         begun(renamed, LABELS)
 
 
-def test_dropout_of_labels_without_labels_is_a_warning(coloured):
-    warning = "warning: condition_dropout has no effect without labels"
-    dropout = "--diffusion.condition-dropout 0.5"
-    assert warning in begun(coloured, dropout).describe()
-    assert warning not in begun(coloured).describe()
-    # A network of details is trained without its small image, too.
-    assert warning not in begun(coloured, dropout, "--diffusion.objective details").describe()
-
-
 def test_the_embedding_is_added_to_that_of_t_and_begins_at_zero():
     """The truth is the network whose time embedding has it in its last bias."""
     plain = small_unet()

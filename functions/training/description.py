@@ -47,8 +47,6 @@ def check_resumption(earlier: Checkpoint, experiment: Experiment, data: Training
     for what in data.split.differences(facts):
         rules = facts.get("split_rule", ""), data.split.rule
         reason = " (held out then: {}; now: {})".format(*rules) if len({*rules}) > 1 else ""
-        if "FFHQ" in rules[0] and config.dataset_name != "FFHQ":
-            reason += "; FFHQ is split so only as --diffusion.dataset-name FFHQ"
         raise ConfigError(
             f"{folder} was {what} than {config.dataset_name} has{reason}; it cannot continue with "
             "these"
@@ -79,15 +77,10 @@ def check_changes(before: Experiment, after: Experiment) -> None:
         raise ConfigError(
             f"a resumed run cannot change {', '.join(sorted(wrong))}; start a new run for that"
         )
-    own, config = before.diffusion.effective_batch, after.diffusion
-    if config.effective_batch != own:
-        count, rest = divmod(own, config.batch_size)
-        remedy = "a batch_size that divides it"
-        if not rest:
-            remedy = f"batch_size = {config.batch_size} and gradient_accumulation = {count}"
+    own = before.diffusion.effective_batch
+    if after.diffusion.effective_batch != own:
         raise ConfigError(
-            f"a resumed run keeps its effective batch, {own}, as with {remedy}; start a new run "
-            "for another one"
+            f"a resumed run keeps its effective batch (batch_size x gradient_accumulation) of {own}"
         )
 
 
@@ -146,9 +139,6 @@ def warnings(experiment: Experiment, data: TrainingData, terminal_snr: float) ->
             f"warmup_steps = {config.warmup_steps:,} and the run has {data.total_steps:,} steps: "
             "its learning rate never reaches learning_rate"
         )
-    changed = config.condition_dropout != DiffusionConfig.condition_dropout
-    if changed and "label" not in data.image_set.inputs and config.objective != "details":
-        yield "condition_dropout has no effect without labels = True"
 
 
 def warnings_of(experiment: Experiment) -> Iterator[str]:
@@ -162,8 +152,6 @@ def warnings_of(experiment: Experiment) -> Iterator[str]:
                 "group needs at the narrowest level; samples may come out tinted "
                 "(docs/what-did-not-help.md)"
             )
-    if experiment.diffusion.max_rotation > 0 and not experiment.diffusion.use_augmentation:
-        yield "max_rotation has no effect without use_augmentation = True"
 
 
 def describe_changes(
