@@ -4,8 +4,8 @@ in the box.
 `python -m figures.make_figures RUN_FACES RUN_PEOPLE RUN_DIGITS`
 
 These are run folders of the experiments `faces`, `ffhq-64` and `mnist`. No photo is needed, and
-none is drawn. Two are made elsewhere: that of demo.py by `python -m tests.browser`, and
-example.webp, which is example.png of `python example.py` at a third of its size.
+none is drawn. One is made elsewhere: example.webp, which is example.png of `python example.py` at
+a third of its size.
 """
 
 import os

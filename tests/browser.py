@@ -1,18 +1,13 @@
-"""demo.py in Chromium, clicked through: for its tests, and for README's screenshot.
-
-`python -m tests.browser RUN` draws with a run, and writes figures/demo-draw.jpg.
-"""
+"""demo.py in Chromium, clicked through."""
 
 import os
 import re
 import runpy
 import shutil
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 from PIL import Image
@@ -118,22 +113,3 @@ def inpaint(page: Page) -> np.ndarray:
         canvas.drag_to(canvas, source_position=start, target_position=end)
         page.wait_for_timeout(1000)
     return picture(page)
-
-
-def main() -> None:
-    """Draw with the run of the command line, and write a screenshot of the page."""
-    with (
-        TemporaryDirectory() as folder,
-        served(Path(folder, "printed"), *sys.argv[1:]) as address,
-        browser() as chromium,
-        chromium.new_page() as page,
-    ):
-        page.goto(address)
-        submit(page)
-        picture(page)
-        path = ROOT / "figures" / "demo-draw.jpg"
-        page.screenshot(path=path, type="jpeg", quality=85, full_page=True)
-
-
-if __name__ == "__main__":
-    main()

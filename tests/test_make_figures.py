@@ -46,9 +46,9 @@ def test_every_picture_is_drawn_from_small_runs(
     for path in folder.iterdir():
         # It has more than one colour.
         assert np.ptp(np.asarray(Image.open(path).convert("L"))) > 0, path.name
-    # `python -m tests.browser` draws the page of demo.py, and example.py its own picture.
-    # docs/speed.md names the commit whose script has drawn the other one.
-    others = {"demo-draw.jpg", "example.webp", "same_hour.webp"}
+    # example.py draws its own picture, and docs/speed.md names the commit whose script has drawn
+    # the other one.
+    others = {"example.webp", "same_hour.webp"}
     pictures = {path.name for path in (ROOT / "figures").iterdir() if path.suffix != ".py"}
     assert {path.name for path in folder.iterdir()} == pictures - others - {"__pycache__"}
     # The noise, and the states after each step
