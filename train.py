@@ -75,7 +75,6 @@ def train(run: TrainingRun) -> bool:
         buffers = list(zip(run.ema_model.buffers(), run.model.buffers(), strict=True))
     max_norm = config.clip_grad_norm or math.inf
 
-    batches = run.data.batches(range(run.step, run.total_steps))
     recorder = Recorder(run)
     with recorder.opened():
         # Algorithm 1. The numbers are those of its lines.
@@ -84,7 +83,7 @@ def train(run: TrainingRun) -> bool:
             step = run.step
             draws = run.data.draw(step)
             # 2: images x_0 of this process, in [-1, 1], and what else the network gets, if anything
-            images, inputs = next(batches)
+            images, inputs = run.data.batch(step)
             fraction_done = step / run.total_steps
             x_0, inputs = run.data.augment(to_model_range(images), inputs, draws, fraction_done)
             t = draws.t  # 3: timesteps, uniform in 0 .. T-1, the paper's 1 .. T

@@ -1,12 +1,14 @@
-"""Choose the images of each batch by their indices, and copy batches to the device."""
+"""Shuffle the images of each epoch, and copy batches to the device."""
 
-from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
+# The next step of an epoch needs the same order.
+@lru_cache(maxsize=1)
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     """Return the order of an epoch's n images: an int64 permutation (n,), by seed and epoch."""
     # The images are sorted by random 64-bit keys. NumPy guarantees that Philox and SeedSequence
@@ -14,25 +16,6 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     # permutation().
     generator = np.random.Philox(np.random.SeedSequence([seed, epoch]))
     return np.argsort(generator.random_raw(n), kind="stable")
-
-
-def indices_of_steps(
-    train_indices: np.ndarray, seed: int, effective_batch: int, share: range, steps: range
-) -> Iterator[np.ndarray]:
-    """Yield the indices of a process's images in each of the optimiser steps `steps`.
-
-    `share` are the process's places among the effective_batch images of a step. Images left over at
-    the end of an epoch are dropped.
-    """
-    # Which images a step uses depends only on its number, so a run can resume at any step.
-    steps_per_epoch = len(train_indices) // effective_batch
-    epoch = None
-    for step in steps:
-        if step // steps_per_epoch != epoch:
-            epoch = step // steps_per_epoch
-            order = train_indices[epoch_order(len(train_indices), seed, epoch)]
-        first = step % steps_per_epoch * effective_batch
-        yield order[first + share.start : first + share.stop]
 
 
 def gather(

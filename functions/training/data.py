@@ -1,6 +1,6 @@
 """The data of a run: what its steps, validations and grids get of images and random numbers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property, partial
 from typing import NamedTuple, TypeVar
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from config import ConfigError, Experiment
 from data.augmentation import augment
-from data.batches import gather, indices_of_steps
+from data.batches import epoch_order, gather
 from data.datasets import ImageSet, split_images
 from data.labels import drop_labels
 from data.pixels import to_model_range
@@ -110,16 +110,18 @@ class TrainingData:
         self.share = processes.shard(config.effective_batch)
         self.gather = partial(gather, image_set.images, image_set.inputs, device)
 
-    def batches(self, steps: range) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """Yield this process's images of each of these steps, and their inputs.
+    def batch(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return this process's images of a step, and their inputs.
 
-        Images are uint8 (B, S, S, C), and the inputs of the network (B, ...) by name.
+        Images are uint8 (B, S, S, C), and the inputs of the network (B, ...) by name. Images left
+        over at the end of an epoch are dropped.
         """
-        config = self.config
-        indices = indices_of_steps(
-            self.split.train_indices, config.seed, config.effective_batch, self.share, steps
-        )
-        return map(self.gather, indices)
+        # Which images a step uses depends only on its number, so a run can resume at any step.
+        indices = self.split.train_indices
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+        first = step_of_epoch * self.config.effective_batch
+        order = epoch_order(len(indices), self.config.seed, epoch)
+        return self.gather(indices[order[first + self.share.start : first + self.share.stop]])
 
     def draw(self, step: int) -> StepDraws:
         """Draw t, the noise and the augmentation of this process's images of a step."""

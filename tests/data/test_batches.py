@@ -1,5 +1,6 @@
 """data/batches.py: shuffling is a pure function, and batches are copies on their device."""
 
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -7,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis.strategies import integers
-from numpy.testing import assert_array_equal, assert_equal
+from numpy.testing import assert_array_equal
 
-from data.batches import epoch_order, gather, indices_of_steps
+from data.batches import epoch_order, gather
 from functions.support import processes
+from functions.training.data import TrainingData
 from tests.data.packing import IMAGES
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -38,17 +40,22 @@ def test_processes_share_each_step_of_an_epoch_and_can_start_anywhere(
     steps = n // effective_batch
     # Two epochs are walked.
     way = range(2 * steps)
-    rest = way[start % len(way) :]
-    settings = (np.arange(n) * 10, 3, effective_batch)
+    data = SimpleNamespace(
+        config=SimpleNamespace(seed=3, effective_batch=effective_batch),
+        split=SimpleNamespace(train_indices=np.arange(n) * 10),
+        steps_per_epoch=steps,
+        gather=lambda indices: indices,
+    )
     walked = []
     for rank in range(count):
         here, everywhere = mock.Mock(return_value=rank), mock.Mock(return_value=count)
         with mock.patch.multiple(processes, rank=here, count=everywhere):
-            share = processes.shard(effective_batch)
-        assert effective_batch // count <= len(share) <= -(-effective_batch // count)
-        indices = list(indices_of_steps(*settings, share, way))
+            data.share = processes.shard(effective_batch)
+        assert effective_batch // count <= len(data.share) <= -(-effective_batch // count)
+        indices = [TrainingData.batch(data, step) for step in way]
         walked.append(indices)
-        assert_equal(list(indices_of_steps(*settings, share, rest)), indices[rest.start :])
+        step = start % len(way)
+        assert_array_equal(TrainingData.batch(data, step), indices[step])
 
     orders = [epoch_order(n, 3, epoch)[: steps * effective_batch] for epoch in range(2)]
     all_indices = np.concatenate([batch for step in zip(*walked, strict=True) for batch in step])

@@ -50,7 +50,7 @@ def data_of(**changes) -> DetailsData:
 def test_a_piece_is_the_shrunk_image_or_a_part_of_it_at_a_multiple_of_8():
     data = data_of(condition_dropout=0.0, use_augmentation=False)
     draws = data.draw(3)
-    x_0 = to_model_range(next(data.batches(range(3, 4)))[0])
+    x_0 = to_model_range(data.batch(3)[0])
     pieces, inputs = data.augment(x_0, {}, draws, 0.0)
     assert pieces.shape == draws.noise.shape == (40, 3, 16, 16)
     assert 5 < draws.is_part.sum() < 25
