@@ -65,22 +65,17 @@ class Muon(Adam):
     0.2 sqrt(longer side), which gives it the RMS of Adam's updates (Liu et al. 2025,
     arXiv:2502.16982), so that both have the same learning rate. The state of a matrix is only its
     momentum, under Adam's name `exp_avg`. Adam moves all other parameters. It also moves the
-    `tables`, such as embeddings, which are no matrices to multiply with.
+    tables of embeddings, which are no matrices to multiply with.
 
     Newton-Schulz runs in `precision`, that of the network. PyTorch's Muon (2.13) takes matrices
     only, and runs it in bfloat16, which is slow on CPUs without instructions for it.
     """
 
-    def __init__(
-        self,
-        parameters: Iterable[Tensor],
-        lr: float,
-        precision: torch.dtype,
-        tables: Iterable[Tensor] = (),
-    ):
+    def __init__(self, network: nn.Module, lr: float, precision: torch.dtype):
         self.precision = precision
-        self.tables = {*tables}
-        super().__init__(parameters, lr)
+        layers = network.modules()
+        self.tables = {layer.weight for layer in layers if isinstance(layer, nn.Embedding)}
+        super().__init__(network.parameters(), lr)
 
     def is_matrix(self, p: Tensor) -> bool:
         """Return whether Muon moves a parameter."""
@@ -137,18 +132,12 @@ class Muon(Adam):
         torch._foreach_sub_([p.movedim(1, -1) for p in weights], updates.unbind(), alpha=scale)
 
 
-def muon(network: nn.Module, lr: float, precision: torch.dtype) -> Muon:
-    """Return Muon for a network, whose embeddings are tables."""
-    tables = [layer.weight for layer in network.modules() if isinstance(layer, nn.Embedding)]
-    return Muon(network.parameters(), lr, precision, tables)
-
-
 # The values of a config's `optimizer`: (network, learning rate, the network's precision). Each has
 # `found_inf`, and changes nothing in a step if that is 1; and its whole `state` from the start, so
 # that a checkpoint can be loaded. Both follow for subclasses of `Adam`.
 OPTIMIZERS = {
     "adam": lambda network, lr, precision: Adam(network.parameters(), lr),
-    "muon": muon,
+    "muon": Muon,
 }
 
 

@@ -88,7 +88,7 @@ def moved(scale):
     """Return by how much a first step moves a matrix whose gradient has this RMS."""
     matrix = nn.Parameter(torch.zeros(32, 144))
     matrix.grad = scale * normal(0, *matrix.shape)
-    Muon([matrix], RATE, torch.float32).step()
+    Muon(nn.ParameterList([matrix]), RATE, torch.float32).step()
     return matrix.detach()
 
 
