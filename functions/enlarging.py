@@ -34,23 +34,6 @@ SMALL_SIZE = 64
 LOW_NOISE = 0.03
 
 
-@dataclass(frozen=True)
-class Keeping(Predictor):
-    """A model whose x_0 has what is known of an image, which `keep` puts in: (B, C, H, W)."""
-
-    model: Predictor
-    keep: Keep
-
-    @property
-    def scheduler(self) -> NoiseScheduler:
-        return self.model.scheduler
-
-    def estimate(self, x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        """Return x_0 with the known pixels, and its eps."""
-        x_0 = self.keep(self.model.predict(x_t, t)[0])
-        return x_0, self.scheduler.predict_eps(x_t, t, x_0)
-
-
 def enlarge(
     model: Predictor,
     small: Tensor,
@@ -75,9 +58,8 @@ def enlarge(
     start = stretch(small)
     if keep:
         start = keep(start)
-    enlarging = Enlarging(model.given(low=low), small)
     return dpm_solver_sample(
-        Keeping(enlarging, keep) if keep else enlarging,
+        Enlarging(model.given(low=low), small, keep),
         model.scheduler.q_sample(start, times[0], first),
         times,
         eta=1,
@@ -101,10 +83,14 @@ def enlarging_times(scheduler: NoiseScheduler, size: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Enlarging(Predictor):
-    """A model whose x_0 shrinks to a given image, before it is clipped."""
+    """A model whose x_0 shrinks to a given image, before it is clipped.
+
+    `keep` then puts in what is known of the large image, if anything is.
+    """
 
     model: Predictor
     small: Tensor  # (B, C, H, W)
+    keep: Keep | None
 
     @property
     def scheduler(self) -> NoiseScheduler:
@@ -114,4 +100,6 @@ class Enlarging(Predictor):
         """Return x_0, changed as little as makes it shrink to the small image, and its eps."""
         x_0, _ = self.model.predict(x_t, t)
         x_0 = x_0 + stretch(self.small - shrink(x_0))
+        if self.keep:
+            x_0 = self.keep(x_0)
         return x_0, self.scheduler.predict_eps(x_t, t, x_0)

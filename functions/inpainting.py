@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from functions.denoiser import Predictor
 from functions.details import shrinking
+from functions.noise_scheduler import NoiseScheduler
 
 
 @dataclass(frozen=True)
@@ -47,3 +49,20 @@ class Known:
             return torch.where(self.mask, images, self.image)
         large = torch.where(self.mask, self.stretch @ images @ self.stretch.mT, self.image)
         return self.shrink @ large @ self.shrink.mT
+
+
+@dataclass(frozen=True)
+class Keeping(Predictor):
+    """A model whose x_0 has what is known of an image: (B, C, H, W)."""
+
+    model: Predictor
+    known: Known
+
+    @property
+    def scheduler(self) -> NoiseScheduler:
+        return self.model.scheduler
+
+    def estimate(self, x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        """Return x_0 with the known pixels, and its eps."""
+        x_0 = self.known.put_into(self.model.predict(x_t, t)[0])
+        return x_0, self.scheduler.predict_eps(x_t, t, x_0)

@@ -15,7 +15,7 @@ import sample
 import train
 from config import ConfigError
 from data.datasets import load_images, split_images
-from functions.enlarging import Keeping
+from functions.inpainting import Keeping
 from functions.sampling import editing
 from functions.sampling.generation import given
 from functions.saved.checkpoint import Checkpoint, write_tensors

@@ -28,8 +28,8 @@ from tqdm import tqdm
 from data.decode import to_pixels
 from data.pictures import fit_image, fit_mask, open_image_file
 from data.pixels import to_model_range, to_uint8
-from functions.enlarging import Keeping, enlarge
-from functions.inpainting import Known
+from functions.enlarging import enlarge
+from functions.inpainting import Keeping, Known
 from functions.sampling.generation import (
     Noise,
     Pipeline,
@@ -178,7 +178,7 @@ def inpaint(pipeline: Pipeline, known: Known, resample: int, indices: Sequence[i
     """
     x_0, mask = known.at_size()
     # Of an image that is larger, pixels at the edge of the mask are known in part.
-    keeping = Keeping(given(pipeline, [0]), known.put_into)
+    keeping = Keeping(given(pipeline, [0]), known)
     scheduler = pipeline.scheduler
     # A step leads from timestep t to s.
     steps = list(pairwise(pipeline.times))
