@@ -18,7 +18,6 @@ from functions.sampling.settings import SamplingConfig, SamplingFlags
 from functions.support.errors import UserError
 from functions.support.processes import batches_of
 from functions.support.random_numbers import image_noise
-from functions.support.settings import fields_with
 from functions.timesteps import sampling_times
 
 # So many images are sampled at a time unless --batch-size says otherwise. On a CPU larger batches
@@ -71,9 +70,10 @@ class Pipeline:
             values |= {"guide": models.guide.saved.digest[:16], "guidance": config.guide_weight}
         values["enlarge"] = tuple(each.saved.digest[:16] for each in models.enlargers)
         values["clip_x_0"] = None if models.clip_x_0 else False
-        without = fields_with(SamplingConfig, "no_pixels")
-        without |= {name for name, value in values.items() if value in (None, ())}
-        return {"seed": self.seed} | {name: values[name] for name in values if name not in without}
+        # A manifest has a digest of the model, and the batch size changes pixels only by rounding.
+        values |= {"model": None, "batch_size": None}
+        used = {name: value for name, value in values.items() if value not in (None, ())}
+        return {"seed": self.seed} | used
 
     @property
     def scheduler(self) -> NoiseScheduler:

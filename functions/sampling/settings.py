@@ -39,12 +39,12 @@ class SamplingConfig:
     """
 
     # A run, a checkpoint, an exported file, or a diffusers folder or its name.
-    model: str = setting(no_flag=True, no_pixels=True)
+    model: str = setting(no_flag=True)
     # The number format that the network computes in. auto is that of the model's training, or
     # float32 if the device has no instructions for it.
     precision: Literal["auto", *DTYPES] = "auto"
     # How many images are sampled at a time. None: 64, or 16 on a CPU.
-    batch_size: int | None = setting(None, no_pixels=True)
+    batch_size: int | None = None
 
     # ddpm is the paper's sampler, with fresh noise in every step; ddim is deterministic; dpm++ is
     # DPM-Solver++ 2M, good with 20 steps.
