@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -14,11 +15,12 @@ from functions.support import processes
 from functions.support.errors import UserError, printable
 from functions.support.files import write_text
 from functions.support.pictures import save_grid
+from functions.support.processes import batches_of
 from functions.training.metrics import MetricsLog, plot_losses
 from functions.training.resuming import delete_old, last_checkpoint, locked
 from functions.training.run import TrainingRun
 from functions.training.stopping import StopSignals, explain_failed_writes
-from functions.training.validation import sample_grid, validate
+from functions.training.validation import validate
 
 # The run ends at a row of metrics.csv if at least so many steps directly before it were skipped.
 MOST_SKIPPED = 20
@@ -159,3 +161,12 @@ class Recorder:
             if validating:
                 title = printable(run.folder.name)
                 plot_losses(self.metrics.path, run.folder / "losses.png", title)
+
+
+@torch.no_grad()
+def sample_grid(run: TrainingRun) -> Tensor:
+    """Sample the images of a run's grid, always from the same noise: (N, C, H, W) in [-1, 1]."""
+    denoiser = run.sample_denoiser
+    batches = batches_of(range(run.config.grid_images), run.config.batch_size)
+    with denoiser.evaluating():
+        return torch.cat([run.data.sample(denoiser, places) for places in batches])

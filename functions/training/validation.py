@@ -1,7 +1,6 @@
-"""How well a run does: the loss on held-out images, and a grid of samples, the same every time."""
+"""The training loss on held-out images, measured the same way every time."""
 
 import torch
-from torch import Tensor
 
 from functions.denoiser import Denoiser
 from functions.losses import denoising_loss, eps_errors
@@ -54,12 +53,3 @@ def validation_losses(denoisers: list[Denoiser], data: TrainingData) -> list[lis
     total = processes.all_reduce(total)
     sums, ones = total[:, :6], total[:, [6, 6, 7, 8, 9, 10]]
     return (sums / ones).tolist()
-
-
-@torch.no_grad()
-def sample_grid(run: TrainingRun) -> Tensor:
-    """Sample the images of a run's grid: (N, C, H, W) in [-1, 1]."""
-    denoiser = run.sample_denoiser
-    batches = batches_of(range(run.config.grid_images), run.config.batch_size)
-    with denoiser.evaluating():
-        return torch.cat([run.data.sample(denoiser, places) for places in batches])
