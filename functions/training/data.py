@@ -187,7 +187,7 @@ class TrainingData:
         return x_0, t.to(self.device), noise(), inputs
 
     def grid_images(self, places: range) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return held-out images at B places of a grid, and their inputs, but all labels in turn."""
+        """Return held-out images at B places of a grid, and their inputs, but labels in turn."""
         indices = self.split.val_indices
         images, inputs = self.gather(indices[np.array(places) % len(indices)])
         if "label" in inputs:
