@@ -117,7 +117,9 @@ def experiments() -> dict[str, "Experiment"]:
     # The details of FFHQ at 64 and at 128 px: one network doubles samples of `ffhq_32` twice
     # (models/details.py, docs/ffhq.md).
     ffhq_details = ffhq_64.override(
-        objective="details",
+        # What is noised are details, and this is 2 log(STD) of functions/details.py. So images have
+        # as much noise at each timestep as those of `ffhq_64`.
+        log_snr_shift=-5.3185,
         # 378,000 images of the whole set, as for `ffhq_64`, whose rate was half of this.
         learning_rate=4e-3,
         warmup_steps=100,
@@ -129,6 +131,7 @@ def experiments() -> dict[str, "Experiment"]:
         base_dim=64,
         image_size=128,
         norm_groups=16,
+        details=True,
     )
 
     # MNIST's digits, in grey, with labels. They are not mirrored, because most mirrored digits are
@@ -329,7 +332,7 @@ class DiffusionConfig:
     # file. `sample.py --label` then chooses what is drawn.
     labels: bool = setting(False, fixed=True)
     # The probability that training drops an image's label, so that the network draws without it,
-    # too, as --cfg needs (Ho and Salimans 2022); with the objective "details", the small image.
+    # too, as --cfg needs (Ho and Salimans 2022); for a network of details, the small image.
     condition_dropout: float = setting(0.1, at_most=1)
 
     # Noise schedule
@@ -352,9 +355,7 @@ class DiffusionConfig:
 
     # Objective
 
-    # What the network predicts: "eps", the noise; "v", a linear combination of noise and x_0; or
-    # "details", the v of the details of an image that it is given at half the size
-    # (functions/details.py).
+    # What the network predicts: "eps", the noise; or "v", a linear combination of noise and x_0.
     objective: str = setting("eps", choices=OBJECTIVES, fixed_by_weights=True)
 
     # Optimisation
@@ -460,6 +461,8 @@ class NetworkConfig:
 
     channels: int
     image_size: int
+    # Whether it draws the details of images at half the size (models/details.py).
+    details = False
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -469,7 +472,7 @@ class NetworkConfig:
 
 @dataclass(frozen=True)
 class ModelConfig(NetworkConfig):
-    """The arguments of `models.unet.UNet`."""
+    """The arguments of `models.unet.UNet`, and of what it draws."""
 
     # Height and width of the features in the bottleneck. None: what follows from image_size and
     # dim_multiply.
@@ -490,6 +493,8 @@ class ModelConfig(NetworkConfig):
     dropout: float = setting(0.0, at_most=0.99)
     # Groups of each GroupNorm. A group needs at least 4 channels, so narrow networks need fewer.
     norm_groups: int = 32
+    # Draw the details of images that the network is given at half the size (models/details.py).
+    details: bool = False
     # The number of labels, which the data decide; 0 without labels.
     label_count: int = setting(0, at_least=0, at_most=10**6, no_flag=True)
 
@@ -568,17 +573,17 @@ def model_from(values: dict) -> NetworkConfig:
     return from_fields(kind, values)
 
 
-def build_network(config: NetworkConfig, objective: str = "eps") -> nn.Module:
+def build_network(config: NetworkConfig) -> nn.Module:
     """Build a network with random weights, f(x_t, t); docs/extending.md adds another class here.
 
-    With the objective "details" it is f(x, t, low) of models/details.py.
     A config of another kind builds its own, and raises ConfigError if it cannot, or UserError if a
     library is not installed.
     """
     if not isinstance(config, ModelConfig):
         return config.build()
-    network = DetailsUNet if objective == "details" else UNet
-    return network(**vars(config))
+    arguments = {**vars(config)}
+    network = DetailsUNet if arguments.pop("details") else UNet
+    return network(**arguments)
 
 
 @dataclass(frozen=True)

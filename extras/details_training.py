@@ -11,7 +11,7 @@ from data.augmentation import augment
 from data.datasets import ImageSet
 from data.pixels import to_model_range
 from functions.denoiser import Denoiser
-from functions.details import shrink
+from functions.details import LOG_SNR_SHIFT, STD, details, shrink
 from functions.enlarging import enlarge
 from functions.noise_scheduler import broadcast
 from functions.support.random_numbers import generator_of, image_noise
@@ -22,8 +22,8 @@ PARTS = 0.25
 # Parts begin at multiples of this. The 8 x 8 blocks of photos that were JPEG files then always lie
 # alike. With other corners the errors were larger (docs/ffhq.md).
 CORNER = 8
-# The log-SNR is even in each of these two intervals. The noisier one, where it is decided what the
-# details show, has these shares of the draws; whole photos need more of them.
+# The log-SNR of images is even in each of these two intervals. The noisier one, where it is decided
+# what the details show, has these shares of the draws; whole photos need more of them.
 LOG_SNRS = -1.45, 1.0, 6.5
 NOISY_PARTS, NOISY_WHOLES = 0.2, 0.5
 # In half of the draws the small image has noise of a standard deviation of up to this, because
@@ -35,7 +35,7 @@ class PieceDraws(NamedTuple):
     """The random numbers of B pieces of P x P pixels."""
 
     t: Tensor  # (B,) int64
-    noise: Tensor  # (B, C, P, P) float32, standard normal
+    noise: Tensor  # (B, C, P, P) float32, the details of standard normal noise
     flip: Tensor  # (B,) bool, True with probability 1/2
     is_part: Tensor  # (B,) bool
     corner: Tensor  # (B, 2) int64: the row and the column at which a part begins
@@ -57,11 +57,12 @@ class DetailsData(TrainingData):
         channels, size, _ = self.image_shape
         if size % 4 or self.config.labels:
             raise ConfigError(
-                'objective = "details" needs an image_size that is a multiple of 4, without labels'
+                "details = True needs an image_size that is a multiple of 4, without labels"
             )
         self.piece_shape = channels, size // 2, size // 2
         scheduler = build_scheduler(vars(self.config))
-        self.log_snr = torch.logit(scheduler.alphas_cumprod).to(device, torch.float32)  # (T,)
+        log_snr = torch.logit(scheduler.alphas_cumprod) - LOG_SNR_SHIFT
+        self.log_snr = log_snr.to(device, torch.float32)  # (T,)
 
     def draw(self, step: int) -> PieceDraws:
         """Draw what decides this process's pieces of a step."""
@@ -82,7 +83,7 @@ class DetailsData(TrainingData):
         corners = (self.image_shape[1] - size) // CORNER + 1
         return PieceDraws(
             t=self.times_at(u, is_part),
-            noise=torch.randn(count, *self.piece_shape, **options),
+            noise=details(torch.randn(count, *self.piece_shape, **options)),
             flip=uniform() < 0.5,
             is_part=is_part,
             corner=CORNER * torch.randint(corners, (count, 2), **options),
@@ -105,7 +106,10 @@ class DetailsData(TrainingData):
     def augment(
         self, x_0: Tensor, inputs: dict[str, Tensor], draws: PieceDraws, done: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return pieces (B, C, P, P) of images x_0 (B, C, 2P, 2P), and the input `low` of each."""
+        """Return details of pieces, of unit variance, and each piece at half the size as `low`.
+
+        The images x_0 are (B, C, 2P, 2P), the details (B, C, P, P), and `low` (B, C, P/2, P/2).
+        """
         if self.config.use_augmentation:
             x_0 = augment(x_0, draws.flip)
         # Indices, and not slices, because the corners are on the device.
@@ -119,7 +123,8 @@ class DetailsData(TrainingData):
 
         low = shrink(pieces) + broadcast(draws.low_std, draws.low_noise) * draws.low_noise
         is_absent = draws.low_drop < self.config.condition_dropout
-        return pieces, inputs | {"low": low.masked_fill(is_absent[:, None, None, None], 0)}
+        low = low.masked_fill(is_absent[:, None, None, None], 0)
+        return details(pieces) / STD, inputs | {"low": low}
 
     @cached_property
     def held_out_draws(self) -> PieceDraws:

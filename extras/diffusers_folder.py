@@ -33,7 +33,7 @@ from functions.support.files import check_file, read_json
 from models.unet import BLOCKS_DOWN
 
 # The objectives and the variances by diffusers' words.
-PREDICTIONS = {row.diffusers: name for name, row in OBJECTIVES.items() if row.diffusers}
+PREDICTIONS = {row.diffusers: name for name, row in OBJECTIVES.items()}
 VARIANCES = {"fixed_small": "small", "fixed_small_log": "small", "fixed_large": "large"}
 # The values that fields of a scheduler and of a network may have. The first versions had
 # predict_epsilon and tensor_format.
@@ -202,8 +202,8 @@ def write_folder(saved: SavedModel, folder: Path) -> None:
         timestep_spacing="trailing",
     )
     try:
-        if OBJECTIVES[objective].diffusers is None:
-            raise ConfigError(f"its objective is {objective}")
+        if saved.model.details:
+            raise ConfigError("it draws details")
         if saved.label_names:
             raise ConfigError("it was trained with labels")
         network = build_network(saved.model)

@@ -27,7 +27,7 @@ from data.pixels import to_model_range, to_uint8
 from figures.make_figures import nearest
 from figures.saved_model import GUIDE_STEPS, GUIDED, open_saved
 from functions.denoiser import Denoiser
-from functions.details import details, shrink
+from functions.details import LOG_SNR_SHIFT, STD, details, shrink
 from functions.evaluation.bits_per_dim import evenly_spaced
 from functions.evaluation.fidelity import frechet_distance, training_features
 from functions.evaluation.training_images import load_and_split
@@ -190,16 +190,19 @@ def detail_errors(denoiser: Denoiser, photos: Tensor) -> dict[str, str]:
     """Return the RMS errors of the details of photos (B, C, S, S), and of them at half the size."""
     rows = {}
     scheduler = denoiser.scheduler
-    for x_0 in (photos, shrink(photos).clamp(-1, 1)):
-        given = denoiser.given(low=shrink(x_0))
-        noise = image_noise(0, range(len(x_0)), x_0.shape[1:], x_0.device, "detail errors")()
+    for photo in (photos, shrink(photos).clamp(-1, 1)):
+        given = denoiser.given(low=shrink(photo))
+        x_0 = details(photo) / STD
+        noise = image_noise(0, range(len(photo)), photo.shape[1:], photo.device, "detail errors")()
         errors = []
         for log_snr in DETAILS_LOG_SNRS:
-            [t] = nearest_timesteps(scheduler, torch.tensor([log_snr], dtype=torch.float64))
-            estimate, _ = given.predict(scheduler.q_sample(x_0, t, noise), t)
-            errors.append(f"{details(estimate - x_0).square().mean().sqrt():.4f}")
+            shifted = torch.tensor([log_snr + LOG_SNR_SHIFT], dtype=torch.float64)
+            [t] = nearest_timesteps(scheduler, shifted)
+            estimate, _ = given.predict(scheduler.q_sample(x_0, t, details(noise)), t)
+            error = STD * details(estimate - x_0)
+            errors.append(f"{error.square().mean().sqrt():.4f}")
         levels = ", ".join(f"{log_snr:g}" for log_snr in DETAILS_LOG_SNRS)
-        name = f"RMS error of the details of {len(x_0)} held-out photos of {x_0.shape[-1]} px"
+        name = f"RMS error of the details of {len(photo)} held-out photos of {photo.shape[-1]} px"
         rows[f"{name}, at log-SNR {levels}"] = ", ".join(errors)
     return rows
 

@@ -13,12 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from functions import details
 from functions.noise_scheduler import Coefficient, NoiseScheduler, Timestep
-
-
-def as_it_is(scheduler: NoiseScheduler, x_t: Tensor, t: Timestep) -> Tensor:
-    return x_t
 
 
 @dataclass(frozen=True)
@@ -32,10 +27,8 @@ class Objective:
     # (scheduler, t) -> the factor that turns the squared error of the output into that of eps.
     # Logs have the errors of eps, too, so that networks of all objectives can be compared.
     eps_factor: Callable[..., Coefficient]
-    # The `prediction_type` of diffusers; None if diffusers has no such networks.
-    diffusers: str | None
-    # (scheduler, x_t, t) -> what the network gets of x_t.
-    network_input: Callable[..., Tensor] = as_it_is
+    # The `prediction_type` of diffusers.
+    diffusers: str
 
 
 # The values of a config's `objective`. Only this table knows what they mean.
@@ -56,14 +49,6 @@ OBJECTIVES = {
         from_output=NoiseScheduler.predict_from_v,
         eps_factor=NoiseScheduler.alpha_bar,
         diffusers="v_prediction",
-    ),
-    # The details of an image that is given at half the size, as the input `low` of the network.
-    "details": Objective(
-        target=details.target,
-        from_output=details.from_output,
-        eps_factor=details.eps_factor,
-        diffusers=None,
-        network_input=details.network_input,
     ),
 }
 
@@ -125,7 +110,6 @@ class Denoiser(Predictor):
         x_t and inputs of another dtype than the weights are converted for the network. Raises
         ValueError for an output of another shape than x_t.
         """
-        x = OBJECTIVES[self.objective].network_input(self.scheduler, x_t, t)
         dtype = torch.promote_types(self.precision, torch.float32)
         half = self.precision != dtype
         inputs = {
@@ -134,7 +118,7 @@ class Denoiser(Predictor):
         }
         # Autocast's cache of cast weights is off: no weight is used twice in a forward pass.
         with torch.autocast(x_t.device.type, self.precision, enabled=half, cache_enabled=False):
-            output = self.network(x.to(dtype), t, **inputs).to(x_t.dtype)
+            output = self.network(x_t.to(dtype), t, **inputs).to(x_t.dtype)
         if output.shape != x_t.shape:
             # PyTorch would broadcast one channel to three.
             raise ValueError(

@@ -1,9 +1,10 @@
 """Draw images at twice their size: a model that is given the small image draws the details.
 
 The small image is assumed to be the large one, shrunk by Lanczos (functions/details.py). The steps
-are those of DPM-Solver++. In each, x_0 is corrected so that it shrinks exactly to the small image,
-as in DDNM (Wang et al. 2023, arXiv:2212.00490, Section 3). A model that draws small images, and
-models that then enlarge them, are called a cascade (Ho et al. 2022, arXiv:2106.15282).
+are those of DPM-Solver++, and their x_0 are details. In each step the image that these make of the
+small one is corrected so that it shrinks exactly to that, as in DDNM (Wang et al. 2023,
+arXiv:2212.00490, Section 3). A model that draws small images, and models that then enlarge them,
+are called a cascade (Ho et al. 2022, arXiv:2106.15282).
 """
 
 from collections.abc import Callable
@@ -13,14 +14,14 @@ import torch
 from torch import Tensor
 
 from functions.denoiser import Predictor
-from functions.details import shrink, stretch
+from functions.details import LOG_SNR_SHIFT, STD, details, stretch
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import OnStep, dpm_solver_sample
 from functions.timesteps import nearest_timesteps
 
 # It returns images (B, C, H, W) with what is known of them.
 Keep = Callable[[Tensor], Tensor]
-# At this log-SNR noise hides all that the small image lacks.
+# At this log-SNR of images noise hides all that the small image lacks.
 FIRST_LOG_SNR = -1.41
 ENLARGING_STEPS = 7
 # The steps are even in log-SNR, up to LAST_LOG_SNR. But for small images below SMALL_SIZE, where a
@@ -55,25 +56,27 @@ def enlarge(
     if size >= SMALL_SIZE:
         # Every second row and column of noise is noise, too.
         low = small + LOW_NOISE * noise()[..., ::2, ::2]
-    start = stretch(small)
-    if keep:
-        start = keep(start)
-    return dpm_solver_sample(
-        Enlarging(model.given(low=low), small, keep),
-        model.scheduler.q_sample(start, times[0], first),
+    base = stretch(small)
+    # The details begin as noise, but for what is known of the large image.
+    known = (keep(base) - base) / STD if keep else torch.zeros_like(base)
+    x_0 = dpm_solver_sample(
+        Enlarging(model.given(low=low), base, keep, clip_x_0),
+        model.scheduler.q_sample(known, times[0], first),
         times,
         eta=1,
-        clip_x_0=clip_x_0,
+        # `Enlarging` clips the images.
+        clip_x_0=False,
         step_noise=lambda k: noise(),
         on_step=on_step,
     )
+    return base + STD * x_0
 
 
 def enlarging_times(scheduler: NoiseScheduler, size: int) -> list[int]:
     """Return the timesteps of enlarging images whose shorter side has `size` pixels, and -1."""
     steps = min(ENLARGING_STEPS, scheduler.timesteps)
     log_snrs = torch.linspace(FIRST_LOG_SNR, LAST_LOG_SNR, steps, dtype=torch.float64)
-    times = nearest_timesteps(scheduler, log_snrs)
+    times = nearest_timesteps(scheduler, log_snrs + LOG_SNR_SHIFT)
     if size < SMALL_SIZE:
         count = times[0] + 1
         times = [round(count * k / steps) - 1 for k in range(steps, 0, -1)]
@@ -83,23 +86,25 @@ def enlarging_times(scheduler: NoiseScheduler, size: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Enlarging(Predictor):
-    """A model whose x_0 shrinks to a given image, before it is clipped.
-
-    `keep` then puts in what is known of the large image, if anything is.
-    """
+    """A model of details, whose x_0 is corrected by what is known of the image base + STD x_0."""
 
     model: Predictor
-    small: Tensor  # (B, C, H, W)
+    # The small image, stretched: (B, C, H, W).
+    base: Tensor
     keep: Keep | None
+    clip: bool
 
     @property
     def scheduler(self) -> NoiseScheduler:
         return self.model.scheduler
 
     def estimate(self, x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        """Return x_0, changed as little as makes it shrink to the small image, and its eps."""
-        x_0, _ = self.model.predict(x_t, t)
-        x_0 = x_0 + stretch(self.small - shrink(x_0))
+        """Return x_0 and eps. Before `keep` and clipping, the image shrinks to the small one."""
+        x_0, _ = self.model.predict(details(x_t), t)
+        image = self.base + STD * details(x_0)
         if self.keep:
-            x_0 = self.keep(x_0)
+            image = self.keep(image)
+        if self.clip:
+            image = image.clamp(-1, 1)
+        x_0 = (image - self.base) / STD
         return x_0, self.scheduler.predict_eps(x_t, t, x_0)

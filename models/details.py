@@ -12,9 +12,9 @@ from models.unet import UNet
 class DetailsUNet(UNet):
     """A U-Net that works at half the size of the images, which can be of any even size.
 
-    2 x 2 pixels of the noisy details become the channels of one pixel (`pixel_unshuffle`). Those of
-    the small image are put beside them. So it costs a quarter of a network at full size. It gets
-    D x_t / q of functions/details.py, and predicts the v of that file.
+    2 x 2 pixels of x_t become the channels of one pixel (`pixel_unshuffle`). Those of
+    the small image are put beside them. So it costs a quarter of a network at full size. x_t are
+    noisy details of functions/details.py, divided by their standard deviation.
 
     The arguments are those of `UNet`, but each level has half the size that it has there.
     """
@@ -27,12 +27,12 @@ class DetailsUNet(UNet):
         self.conv_out = nn.Conv2d(self.conv_out.in_channels, 4 * channels, 3, padding=1)
         self.reset_parameters()
 
-    def forward(self, x: Tensor, t: Tensor, low: Tensor) -> Tensor:
-        """Predict v (B, channels, H, W) from D x_t / q, of this shape, at timesteps t (B,).
+    def forward(self, x_t: Tensor, t: Tensor, low: Tensor) -> Tensor:
+        """Predict the noise, or v, in details x_t (B, channels, H, W) at timesteps t (B,).
 
         `low` is the image at half the size, (B, channels, H/2, W/2), or zeros if it is unknown.
         """
-        h = torch.cat([F.pixel_unshuffle(x, 2), low], dim=1)  # (B, 5 channels, H/2, W/2)
+        h = torch.cat([F.pixel_unshuffle(x_t, 2), low], dim=1)  # (B, 5 channels, H/2, W/2)
         # Each level but the first halves the size once more, so it is padded for that.
         height, width = h.shape[2:]
         multiple = 2 ** (len(self.down) - 1)

@@ -70,7 +70,10 @@ ONE_LEVEL = """
 DETAILS = """
     --model.image-size 32
     --model.lowest-resolution-size 16
-    --diffusion.objective details
+    --model.details true
+    --diffusion.objective v
+    --diffusion.beta-schedule cosine
+    --diffusion.log-snr-shift -5.3185
 """
 # The same network, as fields of ModelConfig.
 SMALL_MODEL = {

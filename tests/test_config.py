@@ -109,7 +109,7 @@ def test_an_experiment_survives_json_and_builds_a_network_without_a_warning(name
     assert len([*warnings_of(experiment)]) == (name in ("ffhq-run1", "ffhq-run2"))
     # The network is built without memory for its weights; an error would end the test.
     with torch.device("meta"):
-        build_network(experiment.model, experiment.diffusion.objective)
+        build_network(experiment.model)
 
 
 # A smaller batch size with more accumulation leaves the images of a step as they were.

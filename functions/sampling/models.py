@@ -76,7 +76,7 @@ def opened(path: Path, device: torch.device, precision: str, role: str = "") -> 
     enlarge.
     """
     saved, denoiser = open_model(path, device, precision)
-    draws_details = denoiser.objective == "details"
+    draws_details = saved.model.details
     if draws_details and role != ENLARGES:
         raise UserError(
             f"{saved.path} draws the details of an image that it is given, and nothing alone: use "
@@ -84,8 +84,8 @@ def opened(path: Path, device: torch.device, precision: str, role: str = "") -> 
         )
     if role == ENLARGES and not draws_details:
         raise UserError(
-            f"{saved.path} cannot enlarge: it was not trained with objective = details, as the "
-            "preset ffhq-details is"
+            f"{saved.path} cannot enlarge: it was not trained to draw details, as the preset "
+            "ffhq-details is"
         )
     processes.print_main(f"{role}{saved.path}: {saved}")
     return Models(

@@ -86,7 +86,7 @@ def rebuild(
     try:
         scheduler = saved.scheduler
         objective = saved.config["diffusion"].get("objective", DiffusionConfig.objective)
-        model = build_network(saved.model, objective) if network is None else network
+        model = build_network(saved.model) if network is None else network
     except ConfigError as error:
         raise CheckpointError(
             f"{saved.path}: this version cannot build a model from its config: {printable(error)}"

@@ -148,7 +148,7 @@ def make_run(
         experiment = experiment.override(label_count=len(image_set.label_names))
     # This seed is for the initial weights. Every later draw has another seed.
     torch.manual_seed(config.seed)
-    network = build_network(experiment.model, config.objective)
+    network = build_network(experiment.model)
     return TrainingRun(name, experiment, image_set, network, runs, device, checkpoint)
 
 

@@ -75,8 +75,8 @@ class TrainingRun:
         self.runs_folder = runs_folder
         self.device = device
         data_class = TrainingData
-        if config.objective == "details":
-            with door("objective = details"):
+        if experiment.model.details:
+            with door("details = True"):
                 from extras.details_training import DetailsData as data_class
         self.data = data_class(experiment, image_set, device)
         self.total_steps = self.data.total_steps
@@ -130,7 +130,7 @@ class TrainingRun:
         """Return what one samples from the run with, for messages."""
         if isinstance(self.experiment.model, OwnNetwork):
             return "load_denoiser (docs/python.md)"
-        if self.config.objective == "details":
+        if self.experiment.model.details:
             return f"python edit.py enlarge FILE {quoted(self.folder)}"
         return f"python sample.py {quoted(self.folder)}"
 

@@ -12,6 +12,7 @@ from data.pixels import to_model_range
 from extras import details_training
 from extras.details_training import DetailsData
 from functions.denoiser import Denoiser
+from functions.details import STD, details
 from functions.training.opening import open_run
 from functions.training.recorder import sample_grid
 from functions.training.validation import validation_losses
@@ -48,19 +49,20 @@ def data_of(**changes) -> DetailsData:
     return DetailsData(experiment, from_array("noise", images), CPU)
 
 
-def test_a_piece_is_the_shrunk_image_or_a_part_of_it_at_a_multiple_of_8():
+def test_what_is_noised_are_details_of_shrunk_images_or_of_parts_at_multiples_of_8():
     data = data_of(condition_dropout=0.0, use_augmentation=False)
     draws = data.draw(3)
     x_0 = to_model_range(data.batch(3)[0])
-    pieces, inputs = data.augment(x_0, {}, draws, 0.0)
-    assert pieces.shape == draws.noise.shape == (40, 3, 16, 16)
+    noised, inputs = data.augment(x_0, {}, draws, 0.0)
+    assert noised.shape == draws.noise.shape == (40, 3, 16, 16)
     assert 5 < draws.is_part.sum() < 25
     assert {*draws.corner.flatten().tolist()} == {0, 8, 16}
-    for image, piece, whole, is_part, (row, column) in zip(
-        x_0, pieces, shrunk(x_0), draws.is_part, draws.corner, strict=True
-    ):
-        part = image[:, row : row + 16, column : column + 16]
-        assert_close(piece, part if is_part else whole.clamp(-1, 1), atol=1e-5, rtol=0)
+    pieces = shrunk(x_0).clamp(-1, 1)
+    for i in draws.is_part.nonzero().flatten():
+        row, column = draws.corner[i]
+        pieces[i] = x_0[i, :, row : row + 16, column : column + 16]
+    assert_close(noised, details(pieces) / STD, atol=1e-4, rtol=0)
+    assert_close(details(draws.noise), draws.noise, atol=1e-5, rtol=0)
     # The network gets its half, with noise in half of the draws.
     noise = (inputs["low"] - shrunk(pieces)).std((1, 2, 3))
     assert_close(noise, draws.low_std, atol=0.01, rtol=0.2)
@@ -109,7 +111,7 @@ def test_a_validation_has_the_same_pieces_whatever_the_batch():
     losses = []
     for batch_size in (10, 7):
         data = data_of(batch_size=batch_size)
-        denoiser = Denoiser(network, build_scheduler(vars(data.config)), "details")
+        denoiser = Denoiser(network, build_scheduler(vars(data.config)), "v")
         losses += validation_losses([denoiser], data)
     assert_close(*map(torch.tensor, losses), equal_nan=True)
     assert losses[0][0] > 0.1

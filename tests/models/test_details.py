@@ -23,8 +23,7 @@ def network():
 
 def test_the_preset_has_the_parameters_that_the_readme_says():
     """A U-Net of blocks, counted by hand, with five channels in and four out for each colour."""
-    experiment = EXPERIMENTS["ffhq-details"]
-    network = build_network(experiment.model, experiment.diffusion.objective)
+    network = build_network(EXPERIMENTS["ffhq-details"].model)
     assert isinstance(network, DetailsUNet)
     dims, time = (64, 128, 192), 256
 

@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from benchmarks.compare import build_diffusers
-from config import EXPERIMENTS, ModelConfig
+from config import EXPERIMENTS, ModelConfig, build_network
 from extras.diffusers_folder import compute, copy_weights
 from extras.diffusers_network import DiffusersUNet
 from models.unet import UNet
@@ -26,7 +26,7 @@ CELEBA_HQ = ModelConfig(8, (1, 1, 2, 2, 4, 4), (4,), 128, image_size=256)
 )
 def test_parameter_counts_are_the_papers(shape, count):
     with torch.device("meta"):
-        model = UNet(**vars(shape))
+        model = build_network(shape)
     assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 
@@ -36,7 +36,7 @@ SMALL = ModelConfig(4, (1, 3, 2), (1, 2), 16, image_size=16, norm_groups=4)
 
 def test_same_function_and_gradients_as_diffusers_with_the_same_weights():
     torch.manual_seed(0)
-    ours = UNet(**vars(SMALL))
+    ours = build_network(SMALL)
     theirs = DiffusersUNet(build_diffusers(SMALL))
 
     # Norms and biases start at 1 and 0, which would hide a mix-up.
