@@ -392,28 +392,28 @@ class DiffusionConfig:
     # Recording, which does not change the weights
 
     # Steps between rows of metrics.csv.
-    log_every: int = setting(50, records=True)
+    log_every: int = 50
     # Steps between validations of the raw and the EMA weights. Each also draws losses.png.
-    validate_every: int = setting(800, records=True)
+    validate_every: int = 800
     # Steps between grids of samples. 0: none.
-    sample_every: int = setting(4000, at_least=0, records=True)
+    sample_every: int = setting(4000, at_least=0)
     # Steps between checkpoints.
-    checkpoint_every: int = setting(800, records=True)
+    checkpoint_every: int = 800
     # The longest time between checkpoints, in minutes. 0: no limit.
-    checkpoint_minutes: float = setting(30.0, records=True)
+    checkpoint_minutes: float = 30.0
     # The number of newest checkpoints that are kept.
-    keep_checkpoints: int = setting(3, records=True)
+    keep_checkpoints: int = 3
     # Steps between snapshots: the weights to sample from, in float16, which are never deleted.
     # sample.py --guide uses them. 0: none.
-    snapshot_every: int = setting(0, at_least=0, records=True)
+    snapshot_every: int = setting(0, at_least=0)
     # Held-out triples (image, t, noise) in a validation. All validations use the same triples.
-    validation_samples: int = setting(1000, at_most=10**6, records=True)
+    validation_samples: int = setting(1000, at_most=10**6)
     # Images in a grid of samples.
-    grid_images: int = setting(16, at_most=1000, records=True)
+    grid_images: int = setting(16, at_most=1000)
     # The sampler of the grids, "ddpm", "ddim" or "dpm++", with its default settings.
-    grid_sampler: str = setting("dpm++", choices=SAMPLERS, records=True)
+    grid_sampler: str = setting("dpm++", choices=SAMPLERS)
     # Network calls per sample of a grid, or T if that is less.
-    grid_steps: int = setting(20, records=True)
+    grid_steps: int = 20
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -68,11 +68,7 @@ def train(run: TrainingRun) -> bool:
     denoiser = replace(run.denoiser, network=train_network)
     # Listing the parameters takes as long as launching some kernels, so it is done once.
     parameters = list(run.model.parameters())
-    ema_parameters = buffers = []
-    if run.ema_model:
-        ema_parameters = list(run.ema_model.parameters())
-        # What no gradient changes, such as a batch norm's means; our own network has none.
-        buffers = list(zip(run.ema_model.buffers(), run.model.buffers(), strict=True))
+    ema_parameters = list(run.ema_model.parameters()) if run.ema_model else []
     max_norm = config.clip_grad_norm or math.inf
 
     recorder = Recorder(run)
@@ -116,8 +112,6 @@ def train(run: TrainingRun) -> bool:
             run.model.zero_grad()
             if run.ema_model:
                 update_ema(ema_parameters, parameters, step, config.ema_decay, run.ema_ramp)
-                for average, buffer in buffers:
-                    average.copy_(buffer)
 
             # Here everything that is due is written: rows of metrics, validations, snapshots,
             # samples, checkpoints. A signal stops the run.

@@ -3,25 +3,23 @@
 The network gets it as its argument `label`, and the length of the list stands for no label.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import inf
 
 import numpy as np
-from torch import Tensor
 
 from functions.support.errors import UserError, printable
 
 
 def read_labels(
-    dataset_name: str, images: Sequence[str], found: Sequence[str | Callable[[], str | None] | None]
+    dataset_name: str, images: Sequence[str], labels: Sequence[str | None]
 ) -> tuple[np.ndarray, list[str], str]:
     """Return the label of each image (N,), the names of all labels, and a summary in words.
 
-    `images` are the names of the N images, and `found` the labels of their `Member`s. Raises
-    UserError for an image without one, and for fewer than two labels.
+    `images` are the names of the N images, and `labels` those of their `Member`s. Raises UserError
+    for an image without one, and for fewer than two labels.
     """
     dataset = printable(dataset_name)
-    labels = [label() if callable(label) else label for label in found]
     if None in labels:
         without = printable(images[labels.index(None)])
         raise UserError(
@@ -50,8 +48,3 @@ def check_labels(
             f"{dataset}: no training image has the label {printable(unseen[0])!r}, as all with it "
             "are held out; add images of it, or let folders train/ and val/ decide"
         )
-
-
-def drop_labels(label: Tensor, dropped: Tensor, names: Sequence[str]) -> Tensor:
-    """Return the labels (B,) of a batch, with no label where `dropped` (B,) is true."""
-    return label.masked_fill(dropped, len(names))

@@ -62,6 +62,11 @@ def load_folder(path: Path) -> SavedModel:
     """
     if not path.is_dir() and not is_hub_name(path):
         check_file(path)
+    # A network is in the folder itself, or in a subfolder.
+    if path.is_dir() and not [*path.glob("unet*"), *path.glob("diffusion_pytorch_model*")]:
+        raise CheckpointError(
+            f"{path}: no checkpoint in this folder (a run folder has them in checkpoints/)"
+        )
     folder = path if path.is_dir() else downloaded(path)
     try:
         return read_folder(folder)

@@ -46,13 +46,25 @@ def open_model(
             a model hub.
         precision: a name, or "auto": that of the training, or float32 where that is not native.
         network: gets the weights; by default it is built by the saved config.
+
+    Raises CheckpointError for a config that builds no model, or one that the weights do not fit.
     """
     # Rank 0 finds an intact one, and every process loads it.
     intact = processes.on_main(lambda: first_intact(find_checkpoints(path), load_model).path)
     saved = load_model(intact)
+    try:
+        scheduler = saved.scheduler
+        network = build_network(saved.model) if network is None else network
+    except ConfigError as error:
+        raise CheckpointError(
+            f"{saved.path}: this version cannot build a model from its config: {printable(error)}"
+        ) from error
+    copy_tensors(saved.weights, network.state_dict(), saved.path)
+    network.to(device, memory_format=fast_layout(device)).eval().requires_grad_(False)
     trained = saved.provenance.get("arithmetic", {}).get("precision")
     dtype = choose_precision(precision, device, trained, "float32")
-    return saved, rebuild(saved, device, dtype, network)
+    objective = saved.config["diffusion"].get("objective", DiffusionConfig.objective)
+    return saved, Denoiser(network, scheduler, objective, dtype)
 
 
 def load_model(path: Path) -> SavedModel:
@@ -70,29 +82,3 @@ def diffusers_folder() -> ModuleType:
     with door("a model of diffusers"):
         import extras.diffusers_folder as module
     return module
-
-
-def rebuild(
-    saved: SavedModel,
-    device: torch.device,
-    precision: torch.dtype,
-    network: nn.Module | None = None,
-) -> Denoiser:
-    """Rebuild the network and its schedule from a saved model, for use without gradients.
-
-    A `network` gets the weights; by default the saved config builds one. Raises CheckpointError for
-    a config that builds no model, or one that the weights do not fit.
-    """
-    try:
-        scheduler = saved.scheduler
-        objective = saved.config["diffusion"].get("objective", DiffusionConfig.objective)
-        model = build_network(saved.model) if network is None else network
-    except ConfigError as error:
-        raise CheckpointError(
-            f"{saved.path}: this version cannot build a model from its config: {printable(error)}"
-        ) from error
-    denoiser = Denoiser(model, scheduler, objective, precision)
-
-    copy_tensors(saved.weights, model.state_dict(), saved.path)
-    model.to(device, memory_format=fast_layout(device)).eval().requires_grad_(False)
-    return denoiser

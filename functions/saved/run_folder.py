@@ -130,23 +130,14 @@ def run_of(path: Path) -> Path | None:
 
 
 def find_checkpoints(path: Path) -> list[Path]:
-    """Return the checkpoints of a run, newest first, or the path of a file or a diffusers folder.
+    """Return the checkpoints of a run, newest first, or the path of what is no run.
 
-    Raises CheckpointError for any other folder, and for a recipe.
+    Raises CheckpointError for a recipe.
     """
     if is_recipe(path):
         raise CheckpointError(f"{path} is a recipe, and no model; name one of its models")
-    if path.is_file():
-        return [path]
-    if checkpoints := checkpoints_of(path):
-        return checkpoints[::-1]
-    # A diffusers folder contains a network, itself or in a subfolder.
-    networks = [*path.glob("unet*"), *path.glob("diffusion_pytorch_model*")]
-    if path.is_dir() and not networks:
-        raise CheckpointError(
-            f"{path}: no checkpoint in this folder (a run folder has them in checkpoints/)"
-        )
-    return [path]
+    checkpoints = [] if path.is_file() else checkpoints_of(path)
+    return checkpoints[::-1] or [path]
 
 
 def first_intact(candidates: Sequence[Path], read: Callable[[Path], Result]) -> Result:

@@ -41,7 +41,6 @@ def setting(default: Any = MISSING, **marks: Any) -> Any:
     puts_out: fields that become None with a value of the flag, if they have no flag themselves.
     fixed_by_weights: weights work only with the value with which they were trained, so it is
         fixed, too.
-    records: the value changes what is recorded of a run, and not its weights.
     """
     return field(default=default, metadata=marks)
 

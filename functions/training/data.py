@@ -12,7 +12,6 @@ from config import ConfigError, Experiment
 from data.augmentation import augment
 from data.batches import epoch_order, gather
 from data.datasets import ImageSet, split_images
-from data.labels import drop_labels
 from data.pixels import to_model_range
 from functions.denoiser import Denoiser
 from functions.samplers import SAMPLERS
@@ -151,8 +150,8 @@ class TrainingData:
             x_0 = augment(x_0, draws.flip, angle)
         if "label" in inputs:
             dropped = draws.condition_drop < config.condition_dropout
-            label = drop_labels(inputs["label"], dropped, self.image_set.label_names)
-            inputs = inputs | {"label": label}
+            no_label = len(self.image_set.label_names)
+            inputs = inputs | {"label": inputs["label"].masked_fill(dropped, no_label)}
         return x_0, inputs
 
     @cached_property

@@ -161,10 +161,8 @@ def describe_changes(
     config = experiment.diffusion
     facts = earlier["run"]
     before = Experiment.from_dict(earlier["config"])
-    recording = {f"diffusion.{name}" for name in fields_with(DiffusionConfig, "records")}
     for field, (value, now) in before.differences(experiment).items():
-        other = "" if field in recording else ": from here on it is another run"
-        yield f"changed: {field} was {value}, is now {now}{other}"
+        yield f"changed: {field} was {value}, is now {now}"
     # More epochs move a step back on its schedule.
     step, earlier_steps = facts["step"], facts["total_steps"]
     last_rate = before.diffusion.rate_of(step - 1, earlier_steps)

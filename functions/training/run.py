@@ -99,7 +99,9 @@ class TrainingRun:
         self.denoiser = Denoiser(self.model, scheduler, config.objective, precision)
         self.ema_model = None
         if config.ema_decay > 0:
-            self.ema_model = copy.deepcopy(self.model).eval().requires_grad_(False)
+            # It shares the buffers, such as a batch norm's means, which no gradient changes.
+            shared = {id(buffer): buffer for buffer in self.model.buffers()}
+            self.ema_model = copy.deepcopy(self.model, shared).eval().requires_grad_(False)
         self.ema_ramp = True
         optimizer = OPTIMIZERS[config.optimizer]
         self.optimizer = optimizer(self.model, config.learning_rate, precision)

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from functions.saved.checkpoint import load_weights, verify_checkpoint, write_tensors
-from functions.saved.loading import rebuild
+from functions.saved.checkpoint import verify_checkpoint, write_tensors
+from functions.saved.loading import load_denoiser
 from functions.support.errors import CheckpointError
-from tests.conftest import CPU
 from tests.small_training import stepped_run, training_run
 
 
@@ -32,10 +31,6 @@ def saved(path):
 def resume(path):
     """Let a training take a checkpoint over."""
     training_run(1).load(verify_checkpoint(path))
-
-
-def sample(path):
-    return rebuild(load_weights(path), CPU, torch.float32)
 
 
 def test_a_cut_or_a_flipped_bit_anywhere(path, saved):
@@ -65,12 +60,12 @@ def test_a_damaged_part_is_named_and_sampling_needs_only_its_own(part, path, sav
 
     assert refusal(path) == f"{part} is missing or damaged"
     if part == "ema":
-        refusal(path, sample)
+        refusal(path, load_denoiser)
     else:
-        sample(path)
+        load_denoiser(path)
 
 
-@pytest.mark.parametrize("read", [resume, sample])
+@pytest.mark.parametrize("read", [resume, load_denoiser])
 def test_a_network_that_was_changed(read, path, saved):
     parts, contents = saved
     bias = parts["ema"].pop("conv_in.bias")
@@ -118,4 +113,4 @@ def test_contents_of_another_version(place, value, path, saved):
         inner = inner[name]
     inner[last] = value
     write_tensors(path, parts, contents)
-    refusal(path, sample)
+    refusal(path, load_denoiser)
