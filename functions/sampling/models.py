@@ -11,7 +11,7 @@ from functions.denoiser import Predictor
 from functions.sampling.settings import SamplingConfig
 from functions.saved.checkpoint import SavedModel
 from functions.saved.loading import open_model
-from functions.saved.run_folder import checkpoints_of, run_of, step_of
+from functions.saved.run_folder import checkpoints_of, step_of
 from functions.support import processes
 from functions.support.device import choose_device, set_deterministic
 from functions.support.errors import UserError, printable
@@ -120,6 +120,12 @@ def guided(models: Models, config: SamplingConfig) -> Models:
             "timesteps, or the betas)"
         )
     return replace(models, guide=guide)
+
+
+def run_of(path: Path) -> Path | None:
+    """Return the run of a checkpoint or a snapshot, or None for what is in no run."""
+    folder = path.absolute().parent
+    return folder.parent if folder.name in ("checkpoints", "snapshots") and path.is_file() else None
 
 
 def guide_path(guide: int | str, saved: SavedModel) -> Path:

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from data.pixels import to_uint8
 from functions.sampling.generation import Pipeline, generate
+from functions.sampling.models import run_of
 from functions.saved.checkpoint import SavedModel
-from functions.saved.run_folder import is_recipe, new_folder, run_of
+from functions.saved.run_folder import is_recipe, new_folder
 from functions.support import processes
 from functions.support.errors import UserError, printable
 from functions.support.files import read_json, write_text

@@ -206,15 +206,15 @@ def model_digest(config: dict, weights_digest: str) -> str:
 
 
 @torch.no_grad()
-def copy_tensors(saved: Tensors, tensors: Tensors, path: Path, what: str = "weights") -> None:
+def copy_tensors(saved: Tensors, tensors: Tensors, path: Path) -> None:
     """Copy the saved tensors of the file `path` into tensors, whose dtype and layout stay.
 
-    Raises CheckpointError, which says what they are, if names or shapes differ.
+    Raises CheckpointError if names or shapes differ.
     """
     mismatches = sorted(saved.keys() ^ tensors.keys())
     if mismatches:
         raise CheckpointError(
-            f"{path}: {len(mismatches)} {what} are missing or unknown, "
+            f"{path}: {len(mismatches)} tensors are missing or unknown, "
             f"such as {printable(mismatches[0])!r}"
         )
     for name, tensor in tensors.items():

@@ -123,12 +123,6 @@ def is_recipe(path: Path) -> bool:
     return path.suffix == ".toml"
 
 
-def run_of(path: Path) -> Path | None:
-    """Return the run of a checkpoint or a snapshot, or None for what is in no run."""
-    folder = path.absolute().parent
-    return folder.parent if folder.name in ("checkpoints", "snapshots") and path.is_file() else None
-
-
 def find_checkpoints(path: Path) -> list[Path]:
     """Return the checkpoints of a run, newest first, or the path of what is no run.
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import ConfigError, Experiment
+from config import ConfigError, DiffusionConfig, Experiment
 from data.augmentation import augment
 from data.batches import epoch_order, gather
 from data.datasets import ImageSet, split_images
@@ -35,12 +35,7 @@ class StepDraws(NamedTuple):
 
 
 def training_draws(
-    seed: int,
-    step: int,
-    effective_batch: int,
-    image_shape: Sequence[int],
-    timesteps: int,
-    device: torch.device,
+    config: DiffusionConfig, step: int, image_shape: Sequence[int], device: torch.device
 ) -> StepDraws:
     """Draw t and noise (Algorithm 1, lines 3 and 4) and the augmentation for an effective batch."""
     # The draws are made for the whole effective batch and cut later. So an image's draws depend on
@@ -48,17 +43,15 @@ def training_draws(
     # These four draws come from one generator, so another draw between them, or another order,
     # would change every run. A new field needs a separate generator:
     # generator_of(device, seed, f"training {NAME}", step).
+    seed, count = config.seed, config.effective_batch
     options = {"generator": generator_of(device, seed, "training", step), "device": device}
+    of_labels = generator_of(device, seed, "training label", step)
     return StepDraws(
-        t=torch.randint(timesteps, (effective_batch,), **options),
-        noise=torch.randn(effective_batch, *image_shape, **options),
-        flip=torch.rand(effective_batch, **options) < 0.5,
-        rotation=2 * torch.rand(effective_batch, **options) - 1,
-        condition_drop=torch.rand(
-            effective_batch,
-            generator=generator_of(device, seed, "training label", step),
-            device=device,
-        ),
+        t=torch.randint(config.timesteps_diff, (count,), **options),
+        noise=torch.randn(count, *image_shape, **options),
+        flip=torch.rand(count, **options) < 0.5,
+        rotation=2 * torch.rand(count, **options) - 1,
+        condition_drop=torch.rand(count, generator=of_labels, device=device),
     )
 
 
@@ -124,15 +117,7 @@ class TrainingData:
 
     def draw(self, step: int) -> StepDraws:
         """Draw t, the noise and the augmentation of this process's images of a step."""
-        draws = training_draws(
-            self.config.seed,
-            step,
-            self.config.effective_batch,
-            self.image_shape,
-            self.config.timesteps_diff,
-            self.device,
-        )
-        return cut(draws, self.share)
+        return cut(training_draws(self.config, step, self.image_shape, self.device), self.share)
 
     def augment(
         self, x_0: Tensor, inputs: dict[str, Tensor], draws: StepDraws, done: float

@@ -116,33 +116,15 @@ def describe(
     ]
     if provenance["initial"]:
         lines.append(f"  begins as  {provenance['initial']}")
-    lines += [f"warning: {warning}" for warning in warnings(experiment, data, snr)]
+    lines += [f"warning: {warning}" for warning in warnings(experiment, data.total_steps, snr)]
     if earlier:
         lines += describe_changes(earlier.contents, experiment, data, provenance)
     return "\n".join(lines)
 
 
-def warnings(experiment: Experiment, data: TrainingData, terminal_snr: float) -> Iterator[str]:
+def warnings(experiment: Experiment, total_steps: int, terminal_snr: float) -> Iterator[str]:
     """Yield a warning for each setting that is allowed but probably not meant."""
     config = experiment.diffusion
-    yield from warnings_of(experiment)
-    # Betas of one's own are those of the weights.
-    if terminal_snr > VISIBLE_SNR and not config.betas:
-        signal = math.sqrt(terminal_snr / (1 + terminal_snr))
-        yield (
-            f"terminal SNR {terminal_snr:.2g} (sqrt(alpha_bar_T) = {signal:.3f}): "
-            "x_T still carries the image, but sampling starts from pure noise; set "
-            f"rescale_betas = True and beta_end = {DiffusionConfig.beta_end}"
-        )
-    if config.warmup_steps >= data.total_steps:
-        yield (
-            f"warmup_steps = {config.warmup_steps:,} and the run has {data.total_steps:,} steps: "
-            "its learning rate never reaches learning_rate"
-        )
-
-
-def warnings_of(experiment: Experiment) -> Iterator[str]:
-    """Yield the warnings that no data are needed for."""
     if isinstance(experiment.model, ModelConfig):
         groups = experiment.model.norm_groups
         channels_of_group = min(experiment.model.dims) / groups
@@ -152,6 +134,19 @@ def warnings_of(experiment: Experiment) -> Iterator[str]:
                 "group needs at the narrowest level; samples may come out tinted "
                 "(docs/what-did-not-help.md)"
             )
+    # Betas of one's own are those of the weights.
+    if terminal_snr > VISIBLE_SNR and not config.betas:
+        signal = math.sqrt(terminal_snr / (1 + terminal_snr))
+        yield (
+            f"terminal SNR {terminal_snr:.2g} (sqrt(alpha_bar_T) = {signal:.3f}): "
+            "x_T still carries the image, but sampling starts from pure noise; set "
+            f"rescale_betas = True and beta_end = {DiffusionConfig.beta_end}"
+        )
+    if config.warmup_steps >= total_steps:
+        yield (
+            f"warmup_steps = {config.warmup_steps:,} and the run has {total_steps:,} steps: "
+            "its learning rate never reaches learning_rate"
+        )
 
 
 def describe_changes(

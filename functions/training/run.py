@@ -236,9 +236,7 @@ class TrainingRun:
     def load(self, checkpoint: Checkpoint) -> None:
         """Take over a checkpoint's numbers. Raises CheckpointError when they do not fit."""
         for part, tensors in self.parts().items():
-            saved = checkpoint.tensors(part)
-            what = "moments" if part == "optimizer" else "weights"
-            copy_tensors(saved, tensors, checkpoint.path, what)
+            copy_tensors(checkpoint.tensors(part), tensors, checkpoint.path)
         # The state is empty unless the precision was float16.
         scaler = checkpoint.contents.get("scaler")
         if scaler:

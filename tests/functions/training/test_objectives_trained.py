@@ -8,6 +8,7 @@ import torch
 
 import sample
 import train
+from config import EXPERIMENTS
 from data.augmentation import augment
 from data.batches import epoch_order
 from data.datasets import load_images
@@ -51,7 +52,8 @@ def test_a_new_objective_is_a_row_of_the_table_and_nothing_else(
     t, losses, x_0 = (torch.stack(parts).numpy() for parts in zip(*seen, strict=True))
 
     images = load_images(pictures, 16).images[TRAINED][epoch_order(46, 0, 0)[:8]]
-    flip = training_draws(0, 0, 8, (3, 16, 16), 100, CPU).flip
+    config = EXPERIMENTS["faces-v"].override(batch_size=8, timesteps_diff=100).diffusion
+    flip = training_draws(config, 0, (3, 16, 16), CPU).flip
     assert np.array_equal(x_0[0], augment(to_model_range(torch.tensor(images)), flip))
     # A fresh network says 0, so its squared errors are the squares of x_0.
     assert losses[0].mean() == pytest.approx(np.square(x_0[0]).mean(), rel=1e-5)
