@@ -31,8 +31,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from data.pixels import to_uint8
 from functions.sampling.export import export
 from functions.sampling.generation import (
@@ -54,7 +52,7 @@ from functions.sampling.samples_folder import (
     save_gif,
 )
 from functions.sampling.settings import SamplingFlags, default_settings, find_run
-from functions.saved.loading import open_model
+from functions.saved.checkpoint import load_model
 from functions.support import processes
 from functions.support.command_line import read_flags, run_script, split_words
 from functions.support.pictures import save_grid, save_image
@@ -80,7 +78,7 @@ def main(name_prefix: str = "", description: str = __doc__, **defaults: Any) -> 
         flags = SampleFlags(sampling=default_settings(run), **defaults)
         flags = read_flags(flags, words, "[RUN]", description)
         if flags.export:
-            saved, _ = open_model(Path(flags.sampling.model), torch.device("cpu"))
+            saved = load_model(Path(flags.sampling.model))
             if processes.is_main():
                 export(saved, flags.export)
                 print(f"{saved.path}: {saved}\nwrote {flags.export}")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from config import ConfigError, Experiment, build_scheduler
-from data.augmentation import augment
+from data.batches import augment
 from data.datasets import ImageSet
 from data.pixels import to_model_range
 from functions.denoiser import Denoiser

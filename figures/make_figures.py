@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageSequence
 
 from config import EXPERIMENTS, build_network
-from data.augmentation import rotate
+from data.batches import rotate
 from data.datasets import load_images
 from data.pixels import to_model_range, to_uint8
 from figures import saved_model

@@ -34,8 +34,8 @@ from functions.evaluation.training_images import load_and_split
 from functions.sampling.generation import Pipeline, generate
 from functions.sampling.models import guide_path
 from functions.sampling.settings import PRETRAINED, SamplingConfig, read_recipe
-from functions.saved.checkpoint import SavedModel, load_weights
-from functions.saved.loading import load_denoiser, open_model
+from functions.saved.checkpoint import SavedModel, load_model, load_weights
+from functions.saved.loading import load_denoiser
 from functions.support.command_line import read_words, run_script
 from functions.support.errors import UserError
 from functions.support.files import write_text
@@ -55,7 +55,7 @@ def main() -> None:
     run, given_guide = read_words("RUN [GUIDE]", __doc__)
     run = Path(run)
 
-    source, _ = open_model(run, torch.device("cpu"))
+    source = load_model(run)
     facts = source.provenance
     if facts["step"] != facts["total_steps"]:
         raise UserError(f"{run} is not finished; train.py --resume continues it")

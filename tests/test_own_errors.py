@@ -11,7 +11,7 @@ from data.decode import parsing
 from extras import diffusers_folder
 from functions.saved.checkpoint import load_weights
 from functions.support.command_line import run_script
-from functions.training.stopping import explain_failed_writes
+from functions.training.resuming import explain_failed_writes
 from models.unet import UNet
 from tests.conftest import ROOT, call, refused
 

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from functions.saved.checkpoint import SavedModel, write_tensors
-from functions.saved.loading import diffusers_folder
+from functions.saved.checkpoint import SavedModel, diffusers_folder, write_tensors
 from functions.support.errors import UserError
 
 

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,7 +28,9 @@ from torch import Tensor
 
 from config import NetworkConfig, build_scheduler, model_from
 from functions.noise_scheduler import NoiseScheduler
-from functions.support.errors import CheckpointError, printable
+from functions.saved.run_folder import find_checkpoints, first_intact
+from functions.support import processes
+from functions.support.errors import CheckpointError, door, printable
 from functions.support.files import check_file, parse_json, replacing, sha256
 
 FORMAT = "ddpm-faces checkpoint 4"
@@ -185,6 +188,31 @@ def verify_checkpoint(path: Path) -> Checkpoint:
     for part in file.digests:
         file.tensors(part)
     return file
+
+
+def load_model(path: Path) -> SavedModel:
+    """Load a model in all processes; of a run, that of the newest intact checkpoint.
+
+    Other paths are those of a file or a diffusers folder, or a name on a model hub. Raises
+    CheckpointError for a model that cannot be read, or that we cannot sample from.
+    """
+    # Rank 0 finds an intact one, and every process loads it.
+    intact = processes.on_main(lambda: first_intact(find_checkpoints(path), read_model).path)
+    return read_model(intact)
+
+
+def read_model(path: Path) -> SavedModel:
+    """Read a checkpoint, an exported file, or a diffusers folder."""
+    if path.is_file() or path.suffix == ".safetensors":
+        return load_weights(path)
+    return diffusers_folder().load_folder(path)
+
+
+def diffusers_folder() -> ModuleType:
+    """Return the module that reads and writes models of diffusers. Raises UserError without it."""
+    with door("a model of diffusers"):
+        import extras.diffusers_folder as module
+    return module
 
 
 def load_weights(path: Path) -> SavedModel:

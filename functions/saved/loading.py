@@ -4,18 +4,15 @@ denoiser = load_denoiser("runs/faces-20260101-120000")
 """
 
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import nn
 
 from config import ConfigError, DiffusionConfig, build_network
 from functions.denoiser import Denoiser
-from functions.saved.checkpoint import SavedModel, copy_tensors, load_weights
-from functions.saved.run_folder import find_checkpoints, first_intact
-from functions.support import processes
+from functions.saved.checkpoint import SavedModel, copy_tensors, load_model
 from functions.support.device import choose_precision, fast_layout
-from functions.support.errors import CheckpointError, door, printable
+from functions.support.errors import CheckpointError, printable
 
 
 def load_denoiser(
@@ -42,16 +39,13 @@ def open_model(
     """Load a model in all processes. Return what was saved, with its provenance, and a denoiser.
 
     Args:
-        path: a run, of which the newest intact checkpoint is loaded, a file, a folder or a name on
-            a model hub.
+        path: as for `load_model`.
         precision: a name, or "auto": that of the training, or float32 where that is not native.
         network: gets the weights; by default it is built by the saved config.
 
     Raises CheckpointError for a config that builds no model, or one that the weights do not fit.
     """
-    # Rank 0 finds an intact one, and every process loads it.
-    intact = processes.on_main(lambda: first_intact(find_checkpoints(path), load_model).path)
-    saved = load_model(intact)
+    saved = load_model(path)
     try:
         scheduler = saved.scheduler
         network = build_network(saved.model) if network is None else network
@@ -65,20 +59,3 @@ def open_model(
     dtype = choose_precision(precision, device, trained, "float32")
     objective = saved.config["diffusion"].get("objective", DiffusionConfig.objective)
     return saved, Denoiser(network, scheduler, objective, dtype)
-
-
-def load_model(path: Path) -> SavedModel:
-    """Load a checkpoint, an exported file, or a diffusers folder, by its path or name.
-
-    Raises CheckpointError for one that cannot be read, or that we cannot sample from.
-    """
-    if path.is_file() or path.suffix == ".safetensors":
-        return load_weights(path)
-    return diffusers_folder().load_folder(path)
-
-
-def diffusers_folder() -> ModuleType:
-    """Return the module that reads and writes models of diffusers. Raises UserError without it."""
-    with door("a model of diffusers"):
-        import extras.diffusers_folder as module
-    return module

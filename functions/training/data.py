@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from config import ConfigError, DiffusionConfig, Experiment
-from data.augmentation import augment
-from data.batches import epoch_order, gather
+from data.batches import augment, epoch_order, gather
 from data.datasets import ImageSet, split_images
 from data.pixels import to_model_range
 from functions.denoiser import Denoiser

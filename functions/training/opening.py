@@ -18,8 +18,7 @@ from config import (
     build_network,
 )
 from data.datasets import load_images
-from functions.saved.checkpoint import Checkpoint
-from functions.saved.loading import open_model
+from functions.saved.checkpoint import Checkpoint, load_model
 from functions.saved.run_folder import PlaceFlags
 from functions.support import processes
 from functions.support.command_line import first_look, read_flags, split_words
@@ -28,13 +27,13 @@ from functions.support.errors import UserError, printable
 from functions.support.settings import fields_with, setting
 from functions.training.description import check_changes
 from functions.training.resuming import (
+    explain_failed_writes,
     intact_checkpoint,
     locked,
     resume_command,
     run_to_resume,
 )
 from functions.training.run import TrainingRun
-from functions.training.stopping import explain_failed_writes
 
 # It returns an experiment with the fields that flags replace.
 Read = Callable[[Experiment], Experiment]
@@ -105,7 +104,7 @@ def new_run(name: str, flags: OpeningFlags, read: Read) -> TrainingRun:
     device = choose_device(flags.device)
     if not flags.init:
         return make_run(name, read(preset), flags.runs, device)
-    initial, _ = open_model(flags.init, torch.device("cpu"))
+    initial = load_model(flags.init)
     # A diffusers folder has no values for some fields, which then have their defaults.
     saved = vars(DiffusionConfig) | initial.config["diffusion"]
     fixed = fields_with(DiffusionConfig, "fixed_by_weights")

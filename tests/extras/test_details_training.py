@@ -14,8 +14,7 @@ from extras.details_training import DetailsData
 from functions.denoiser import Denoiser
 from functions.details import STD, details
 from functions.training.opening import open_run
-from functions.training.recorder import sample_grid
-from functions.training.validation import validation_losses
+from functions.training.recorder import sample_grid, validation_losses
 from tests.conftest import (
     CPU,
     DETAILS,

@@ -21,7 +21,8 @@ from extras.diffusers_folder import copy_weights, network_fields
 from extras.diffusers_network import DiffusersUNet
 from figures.saved_model import open_saved
 from functions.sampling.generation import generate
-from functions.saved.loading import load_denoiser, load_model
+from functions.saved.checkpoint import load_model
+from functions.saved.loading import load_denoiser
 from functions.support.errors import CheckpointError
 from functions.support.random_numbers import seed_of
 from tests.conftest import SMALL_MODEL, call, refused

@@ -22,8 +22,8 @@ from functions.saved.checkpoint import Checkpoint
 from functions.support.errors import CheckpointError
 from functions.support.random_numbers import seed_of
 from functions.training import recorder
+from functions.training.resuming import StopSignals
 from functions.training.run import TrainingRun
-from functions.training.stopping import StopSignals
 from tests.conftest import (
     TINY,
     call,

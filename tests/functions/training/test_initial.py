@@ -9,8 +9,7 @@ import torch
 import sample
 import train
 from config import ConfigError
-from functions.saved.checkpoint import load_weights
-from functions.saved.loading import load_model
+from functions.saved.checkpoint import load_model, load_weights
 from functions.saved.run_folder import checkpoints_of
 from functions.support.errors import UserError
 from functions.training.opening import open_run

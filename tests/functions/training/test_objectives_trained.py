@@ -9,8 +9,7 @@ import torch
 import sample
 import train
 from config import EXPERIMENTS
-from data.augmentation import augment
-from data.batches import epoch_order
+from data.batches import augment, epoch_order
 from data.datasets import load_images
 from data.pixels import to_model_range
 from functions.denoiser import OBJECTIVES

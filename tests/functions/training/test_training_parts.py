@@ -10,7 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from config import EXPERIMENTS
-from data.augmentation import augment
+from data.batches import augment
 from data.datasets import load_images
 from data.pixels import to_model_range
 from functions.denoiser import Denoiser
