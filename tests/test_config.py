@@ -170,11 +170,6 @@ def test_a_field_that_does_not_fit_says_what_would(field, value, what_fits):
     assert re.fullmatch(f"{field} is .*", str(error.value))
 
 
-def test_what_is_probably_not_meant_is_warned_of():
-    narrow = EXPERIMENTS["faces"].override(norm_groups=32)
-    assert "norm_groups = 32 leaves 1 of the 4 channels" in next(warnings(narrow, 10**6, 0.0))
-
-
 def test_a_saved_config_with_unknown_or_missing_fields():
     saved = EXPERIMENTS["faces-v"].to_dict()
     saved["diffusion"] = {"recompute": "norms"}

@@ -14,11 +14,3 @@ def test_a_dry_run_describes_the_run_and_writes_nothing(unfinished, pictures, ca
     assert "a hash of each name), such as 00033.png, 00043.png, 00048.png\n" in printed
     length = "  length     10 steps of 8 images: 2 epochs of 5 steps"
     assert printed.count(f"{length}\n") == printed.count(f"{length}; 7 steps are done\n") == 1
-
-
-def test_a_schedule_that_leaves_the_image_in_x_T_is_warned_of(trained, capsys):
-    trained("--dry-run --diffusion.rescale-betas false")
-    printed = capsys.readouterr().out
-    assert "starts from pure noise; set rescale_betas = True and beta_end = 0.02\n" in printed
-    trained("--dry-run")
-    assert "warning" not in capsys.readouterr().out

@@ -51,8 +51,9 @@ def test_a_run_begins_with_the_averaged_weights_of_another(tiny_run, pictures, t
     assert capsys.readouterr().out.count(f"begins as  {initial}") == 2
     assert f"{last}: {before}" in initial
     assert initial.endswith(f"; trained on {pictures} (held out then: by a hash of each name)")
-    # Dropout is no property of the weights, so it is the preset's.
+    # Dropout is no property of the weights, so it is the preset's, as what is only a training's.
     assert contents["config"]["model"] == before.config["model"] | {"dropout": 0.1}
+    assert contents["config"]["diffusion"]["learning_rate"] == 2e-4
     assert contents["config"]["diffusion"]["timesteps_diff"] == 100
 
     # In ten steps an average over 10,000 moves little.
