@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from argparse import ArgumentParser
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from functions.sampling.samples_folder import generate_frames, save_gif
 from functions.sampling.settings import PRETRAINED
 from functions.sampling.strips import save_columns, save_strip
 from functions.saved.run_folder import checkpoints_of, step_of
-from functions.support.command_line import read_words, run_script
+from functions.support.command_line import run_script
 from functions.support.pictures import save_figure, save_grid, save_image
 from functions.support.random_numbers import generator_of
 from functions.training.metrics import plot_losses
@@ -78,7 +79,10 @@ WEIGHTS = (1, 2, 3)
 
 def main() -> None:
     """Draw all figures into this folder."""
-    faces, people, digits = map(Path.resolve, map(Path, read_words("FACES PEOPLE DIGITS", __doc__)))
+    parser = ArgumentParser(description=__doc__)
+    for name in ("faces", "people", "digits"):
+        parser.add_argument(name, type=Path)
+    faces, people, digits = map(Path.resolve, vars(parser.parse_args()).values())
 
     # The runs are read first, so that a missing one ends the script immediately.
     draw_people(people)

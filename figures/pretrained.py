@@ -14,6 +14,7 @@ by hand, and stays.
 import hashlib
 import shlex
 import shutil
+from argparse import ArgumentParser
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from functions.sampling.models import guide_path
 from functions.sampling.settings import PRETRAINED, SamplingConfig, read_recipe
 from functions.saved.checkpoint import SavedModel, load_model, load_weights
 from functions.saved.loading import load_denoiser
-from functions.support.command_line import read_words, run_script
+from functions.support.command_line import run_script
 from functions.support.errors import UserError
 from functions.support.files import write_text
 from functions.support.random_numbers import image_noise
@@ -52,8 +53,10 @@ DETAILS_LOG_SNRS = (-1.4, 0.0, 1.0, 2.0, 3.0, 4.0)
 
 def main() -> None:
     """Copy a run's last snapshot, with a guide if it draws, and write the table of the card."""
-    run, given_guide = read_words("RUN [GUIDE]", __doc__)
-    run = Path(run)
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("guide", type=Path, nargs="?")
+    run, given_guide = vars(parser.parse_args()).values()
 
     source = load_model(run)
     facts = source.provenance
@@ -75,7 +78,7 @@ def main() -> None:
     recipe = read_recipe(PRETRAINED)
     if boxed.stem in GUIDE_STEPS:
         step = GUIDE_STEPS[boxed.stem]
-        path = Path(given_guide) if given_guide else guide_path(step, source)
+        path = given_guide or guide_path(step, source)
         guide = load_weights(path)
         origin = path.parent.name, guide.provenance["step"], guide.provenance["pixels_hash"]
         # A checkpoint has the optimiser's state, too.

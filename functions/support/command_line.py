@@ -98,13 +98,6 @@ def split_words(usage: str, words: Sequence[str]) -> tuple[list[str | None], lis
     return [*words[:count], *missing], [*words[count:]]
 
 
-def read_words(usage: str, description: str) -> list[str | None]:
-    """Return the words of a command line that has no flags but --help."""
-    words, flags = split_words(usage, sys.argv[1:])
-    read_flags(NoFlags(), flags, usage, description)
-    return words
-
-
 def asks_for_help(words: Sequence[str]) -> bool:
     return not {"-h", "--help"}.isdisjoint(words)
 
