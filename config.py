@@ -472,7 +472,7 @@ class NetworkConfig:
 
 @dataclass(frozen=True)
 class ModelConfig(NetworkConfig):
-    """The arguments of `models.unet.UNet`, and of what it draws."""
+    """The arguments of `models.unet.UNet`, or of the network that draws details."""
 
     # Height and width of the features in the bottleneck. None: what follows from image_size and
     # dim_multiply.
