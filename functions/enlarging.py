@@ -41,7 +41,6 @@ def enlarge(
     noise: Callable[[], Tensor],
     keep: Keep | None = None,
     on_step: OnStep | None = None,
-    clip_x_0: bool = True,
 ) -> Tensor:
     """Return images (B, C, 2H, 2W) that shrink to `small` (B, C, H, W), but for clipping.
 
@@ -60,7 +59,7 @@ def enlarge(
     # The details begin as noise, but for what is known of the large image.
     known = (keep(base) - base) / STD if keep else torch.zeros_like(base)
     x_0 = dpm_solver_sample(
-        Enlarging(model.given(low=low), base, keep, clip_x_0),
+        Enlarging(model.given(low=low), base, keep),
         model.scheduler.q_sample(known, times[0], first),
         times,
         eta=1,
@@ -92,7 +91,6 @@ class Enlarging(Predictor):
     # The small image, stretched: (B, C, H, W).
     base: Tensor
     keep: Keep | None
-    clip: bool
 
     @property
     def scheduler(self) -> NoiseScheduler:
@@ -104,7 +102,5 @@ class Enlarging(Predictor):
         image = self.base + STD * details(x_0)
         if self.keep:
             image = self.keep(image)
-        if self.clip:
-            image = image.clamp(-1, 1)
-        x_0 = (image - self.base) / STD
+        x_0 = (image.clamp(-1, 1) - self.base) / STD
         return x_0, self.scheduler.predict_eps(x_t, t, x_0)

@@ -200,7 +200,7 @@ def enlarge_images(
     keep = keep or [None] * len(enlargers)
     for k, (model, kept) in enumerate(zip(enlargers, keep, strict=True), start=1):
         noise = image_noise(pipeline.seed, indices, model.shape, model.device, f"{purpose} {k}")
-        images = enlarge(model.denoiser, images, noise, kept, on_step, model.clip_x_0)
+        images = enlarge(model.denoiser, images, noise, kept, on_step)
     return images.cpu()
 
 

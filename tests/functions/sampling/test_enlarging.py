@@ -19,7 +19,7 @@ from functions.enlarging import enlarge, enlarging_times
 from functions.inpainting import Known
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import dpm_solver_sample
-from functions.sampling.generation import enlarge_images, generate
+from functions.sampling.generation import generate
 from functions.sampling.models import Models, enlarged
 from functions.saved.checkpoint import load_weights
 from functions.saved.run_folder import checkpoints_of
@@ -52,6 +52,8 @@ def test_images_shrink_to_the_small_ones_and_details_are_those_of_the_data():
     """
     large = enlarge(WHITE, SMALL, image_noise(3, range(64), (3, 16, 16), CPU, "image"))
     assert_close(shrunk(large), SMALL, atol=1e-3, rtol=0)
+    bright = enlarge(WHITE, SMALL + 1, image_noise(3, range(64), (3, 16, 16), CPU, "image"))
+    assert bright.max() < 1 + 1e-6
 
     # Each of 256 pixels alone, shrunk to 64: (256, 64).
     shrink = shrunk(torch.eye(256).view(256, 1, 16, 16)).flatten(1)
@@ -112,17 +114,6 @@ def test_a_model_gets_images_of_64_pixels_and_more_with_noise(size, std):
     first, second = added.flatten(1)
     assert abs(first @ second) <= 0.05 * first @ first
     assert_close(shrunk(large), small, atol=1e-3, rtol=0)
-
-
-def test_a_model_that_does_not_clip_enlarges_without_clipping():
-    bright = torch.full((1, 3, 8, 8), 1.5)
-    pipeline = changed(pipeline_of(None), {"denoiser": WHITE, "shape": (3, 8, 8)})
-    clipped, bare = (
-        enlarge_images(changed(pipeline, {"enlargers": (enlarger,)}), bright, [0])
-        for enlarger in (Models(WHITE, (3, 16, 16), CPU, clip_x_0=clip) for clip in (True, False))
-    )
-    assert clipped.max() <= 1
-    assert_close(shrunk(bare), bright, atol=1e-3, rtol=0)
 
 
 def test_steps_are_even_in_log_snr_and_for_small_images_in_t_whatever_the_schedule():
