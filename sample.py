@@ -41,7 +41,6 @@ from functions.sampling.generation import (
     step_bar,
 )
 from functions.sampling.samples_folder import (
-    delete_leftovers,
     enlarged_pixels,
     generate_frames,
     image_indices,
@@ -87,7 +86,6 @@ def main(name_prefix: str = "", description: str = __doc__, **defaults: Any) -> 
         # The networks and their schedules come only from the checkpoints.
         pipeline = open_pipeline(flags)
         folder = flags.out or new_samples_folder(run, pipeline.models.saved)
-        processes.on_main(delete_leftovers, folder)
         indices = flags.indices or range(flags.n)
         if flags.individual:
             sample_files(indices, pipeline, folder)
@@ -100,15 +98,12 @@ def sample_pictures(
 ) -> None:
     """Sample the images, and write a grid and, if it is to be animated, an animation."""
     indices = list(indices)
-    manifest = manifest_of(pipeline)
-    open_folder(folder, manifest, indices)
+    open_folder(folder, manifest_of(pipeline), indices)
     print(f"sampling {len(indices)} images: {pipeline}")
     if is_animated:
         images, states, _ = generate_frames(pipeline, indices)
     else:
         images = generate(pipeline, indices, progress=True)
-    # Another command may have opened the folder at the same moment.
-    open_folder(folder, manifest, indices)
     if is_animated:
         # The last frame shows the details, too.
         frames = [enlarged_pixels(state, images.shape[-1]) for state in states.values()]
@@ -124,8 +119,7 @@ def sample_files(indices: Sequence[int], pipeline: Pipeline, folder: Path) -> No
     The processes share the batches, which depend neither on the number of processes nor on where
     an earlier command was interrupted. So the images are the same up to rounding.
     """
-    manifest = manifest_of(pipeline)
-    processes.on_main(open_folder, folder, manifest)
+    processes.on_main(open_folder, folder, manifest_of(pipeline))
     on_disk = processes.on_main(image_indices, folder)
     batches = batches_of(indices, pipeline.batch_size)
     remaining = [batch for batch in batches if not on_disk.issuperset(batch)]
@@ -137,8 +131,6 @@ def sample_files(indices: Sequence[int], pipeline: Pipeline, folder: Path) -> No
     with step_bar(pipeline, sum(map(len, shard)), processes.is_main()) as bar:
         for batch in shard:
             images = to_uint8(sample_batch(pipeline, batch, bar))
-            # Another command may have opened the folder at the same moment.
-            open_folder(folder, manifest)
             for i, image in zip(batch, images, strict=True):
                 if i not in on_disk:
                     save_image(image, image_path(folder, i))

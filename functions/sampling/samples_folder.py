@@ -4,16 +4,15 @@ The folder has these files:
 
 samples.json    the manifest: all settings that determine the pixels, and the indices of the images
                 in the pictures. It is written before the images.
-00000.png       image 0, and so on. Each file is renamed into place, so that none is incomplete.
+00000.png       image 0, and so on. Each file is renamed into place, so that none is incomplete. A
+                kill may leave a hidden one.
 grid.png        and the other PICTURES, all of the same images
 """
 
 import json
 import math
-import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,6 @@ MANIFEST = "samples.json"
 # These show several images. The manifest's SHOWN has their indices, or None without pictures.
 PICTURES = ("grid.png", "denoising.gif")
 SHOWN = "grid"
-# An incomplete image that is older is nobody's: a write takes milliseconds.
-LEFTOVER_SECONDS = 60
 # An animation shows about this many steps.
 RECORDED_STEPS = 40
 # The frames of a denoising, uint8 (N, H, W, C) each. The keys are the paper's t, in descending
@@ -92,15 +89,6 @@ def image_indices(folder: Path) -> set[int]:
         and path == image_path(folder, int(path.stem))
         and path.stat().st_size
     }
-
-
-def delete_leftovers(folder: Path) -> None:
-    """Delete the incomplete images that a kill has left in a folder."""
-    for leftover in folder.glob(".*.png.*.tmp"):
-        with suppress(FileNotFoundError):
-            # Another command may be writing a newer one right now.
-            if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:
-                leftover.unlink()
 
 
 def open_folder(folder: Path, settings: dict, shown: list[int] | None = None) -> None:

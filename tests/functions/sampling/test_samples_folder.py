@@ -14,7 +14,6 @@ import pytest
 from PIL import Image
 
 import sample
-from functions.sampling.generation import Pipeline
 from functions.sampling.samples_folder import image_path
 from functions.support.pictures import grid_of
 from tests.conftest import call, files_of, pixels_of, posix, refused, samples_of
@@ -129,34 +128,6 @@ def test_samples_without_a_folder_go_into_a_new_one_named_by_the_time(tiny_run, 
         [new] = {*folder.glob("*")} - before
         assert re.fullmatch(name, new.name)
         assert {path.name for path in new.iterdir()} == {"grid.png", "samples.json"}
-
-
-@pytest.mark.parametrize("kind", ["--individual", "--gif"])
-def test_two_commands_that_start_at_once_do_not_mix_their_samples(
-    kind, tiny_run, tmp_path, monkeypatch
-):
-    """The second replaces the manifest before the first has written an image."""
-    manifest = tmp_path / "samples.json"
-    noise = Pipeline.noise
-
-    def replace_the_manifest(*args):
-        manifest.write_text(manifest.read_text().replace('"seed": 0', '"seed": 1'))
-        return noise(*args)
-
-    monkeypatch.setattr(Pipeline, "noise", replace_the_manifest)
-    with refused(r"other settings \(seed was 1, is now 0\)"):
-        call(sample, tiny_run, kind, "--steps 2 --n 4 --batch-size 2 --out", tmp_path)
-    assert [*tmp_path.iterdir()] == [manifest]
-
-
-def test_what_a_kill_left_half_written_is_deleted(tiny_run, tmp_path):
-    """But not what another command may be writing."""
-    old, new = (tmp_path / f".0000{i}.png.7.tmp" for i in range(2))
-    for path in (old, new):
-        path.touch()
-    os.utime(old, (0, 0))
-    call(sample, tiny_run, "--device cpu --steps 2 --n 1 --individual --out", tmp_path)
-    assert [*tmp_path.glob(".*")] == [new]
 
 
 def test_what_is_named_otherwise_is_no_sample(whole, tiny_run, tmp_path):
