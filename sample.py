@@ -102,13 +102,12 @@ def sample_pictures(
     print(f"sampling {len(indices)} images: {pipeline}")
     if is_animated:
         images, states, _ = generate_frames(pipeline, indices)
-    else:
-        images = generate(pipeline, indices, progress=True)
-    if is_animated:
         # The last frame shows the details, too.
         frames = [enlarged_pixels(state, images.shape[-1]) for state in states.values()]
         save_gif([*frames[:-1], to_uint8(images)], folder / "denoising.gif")
         print(f"wrote {folder / 'denoising.gif'}")
+    else:
+        images = generate(pipeline, indices, progress=True)
     save_grid(to_uint8(images), folder / "grid.png")
     print(f"wrote {folder / 'grid.png'}")
 
