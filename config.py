@@ -346,9 +346,10 @@ class DiffusionConfig:
     # The schedule of betas: "linear", or "cosine" (Nichol and Dhariwal 2021), which does not use
     # beta_start, beta_end and rescale_betas.
     beta_schedule: str = setting("linear", choices=BETA_SCHEDULES, fixed_by_weights=True)
-    # Added to the log-SNR, log(alpha_bar / (1 - alpha_bar)), of each timestep; below 0, it adds
-    # noise. If betas suit 64 px, 2 log(64 / S) makes them suit S px (Hoogeboom et al. 2023).
-    log_snr_shift: float = setting(0.0, at_least=-10, at_most=0, fixed_by_weights=True)
+    # Added to the log-SNR, log(alpha_bar / (1 - alpha_bar)), of each timestep: below 0 there
+    # is more noise, above 0 less. If betas suit 64 px, 2 log(64 / S) makes them suit S px
+    # (Hoogeboom et al. 2023).
+    log_snr_shift: float = setting(0.0, at_least=-10, at_most=10, fixed_by_weights=True)
 
     # Betas of one's own, one for each timestep, in place of those of beta_schedule.
     betas: tuple[float, ...] = setting((), no_flag=True, fixed_by_weights=True)

@@ -22,7 +22,7 @@ COMMANDS = {
     "train.py --resume": "no unfinished run",
     "train.py --resume {run} --diffusion.objective v": "cannot change diffusion.objective;",
     "train.py --resume {run} --init {run}": "--init starts a new run, but --resume continues one",
-    "{init} --model.image-size 64": "lowest_resolution_size is 8; it must be 32",
+    "{init} --model.image-size 63": "image_size is 63; it must be a multiple of 2",
     "{init} --model.base-dim 16": "base_dim is 8 for the weights of",
     "{init} --diffusion.objective v": "objective is eps for the weights of",
     "{init} --model.dim-multiply 1 3": "dim_multiply is [1, 2] for the weights of",

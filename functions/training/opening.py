@@ -35,6 +35,8 @@ from functions.training.resuming import (
 )
 from functions.training.run import TrainingRun
 
+# The fields of a network that no weights depend on
+FREE = ("dropout", "image_size", "lowest_resolution_size")
 # It returns an experiment with the fields that flags replace.
 Read = Callable[[Experiment], Experiment]
 
@@ -97,8 +99,9 @@ def open_run(words: Sequence[str], description: str) -> Iterator[tuple[TrainingR
 def new_run(name: str, flags: OpeningFlags, read: Read) -> TrainingRun:
     """Return a new run, which begins with random weights or with those of --init.
 
-    With these, network and schedule are those of the weights; the dropout is the preset's, and the
-    data decide the number of labels. Raises ConfigError for flags that change what is the weights'.
+    With these, network and schedule are those of the weights, but flags can change the size of the
+    images; the dropout is the preset's, and the data decide the number of labels. Raises
+    ConfigError for flags that change what is the weights'.
     """
     preset = EXPERIMENTS[name]
     device = choose_device(flags.device)
@@ -110,12 +113,13 @@ def new_run(name: str, flags: OpeningFlags, read: Read) -> TrainingRun:
     fixed = fields_with(DiffusionConfig, "fixed_by_weights")
     model = initial.model
     if isinstance(model, ModelConfig):
-        model = replace(model, dropout=preset.model.dropout)
+        # The weights fit images of any size that the levels can halve.
+        model = replace(model, dropout=preset.model.dropout, lowest_resolution_size=None)
     begun = Experiment(replace(preset.diffusion, **{field: saved[field] for field in fixed}), model)
     experiment = read(begun)
     for path, (own, changed) in begun.differences(experiment).items():
         part, field = path.split(".")
-        if field in fixed or (part == "model" and field != "dropout"):
+        if field in fixed or (part == "model" and field not in FREE):
             raise ConfigError(
                 f"{field} is {printable(own)} for the weights of {initial.path}; it cannot be "
                 f"changed to {printable(changed)}"

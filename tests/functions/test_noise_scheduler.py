@@ -87,10 +87,12 @@ def test_cosine_betas_are_those_of_diffusers(timesteps):
 
 
 @pytest.mark.parametrize("name", BETA_SCHEDULES)
-def test_a_shift_gives_a_shrunk_image_the_noise_of_a_small_one(name):
+@pytest.mark.parametrize("own", [0, 2 * math.log(64 / 16)])
+def test_a_shift_gives_a_shrunk_image_the_noise_of_a_small_one(name, own):
     """Averages of 2 x 2 pixels, 64 px of 128, have a quarter of the noise's variance."""
-    plain = NoiseScheduler(1000, beta_schedule=name).alphas_cumprod
-    shifted = NoiseScheduler(1000, beta_schedule=name, log_snr_shift=2 * math.log(64 / 128))
+    plain = NoiseScheduler(1000, beta_schedule=name, log_snr_shift=own).alphas_cumprod
+    shift = own + 2 * math.log(64 / 128)
+    shifted = NoiseScheduler(1000, beta_schedule=name, log_snr_shift=shift)
     a = shifted.alphas_cumprod
     assert_close(a / (a + (1 - a) / 4), plain, rtol=1e-9, atol=0)
 

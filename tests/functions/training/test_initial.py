@@ -52,7 +52,8 @@ def test_a_run_begins_with_the_averaged_weights_of_another(tiny_run, pictures, t
     assert f"{last}: {before}" in initial
     assert initial.endswith(f"; trained on {pictures} (held out then: by a hash of each name)")
     # Dropout is no property of the weights, so it is the preset's, as what is only a training's.
-    assert contents["config"]["model"] == before.config["model"] | {"dropout": 0.1}
+    free = {"dropout": 0.1, "lowest_resolution_size": None}
+    assert contents["config"]["model"] == before.config["model"] | free
     assert contents["config"]["diffusion"]["learning_rate"] == 2e-4
     assert contents["config"]["diffusion"]["timesteps_diff"] == 100
 
@@ -62,6 +63,15 @@ def test_a_run_begins_with_the_averaged_weights_of_another(tiny_run, pictures, t
         for part in ("ema", "model")
     )
     assert 0 < ema < 0.01 * model
+
+
+def test_weights_begin_a_run_with_images_of_another_size(tiny_run, pictures, tmp_path):
+    start = beginning_with(tiny_run, pictures, tmp_path, "--model.image-size 32")
+    before = load_weights(checkpoints_of(tiny_run)[-1])
+    assert before.config["model"]["image_size"] == 16
+    with open_run(start, "") as (run, _):
+        assert run.data.batch(0)[0].shape[1:] == (32, 32, 3)
+        assert same(run.parts()["model"], before.weights)
 
 
 @pytest.mark.slow
