@@ -50,11 +50,11 @@ SCHEDULER = NoiseScheduler(1000)  # the paper's
 GUIDE = f"--guide {GUIDE_STEPS['ffhq-64']}"
 GUIDED = f"{saved_model.GUIDED} {GUIDE}"
 
-# The name of a picture -> a command for the run PEOPLE or the recipes CLEAR and VARIED, and a
+# The name of a picture -> a command for the run PEOPLE or the recipes CLEAR and LIKE_PHOTOS, and a
 # pattern of the file that it writes. Images are samples of seed 0, by their indices.
 COMMANDS = {
     "people.png": ("sample CLEAR", "grid.png"),
-    "people_varied.png": ("sample VARIED", "grid.png"),
+    "people_like_photos.png": ("sample LIKE_PHOTOS", "grid.png"),
     "interpolation.png": (
         # At t = T nothing would be left of both ends.
         f"edit interpolate 6 19 PEOPLE {GUIDED} --depths 0.25 0.5 0.75",
@@ -329,8 +329,8 @@ def draw_commands(run: Path, temporary: Path) -> None:
 
     # Modules are found from any folder.
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    varied = PRETRAINED.with_name("people-varied.toml")
-    named = {"PEOPLE": run, "CLEAR": PRETRAINED, "VARIED": varied}
+    like_photos = PRETRAINED.with_name("people-like-photos.toml")
+    named = {"PEOPLE": run, "CLEAR": PRETRAINED, "LIKE_PHOTOS": like_photos}
     for figure, (command, pattern) in COMMANDS.items():
         out = temporary / Path(figure).stem
         words = [named.get(word, word) for word in command.split()]

@@ -27,7 +27,7 @@ def test_every_picture_is_drawn_from_small_runs(
     monkeypatch.setattr(make_figures, "FIGURES", folder)
     monkeypatch.setattr(make_figures.subprocess, "run", run_here)
     recipe = tmp_path / "people.toml"
-    for path in (recipe, recipe.with_name("people-varied.toml")):
+    for path in (recipe, recipe.with_name("people-like-photos.toml")):
         path.write_text(f'model = "{tiny_run}"\nsteps = 2\nenlarge = ["{details_run}"]')
     monkeypatch.setattr(make_figures, "PRETRAINED", recipe)
 
