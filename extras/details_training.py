@@ -19,9 +19,6 @@ from functions.training.data import TrainingData, cut
 
 # The share of pieces that are parts of photos; the others are whole photos, shrunk.
 PARTS = 0.25
-# One of so many steps has pieces of half the size of the images, and the others have whole photos
-# of a quarter of it, which cost a quarter and have more to learn.
-LARGE_STEPS = 5
 # Parts begin at multiples of this. The 8 x 8 blocks of photos that were JPEG files then always lie
 # alike. With other corners the errors were larger (docs/ffhq.md).
 CORNER = 8
@@ -49,18 +46,18 @@ class PieceDraws(NamedTuple):
 
 
 class DetailsData(TrainingData):
-    """The data of a training of details: pieces of half and of a quarter of the size of the images.
+    """The data of a training of details: pieces of half the size of the images.
 
     From small images, which it sees whole, and from parts of larger ones, one network learns to
-    double all. Raises ConfigError for labels, and for a size that is no multiple of 8.
+    double both. Raises ConfigError for labels, and for a size that is no multiple of 4.
     """
 
     def __init__(self, experiment: Experiment, image_set: ImageSet, device: torch.device):
         super().__init__(experiment, image_set, device)
         channels, size, _ = self.image_shape
-        if size % 8 or self.config.labels:
+        if size % 4 or self.config.labels:
             raise ConfigError(
-                "details = True needs an image_size that is a multiple of 8, without labels"
+                "details = True needs an image_size that is a multiple of 4, without labels"
             )
         self.piece_shape = channels, size // 2, size // 2
         scheduler = build_scheduler(vars(self.config))
@@ -72,23 +69,21 @@ class DetailsData(TrainingData):
         generator = generator_of(self.device, self.config.seed, "training details", step)
         count = self.config.effective_batch
         options = {"generator": generator, "device": self.device}
-        u = torch.rand(count, **options)
-        return cut(self.draw_pieces(u, step % LARGE_STEPS == 0, options), self.share)
+        return cut(self.draw_pieces(torch.rand(count, **options), options), self.share)
 
-    def draw_pieces(self, u: Tensor, large: bool, options: dict) -> PieceDraws:
+    def draw_pieces(self, u: Tensor, options: dict) -> PieceDraws:
         """Draw what decides B pieces, whose log-SNR is at the fraction u (B,) of its draws."""
         count = len(u)
-        channels, largest, _ = self.piece_shape
-        size = largest if large else largest // 2
+        channels, size, _ = self.piece_shape
 
         def uniform():
             return torch.rand(count, **options)
 
-        is_part = uniform() < (PARTS if large else 0.0)
-        corners = (self.image_shape[1] - largest) // CORNER + 1
+        is_part = uniform() < PARTS
+        corners = (self.image_shape[1] - size) // CORNER + 1
         return PieceDraws(
             t=self.times_at(u, is_part),
-            noise=details(torch.randn(count, channels, size, size, **options)),
+            noise=details(torch.randn(count, *self.piece_shape, **options)),
             flip=uniform() < 0.5,
             is_part=is_part,
             corner=CORNER * torch.randint(corners, (count, 2), **options),
@@ -113,8 +108,7 @@ class DetailsData(TrainingData):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return details of pieces, of unit variance, and each piece at half the size as `low`.
 
-        The images x_0 are (B, C, S, S), the details (B, C, P, P), with P = S/2 or S/4, and `low`
-        (B, C, P/2, P/2).
+        The images x_0 are (B, C, 2P, 2P), the details (B, C, P, P), and `low` (B, C, P/2, P/2).
         """
         if self.config.use_augmentation:
             x_0 = augment(x_0, draws.flip)
@@ -126,8 +120,6 @@ class DetailsData(TrainingData):
         parts = x_0[images, :, rows, columns].movedim(-1, 1)
         wholes = shrink(x_0).clamp(-1, 1)
         pieces = torch.where(draws.is_part[:, None, None, None], parts, wholes)
-        if draws.noise.shape[-1] < pieces.shape[-1]:
-            pieces = shrink(pieces).clamp(-1, 1)
 
         low = shrink(pieces) + broadcast(draws.low_std, draws.low_noise) * draws.low_noise
         is_absent = draws.low_drop < self.config.condition_dropout
@@ -136,11 +128,11 @@ class DetailsData(TrainingData):
 
     @cached_property
     def held_out_draws(self) -> PieceDraws:
-        """What decides the pieces of a validation, all of half the size of the images."""
+        """What decides the pieces of a validation."""
         seed = self.config.seed
         options = {"generator": generator_of("cpu", seed, "validation details"), "device": "cpu"}
         u = (2 * self.held_out_order + 1) / (2 * len(self.held_out_order))
-        return PieceDraws(*(draw.to(self.device) for draw in self.draw_pieces(u, True, options)))
+        return PieceDraws(*(draw.to(self.device) for draw in self.draw_pieces(u, options)))
 
     def held_out(self, places: range) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """Return triples of a validation, and the inputs, as `TrainingData` does, of pieces."""

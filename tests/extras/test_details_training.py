@@ -50,8 +50,8 @@ def data_of(**changes) -> DetailsData:
 
 def test_what_is_noised_are_details_of_shrunk_images_or_of_parts_at_multiples_of_8():
     data = data_of(condition_dropout=0.0, use_augmentation=False)
-    draws = data.draw(5)
-    x_0 = to_model_range(data.batch(5)[0])
+    draws = data.draw(3)
+    x_0 = to_model_range(data.batch(3)[0])
     noised, inputs = data.augment(x_0, {}, draws, 0.0)
     assert noised.shape == draws.noise.shape == (40, 3, 16, 16)
     assert 5 < draws.is_part.sum() < 25
@@ -67,20 +67,6 @@ def test_what_is_noised_are_details_of_shrunk_images_or_of_parts_at_multiples_of
     assert_close(noise, draws.low_std, atol=0.01, rtol=0.2)
     assert 10 < (draws.low_std == 0).sum() < 30
     assert draws.low_std.max() <= details_training.LOW_NOISE
-
-
-def test_most_steps_have_whole_images_of_a_quarter_of_the_size():
-    data = data_of(condition_dropout=0.0, use_augmentation=False)
-    for step in range(1, 5):
-        draws = data.draw(step)
-        x_0 = to_model_range(data.batch(step)[0])
-        noised, inputs = data.augment(x_0, {}, draws, 0.0)
-        assert noised.shape == draws.noise.shape == (40, 3, 8, 8)
-        assert not draws.is_part.any()
-        pieces = shrunk(shrunk(x_0).clamp(-1, 1)).clamp(-1, 1)
-        assert_close(noised, details(pieces) / STD, atol=1e-4, rtol=0)
-        clean = draws.low_std == 0
-        assert_close(inputs["low"][clean], shrunk(pieces)[clean], atol=1e-5, rtol=0)
 
 
 def test_flips_and_the_missing_small_image_are_as_the_draws_say():
@@ -132,7 +118,7 @@ def test_a_validation_has_the_same_pieces_whatever_the_batch():
 
 @pytest.mark.parametrize("changes", [{"image_size": 30}, {"labels": True}])
 def test_other_sizes_and_labels_are_refused(changes):
-    with refused("multiple of 8, without labels", ConfigError):
+    with refused("multiple of 4, without labels", ConfigError):
         data_of(**changes)
 
 
