@@ -135,7 +135,7 @@ class Bench:
 
     def step(self) -> None:
         """Make an optimiser step, as train.py does."""
-        denoising_loss(self.denoiser, self.x_0, self.t, self.noise).mean().backward()
+        denoising_loss(self.denoiser, self.x_0, self.t, self.noise)["loss"].mean().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from functions.noise_scheduler import Coefficient, NoiseScheduler, Timestep
+from functions.noise_scheduler import NoiseScheduler, Timestep
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,6 @@ class Objective:
     target: Callable[..., Tensor]
     # (scheduler, x_t, t, output) -> the x_0 and the eps that x_t and the output imply.
     from_output: Callable[..., tuple[Tensor, Tensor]]
-    # (scheduler, t) -> the factor that turns the squared error of the output into that of eps.
-    # Logs have the errors of eps, too, so that networks of all objectives can be compared.
-    eps_factor: Callable[..., Coefficient]
     # The `prediction_type` of diffusers.
     diffusers: str
 
@@ -37,17 +34,14 @@ OBJECTIVES = {
     "eps": Objective(
         target=lambda scheduler, x_0, t, noise: noise,
         from_output=lambda scheduler, x_t, t, eps: (scheduler.predict_x_0(x_t, t, eps), eps),
-        eps_factor=lambda scheduler, t: 1.0,
         diffusers="epsilon",
     ),
     # Salimans and Ho 2022, arXiv:2202.00512, Section 4:
     #     v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0
     #     x_0 = sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v
-    # An error d of v is an error of sqrt(alpha_bar) d in eps, and of -sqrt(1 - alpha_bar) d in x_0.
     "v": Objective(
         target=NoiseScheduler.v,
         from_output=NoiseScheduler.predict_from_v,
-        eps_factor=NoiseScheduler.alpha_bar,
         diffusers="v_prediction",
     ),
 }

@@ -2,8 +2,8 @@
 
 A file is a .safetensors file as the library's `save_file` writes it. Reading it runs no code from
 it. The tensors belong to parts, and PART.NAME is the name of a tensor. A checkpoint has the parts
-`model`, `ema` (if the run has an EMA), `optimizer` and `window` (see `TrainingWindow`); a model to
-sample from has only `model` or `ema`. The metadata are:
+`model`, `ema` (if the run has an EMA) and `optimizer`; a model to sample from has only `model` or
+`ema`. The metadata are:
 
 format      the version of this format
 contents    a JSON text with plain values; for checkpoints and models those of
