@@ -5,6 +5,7 @@ The architecture is that of Ho et al. 2020, Appendix B.
 
 from collections.abc import Sequence
 from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,9 @@ class UNet(nn.Module):
         norm_groups: groups of each GroupNorm. They must divide every level's channels.
         label_count: the number of labels; 0 for the paper's network, which gets none.
     """
+
+    # The value of each input that stands for none. Training drops such inputs of some images.
+    no_inputs: ClassVar[dict[str, float | Tensor]] = {}
 
     def __init__(
         self,
@@ -118,8 +122,7 @@ class UNet(nn.Module):
         if label_count:
             # The last row is for no label.
             self.label_embedding = nn.Embedding(label_count + 1, 4 * base_dim)
-        # The value of each input that stands for none. Training drops such inputs of some images.
-        self.no_inputs = {"label": label_count} if label_count else {}
+            self.no_inputs = self.no_inputs | {"label": label_count}
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

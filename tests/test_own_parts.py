@@ -107,6 +107,21 @@ def test_own_run_with_labels_and_buffers_resumes_and_is_loaded(
             call(script, flags, straight.folder)
 
 
+def test_the_newest_run_that_draws_alone_is_drawn(tiny_run, details_run, here, capsys):
+    """A run from Python, and one that enlarges, are newer, and are passed over in a sentence."""
+    shutil.copytree(tiny_run, f"runs/{tiny_run.name}")
+    shutil.copytree(details_run, "runs/ffhq-details-29990101-120000")
+    run = own_run(here / "runs")
+    train.train(run)
+    run.folder.rename("runs/mine-29990101-120001")
+    capsys.readouterr()
+    call(sample, "--device cpu -n 1 --steps 1")
+    own, details, taken, *_ = capsys.readouterr().out.splitlines()
+    assert own.startswith("runs/mine-29990101-120001 is passed over: its network, 'Normed', is no")
+    assert details == "runs/ffhq-details-29990101-120000 is passed over: its network needs low"
+    assert taken.startswith(f"runs/{tiny_run.name}/checkpoints/step-00000010.safetensors: EMA")
+
+
 def test_an_output_of_another_shape_is_an_error_and_not_broadcast(tmp_path):
     with pytest.raises(ValueError, match=r"output is \(16, 1, 8, 8\), for x_t of \(16, 3, 8, 8\)"):
         train.train(own_run(tmp_path, Normed(1)))
