@@ -1,5 +1,6 @@
 """Draw images with loaded models, for scripts and the page."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,6 +73,8 @@ class Pipeline:
         if config.guide is not None:
             values |= {"guide": models.guide.saved.digest[:16], "guidance": config.guide_weight}
         values["enlarge"] = tuple(each.saved.digest[:16] for each in models.enlargers)
+        if config.inputs is not None:
+            values["inputs"] = hashlib.sha256(Path(config.inputs).read_bytes()).hexdigest()[:16]
         values["clip_x_0"] = None if models.clip_x_0 else False
         # A manifest has a digest of the model, and the batch size changes pixels only by rounding.
         values |= {"model": None, "batch_size": None}
@@ -128,9 +131,9 @@ def draw(
 
 
 def given(pipeline: Pipeline, indices: Sequence[int]) -> Predictor:
-    """Return the denoiser with the labels of these images, if the settings choose any.
+    """Return the denoiser with the labels and the inputs of these images, if there are any.
 
-    It is guided by the guide of the settings, or with `cfg` by itself without labels. A single
+    It is guided by the guide of the settings, or with `cfg` by itself without these. A single
     index is for all images.
     """
     models, config = pipeline.models, pipeline.config
@@ -138,6 +141,8 @@ def given(pipeline: Pipeline, indices: Sequence[int]) -> Predictor:
     if config.label:
         label = chosen_labels(config.label, models.label_names, indices)
         inputs = {"label": label.to(models.device)}
+    for name, values in models.inputs.items():
+        inputs[name] = values[[i % len(values) for i in indices]]
     denoiser = models.denoiser.given(**inputs)
     if config.cfg is not None:
         return Guided(denoiser, models.denoiser, config.cfg)

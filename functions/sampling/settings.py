@@ -87,7 +87,11 @@ class SamplingConfig:
     # The labels to draw, of a model that was trained with labels. Image i gets the label i mod K of
     # these K.
     label: tuple[str, ...] = setting(())
-    # Classifier-free guidance, instead of a guide: move each x_0 away from that without the label.
+    # What else a network of one's own is given: an .npz file with an array of each input by its
+    # name, (N, ...). Image i gets row i mod N.
+    inputs: str | None = None
+    # Classifier-free guidance, instead of a guide: move each x_0 away from that without the label
+    # and the inputs.
     # 1 is the model alone.
     cfg: float | None = setting(None, at_least=-inf, puts_out=("guide", "guidance"))
     # Then draw the details of each image at twice its size, by a model of the preset ffhq-details,
@@ -117,9 +121,10 @@ class SamplingConfig:
             raise ConfigError(
                 "--cfg and --guide exclude each other: the model without a label guides"
             )
-        if self.cfg is not None and not self.label:
+        if self.cfg is not None and not self.label and not self.inputs:
             raise ConfigError(
-                "--cfg needs a --label: the model without it guides; add one, or --cfg None"
+                "--cfg needs a --label or --inputs: the model without these guides; add one, or "
+                "--cfg None"
             )
 
     @property
@@ -205,6 +210,7 @@ def read_recipe(path: Path) -> SamplingConfig:
         config,
         model=located(config.model),
         guide=located(config.guide),
+        inputs=located(config.inputs),
         enlarge=tuple(map(located, config.enlarge)),
     )
 
