@@ -138,6 +138,19 @@ def test_the_help_of_a_field_names_all_rows_of_its_table(script, tables, capsys)
             assert name in help_text
 
 
+def test_help_shows_the_range_of_each_number(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit, match="0"):
+        call(train, "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    for flag, ends in (
+        ("epochs", "Default: 25; from 1 to 1,000,000."),
+        ("clip-grad-norm", "Default: 1.0; 0 or more."),
+        ("max-bad-images", "Default: 0; 0 or more."),
+    ):
+        assert text.partition(f"--diffusion.{flag} ")[2].partition(" --diffusion")[0].endswith(ends)
+
+
 def test_a_field_without_a_comment_is_a_flag_without_a_sentence(capsys, monkeypatch):
     monkeypatch.setattr(inspect, "getsource", lambda _: "")
     with pytest.raises(SystemExit, match="0"):

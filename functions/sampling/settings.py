@@ -80,13 +80,13 @@ class SamplingConfig:
     # Move each x_0 away from that of a worse model (docs/guidance.md): the run's own
     # snapshot or checkpoint of this STEP, or any other run, checkpoint or folder. Steps at middle
     # noise levels then make two network calls.
-    guide: int | str | None = setting(None, at_least=0, metavar="STEP|MODEL", puts_out=("cfg",))
+    guide: int | str | None = setting(None, at_least=0, puts_out=("cfg",))
     # The weight of --guide. 1 is the model alone; a larger weight moves x_0 further away from that
     # of the guide. None: 1.5.
     guidance: float | None = setting(None, at_least=-inf)
     # The labels to draw, of a model that was trained with labels. Image i gets the label i mod K of
     # these K.
-    label: tuple[str, ...] = setting(())
+    label: tuple[str, ...] = ()
     # What else a network of one's own is given: an .npz file with an array of each input by its
     # name, (N, ...). Image i gets row i mod N.
     inputs: str | None = None
@@ -96,7 +96,7 @@ class SamplingConfig:
     cfg: float | None = setting(None, at_least=-inf, puts_out=("guide", "guidance"))
     # Then draw the details of each image at twice its size, by a model of the preset ffhq-details,
     # without guide and temperature. Each model, also if it is the same, doubles the size once more.
-    enlarge: tuple[str, ...] = setting((), metavar="MODEL")
+    enlarge: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_fields(self)

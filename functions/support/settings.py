@@ -57,13 +57,9 @@ def setting(default: Any = MISSING, **marks: Any) -> Any:
 
     at_least, at_most: limits of a number, or of each number in a list. Without them, an integer is
         at least 1 and another number at least 0.
-    choices: a table with the names that fit. Rows may be added to it.
     fixed: a resumed run cannot change the value.
     no_flag: the program sets the value, and not the command line.
     flat: the value is a dataclass whose fields are flags without this field's name.
-    also: other names of the flag.
-    not_empty: a list has at least one item.
-    metavar: what help shows as the flag's value.
     bare: the value of the flag without one.
     puts_out: fields that become None with a value of the flag, if they have no flag themselves.
     fixed_by_weights: weights work only with the value with which they were trained, so it is
@@ -93,7 +89,7 @@ def types_of(each: Field) -> tuple[list[type], tuple, bool]:
     kinds = [each.type]
     if get_origin(each.type) in (Union, UnionType):
         kinds = [*get_args(each.type)]
-    choices = (*each.metadata.get("choices", ()),)
+    choices = ()
     is_list = get_origin(kinds[0]) is tuple
     if is_list:
         kinds[0] = get_args(kinds[0])[0]
@@ -101,6 +97,15 @@ def types_of(each: Field) -> tuple[list[type], tuple, bool]:
         choices = get_args(kinds[0])
         kinds[0] = type(choices[0])
     return kinds, choices, is_list
+
+
+def limits_of(each: Field) -> tuple[float, float, str]:
+    """Return the least and the largest number that a field may have, and both in words."""
+    at_least = each.metadata.get("at_least", int(float not in types_of(each)[0]))
+    at_most = each.metadata.get("at_most", math.inf)
+    if at_most < math.inf:
+        return at_least, at_most, f"from {at_least} to {at_most:,}"
+    return at_least, at_most, f"{at_least} or more" if at_least > -math.inf else "any number"
 
 
 def checked(each: Field, value: Any) -> Any:
@@ -124,16 +129,11 @@ def checked(each: Field, value: Any) -> Any:
         for item in items
     )
     check(fits, f"a list, and each item {wanted}" if is_list else wanted)
-    check(items or "not_empty" not in each.metadata, "a list of one or more")
 
     numbers = [item for item in items if type(item) in (int, float)]
-    at_least = each.metadata.get("at_least", int(float not in kinds))
-    at_most = each.metadata.get("at_most", math.inf)
+    at_least, at_most, requirement = limits_of(each)
     # JSON has no infinity. A field that is a limit has 0 for none. No float has 400 digits.
     check(all(abs(item) <= 2**64 for item in numbers), "finite, and at most 2^64")
-    requirement = f"{at_least} or more"
-    if at_most < math.inf:
-        requirement = f"from {at_least} to {at_most:,}"
     check(all(at_least <= item <= at_most for item in numbers), requirement)
     if is_list:
         return tuple(items)

@@ -41,7 +41,7 @@ class OpeningFlags(PlaceFlags):
 
     # Resume the run in this folder. Without a value, resume the newest unfinished run of the
     # experiment; with auto, resume that run, or start a new run if there is none.
-    resume: str | None = setting(None, metavar="RUN|auto", bare="newest")
+    resume: str | None = setting(None, bare="newest")
     # Start from the weights of a run, a checkpoint or a diffusers folder, and from its EMA weights
     # if it has any. A run that --resume auto resumes keeps its own.
     init: Path | None = None
