@@ -55,6 +55,7 @@ COMMANDS = {
     "sample.py {run} --sampler ddim --variance large": "--sampler ddim are --spacing and --eta",
     "sample.py {run} --n 101": "a grid shows up to 100 images; for 101 add --individual",
     "sample.py {root}/README.md": "README.md: the file is truncated, damaged or not a checkpoint",
+    "sample.py {run} --sampler new": 'sampler is \'new\'; it must be "ddpm" or "ddim" or',
     "sample.py {run} --guidance 1.5": "needs a --guide",
     "sample.py {run} --label 2": "--label: the model was trained without labels",
     "sample.py {run} --cfg 2": "--cfg needs a --label",

@@ -57,6 +57,7 @@ def setting(default: Any = MISSING, **marks: Any) -> Any:
 
     at_least, at_most: limits of a number, or of each number in a list. Without them, an integer is
         at least 1 and another number at least 0.
+    choices: a table with the names that fit. Rows may be added to it.
     fixed: a resumed run cannot change the value.
     no_flag: the program sets the value, and not the command line.
     flat: the value is a dataclass whose fields are flags without this field's name.
@@ -89,7 +90,7 @@ def types_of(each: Field) -> tuple[list[type], tuple, bool]:
     kinds = [each.type]
     if get_origin(each.type) in (Union, UnionType):
         kinds = [*get_args(each.type)]
-    choices = ()
+    choices = (*each.metadata.get("choices", ()),)
     is_list = get_origin(kinds[0]) is tuple
     if is_list:
         kinds[0] = get_args(kinds[0])[0]
