@@ -29,6 +29,7 @@ from torch.nn.utils import clip_grad_norm_
 from data.pixels import to_model_range
 from functions.ema import update_ema
 from functions.losses import denoising_loss
+from functions.optimizers import rate_of
 from functions.support import processes
 from functions.support.command_line import run_script
 from functions.support.errors import UserError
@@ -122,13 +123,13 @@ def train(run: TrainingRun, is_to_stop: Callable[[], bool] = lambda: False) -> b
                         # One number for each image, by name
                         losses = denoising_loss(given, x_0[rows], t[rows], eps[rows])
                         # DDP averages over the processes, so the factor makes their mean a sum.
-                        factor = processes.count() / config.effective_batch
-                        scaler.scale(losses["loss"].sum() * factor).backward()
+                        mean = losses["loss"].sum() * processes.count() / config.effective_batch
+                        scaler.scale(mean).backward()
                     sums.append(torch.stack([each.detach().sum() for each in losses.values()]))
                 sums = processes.all_reduce(torch.stack(sums).sum(dim=0))
 
                 # 5: the optimizer's step
-                rate = config.rate_of(step, run.total_steps)
+                rate = rate_of(config, step, run.total_steps)
                 for group in optimizer.param_groups:
                     # A group may have another rate than the config's, and keeps this proportion.
                     group["lr"] = rate * (group["initial_lr"] / config.learning_rate)
