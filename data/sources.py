@@ -21,7 +21,7 @@ from functions.support.errors import UserError, door
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
 # Hidden files, macOS's metadata of others, and the packs of a folder, which lie in it.
-PASSED_OVER = re.compile(r"(.*/)?(\.[^/]|__MACOSX)|.*\.packed(\.json|\.lock)?$")
+PASSED_OVER = re.compile(r"(.*/)?(\.[^/]|__MACOSX)|.*\.packed\.npy(\.json)?$")
 
 # A name with a number: folders, a prefix and the number, as in x/img00000012.png.
 NUMBERED_NAME = re.compile(r"(?:.*/)?([A-Za-z_-]*)(\d{1,18})(?:\.\w+)?")
