@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import numpy as np
 from numpy.lib import format as npy
@@ -34,13 +34,23 @@ Shape = tuple[int, int, int]
 CHUNK = 1000
 
 
+class ImageArray(Protocol):
+    """Images uint8 (N, S, S, C), as NumPy's, HDF5's and Zarr's arrays are."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    def __getitem__(self, indices: np.ndarray) -> np.ndarray:
+        """Return the images with B indices, which rise: uint8 (B, S, S, C)."""
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """The images of a data set, uint8 (N, S, S, C), and their N sorted ids (int or str)."""
 
     name: str
-    # The array is a memory map, unless the set is only a part of a pack.
-    images: np.ndarray
+    # A pack's array is a memory map, and a part of it is not.
+    images: ImageArray
     ids: list
     # Each image's name is that of its `Member`.
     names: list[str]
