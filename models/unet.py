@@ -11,8 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.blocks import Downsample, ResidualBlock, SelfAttention, TimeEmbedding, Upsample
-from models.group_norm import GroupNorm
+from models.blocks import (
+    Downsample,
+    GroupNorm,
+    ResidualBlock,
+    SelfAttention,
+    TimeEmbedding,
+    Upsample,
+)
 
 # Each level has this many residual blocks on the way down. On the way up it has one more, because
 # one more skip connection leads there: from the downsampling into the level or, at the full
@@ -68,7 +74,7 @@ class UNet(nn.Module):
         self.image_shape = (channels, image_size, image_size)  # (C, H, W)
 
         dims = [base_dim * multiplier for multiplier in dim_multiply]
-        # PyTorch's group norm, but faster in mixed precision, with TensorFlow's epsilon.
+        # The epsilon is TensorFlow's.
         norm = partial(GroupNorm, norm_groups, eps=1e-6)
         block = partial(ResidualBlock, time_dim=4 * base_dim, dropout=dropout, norm=norm)
         attention = partial(SelfAttention, norm=norm)

@@ -94,9 +94,9 @@ def test_the_nearest_folder_is_the_label_and_numbers_are_sorted_as_such(coloured
     "names, expected",
     [
         ("1/a.png b.png", "has no label for b.png: folders are labels"),
-        # Only the level of folders that says which images are held out is no label.
+        # A folder that says which images are held out is no label.
         ("train/a.png val/b.png", "has no label for train/a.png"),
-        ("test/train/a.png test/val/b.png", "has one label, test; two are needed"),
+        ("top/train/a.png top/val/b.png", "has no label for top/train/a.png"),
         ("train/1/a.png train/2/c.png val/1/b.png", "1, 2, 1"),
         ("cat/b.png train/a.png", "cat, train"),
         ("test/bus/b.png train/train/a.png", "bus, train"),

@@ -30,7 +30,6 @@ from functions.support.device import (
     set_deterministic,
 )
 from functions.support.errors import door, printable, quoted
-from functions.support.settings import ConfigError
 from functions.training.data import TrainingData
 from functions.training.description import check_resumption, describe, provenance_of
 from functions.training.metrics import Window
