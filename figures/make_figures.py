@@ -132,12 +132,14 @@ def draw_cumulative_noise() -> None:
 
 
 def draw_schedule() -> None:
-    """Draw alpha_bar over t."""
-    figure = Figure(figsize=(5.2, 3))
+    """Draw alpha_bar over t, with the log-SNR of some t under the axis."""
+    figure = Figure(figsize=(5.2, 3.2))
     axis = figure.subplots()
     # Code t is one less than the paper's, and t = 0 is the image.
     axis.plot([1.0, *SCHEDULER.alphas_cumprod.tolist()])
-    axis.set(xlabel="t", ylabel=r"$\bar\alpha_t$, share of the image's variance left")
+    log_snr = {t: f"{SCHEDULER.log_snr(t - 1):.1f}" for t in (250, 500, 750, 999)}
+    axis.set_xticks([0, *log_snr], [f"{t}\n{value}" for t, value in {0: "inf", **log_snr}.items()])
+    axis.set(xlabel="t, and under it the log-SNR", ylabel=r"$\bar\alpha_t$, share of variance left")
     axis.grid(color="0.92")
     save_figure(figure, FIGURES / "schedule.png")
 

@@ -26,8 +26,8 @@ NEEDS = {
     r"train.py (ffhq|cifar10|mnist$)(?!.*--init)|prepare.py FFHQ|figures.pretrained": "a data set",
     r"(runs|mine)/people.toml|(rehearsal|tuned|runs)/ffhq|--guide STEP|--label": "a longer run",
     r"-m pytest|tests.kill": "minutes",
+    r"example.py": "less time: tests/test_example.py runs it",
     r"demo.py": "a browser",
-    r"sample.py FOLDER$": "diffusers",
     r"\.\.\.|path/to/script|download_ffhq|VERB|(edit|prepare)\.py$": "words of the reader's own",
 }
 # Flags that make a command small. The last of two equal flags is the one that counts.
@@ -36,7 +36,12 @@ SHORT = (
     "--diffusion.sample-every 0 --diffusion.validation-samples 2 --device cpu"
 )
 NARROW = "--model.base-dim 8 --model.norm-groups 2"
-SMALL = {"sample.py": "--n 1 --steps 2 --device cpu", "edit.py": "--device cpu"}
+SMALL = {
+    "sample.py": "--n 1 --steps 2 --device cpu",
+    "vary": "--steps 2 --depths 0.5 --device cpu",
+    "inpaint": "--n 1 --steps 2 --resample 1 --device cpu",
+    "enlarge": "--device cpu",
+}
 # The first arguments after which a script has other flags.
 VERBS = ("bits", "interpolate", "vary", "inpaint", "enlarge", "distance", "images")
 
@@ -105,7 +110,7 @@ def test_a_command_runs(
     (here / "pretrained").symlink_to(ROOT / "pretrained")
     shutil.copytree(stopped_run, here / "runs" / stopped_run.name)
     things = {"RUN": tiny_run, "NAME": "faces", "digits.zip": labelled_pictures}
-    things |= dict.fromkeys(("FILE", "A"), pictures / "00000.png")
+    things |= dict.fromkeys(("FILE", "A", "MASK"), pictures / "00000.png")
     things |= dict.fromkeys(("DATA", "path/to/images"), pictures)
     _, script, *words = shlex.split(command)
     # What is drawn goes to a new folder.
@@ -113,7 +118,7 @@ def test_a_command_runs(
         things["FOLDER"] = pictures
     if script == "-c":
         return exec(words[0], {})
-    flags = SMALL.get(script, "")
+    flags = SMALL.get(words[0] if script == "edit.py" else script, "")
     if script == "train.py" and "--resume" not in words:
         flags += SHORT if "--init" in words else f"{SHORT} {NARROW}"
         if "digits.zip" not in words:
