@@ -102,6 +102,14 @@ def test_readmes_lines_of_python_draw_a_grid(tmp_path, monkeypatch):
     assert Image.open("faces.png").size == (210, 210)
 
 
+def test_docs_are_short_and_cards_say_what_a_model_is_for():
+    pages = [path.read_text() for path in (ROOT / "docs").glob("*.md")]
+    assert sum(text.count("\n") for text in pages) <= 1100
+    for card in (ROOT / "pretrained").glob("*-*.md"):
+        first, *_ = card.read_text().splitlines()
+        assert re.match(rf"# `{card.stem}\.safetensors` (draws|doubles) \w+", first)
+
+
 def test_pictures_are_light():
     """Each picture that is drawn again stays in the history, too."""
     pictures = [path for path in (ROOT / "figures").iterdir() if path.suffix in KINDS]
