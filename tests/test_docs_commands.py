@@ -12,7 +12,7 @@ import pytest
 
 from config import EXPERIMENTS
 from functions import enlarging
-from tests.conftest import ROOT, call
+from tests.conftest import ROOT, call, split_folder
 from tests.test_docs import PAGES
 
 PROGRAMS = r"(?:\S*python3?|torchrun|\S*pip)"
@@ -32,7 +32,7 @@ NEEDS = {
 }
 # Flags that make a command small. The last of two equal flags is the one that counts.
 SHORT = (
-    "--diffusion.batch-size 40 --diffusion.gradient-accumulation 1 --diffusion.epochs 1 "
+    "--diffusion.batch-size 2 --diffusion.gradient-accumulation 1 --diffusion.epochs 1 "
     "--diffusion.sample-every 0 --diffusion.validation-samples 2 --device cpu"
 )
 NARROW = "--model.base-dim 8 --model.norm-groups 2"
@@ -51,7 +51,7 @@ def commands_of(page):
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     text = text.replace("\\\n", " ")
     lines = re.findall(r"^    (.*)$", text, re.MULTILINE)
-    lines += re.findall(r"`([^`]+)`", text)
+    lines += [" ".join(quoted.split()) for quoted in re.findall(r"`([^`]+)`", text)]
     parts = [part for line in lines for part in re.split(r"  +#| && |; do ", line)]
     found = (re.match(rf" *(?:until |timeout \d+ )?({PROGRAMS} .+)", part) for part in parts)
     return [" ".join(match[1].split()) for match in found if match]
@@ -111,7 +111,8 @@ def test_a_command_runs(
     shutil.copytree(stopped_run, here / "runs" / stopped_run.name)
     things = {"RUN": tiny_run, "NAME": "faces", "digits.zip": labelled_pictures}
     things |= dict.fromkeys(("FILE", "A", "MASK"), pictures / "00000.png")
-    things |= dict.fromkeys(("DATA", "path/to/images"), pictures)
+    few = split_folder(pictures, here / "few", 3, 2)
+    things |= {"DATA": pictures, "path/to/images": few}
     _, script, *words = shlex.split(command)
     # What is drawn goes to a new folder.
     if script != "sample.py":
@@ -122,5 +123,5 @@ def test_a_command_runs(
     if script == "train.py" and "--resume" not in words:
         flags += SHORT if "--init" in words else f"{SHORT} {NARROW}"
         if "digits.zip" not in words:
-            flags += f" --diffusion.dataset-name {pictures}"
+            flags += f" --diffusion.dataset-name {few}"
     call(import_module(script.removesuffix(".py")), *(things.get(w, w) for w in words), flags)
