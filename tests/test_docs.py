@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from config import EXPERIMENTS, DiffusionConfig
-from functions import enlarging
+from functions import enlarging, samplers
 from functions.support.settings import setting
 from functions.training.data import training_draws
 from functions.training.metrics import read_metrics
@@ -218,15 +218,17 @@ def test_the_lines_of_other_draws_draw_as_they_say():
 
 
 def test_the_rows_of_tables_fit_them():
-    for comment, rows in pieces_of(
-        "A learning-rate schedule, an objective, a sampler, betas, a spacing"
-    ):
-        file, table = re.match(r"([\w/]+)\.py, in (\w+)", comment).groups()
+    heading = "A learning-rate schedule, an objective, a sampler, betas, a spacing"
+    for comment, code in pieces_of(heading):
+        file, table = re.match(r"([\w/]+)\.py, (?:in|above) (\w+)", comment).groups()
+        # What a row needs may stand above it.
+        above, _, row = code.rpartition("# and in it\n")
         module = import_module(file.replace("/", "."))
-        names = {**vars(module), "ode_sample": module.__dict__.get("ddim_sample")}
-        [(name, row)] = eval(f"{{{rows}}}", names).items()
+        names = {**vars(module), "ode_sample": samplers.ddim_sample}
+        exec(above, names)
+        [(name, value)] = eval(f"{{{row}}}", names).items()
         known = getattr(module, table)
-        assert name not in known and type(row) is type(next(iter(known.values())))
+        assert name not in known and type(value) is type(next(iter(known.values())))
 
 
 def test_the_small_dit_is_a_network():
