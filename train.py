@@ -28,6 +28,7 @@ from torch.nn.utils import clip_grad_norm_
 from data.pixels import to_model_range
 from functions.ema import update_ema
 from functions.losses import denoising_loss
+from functions.optimizers import rate_of
 from functions.support import processes
 from functions.support.command_line import run_script
 from functions.support.processes import batches_of
@@ -102,7 +103,7 @@ def train(run: TrainingRun) -> bool:
                 losses.append(loss.detach())
 
             # 5: the optimiser's step. If the gradient is not finite, weights and moments stay.
-            optimizer.param_groups[0]["lr"] = config.rate_of(step, run.total_steps)
+            optimizer.param_groups[0]["lr"] = rate_of(config, step, run.total_steps)
             scaler.unscale_(optimizer)
             grad_norm = clip_grad_norm_(parameters, max_norm)
             optimizer.found_inf = (~grad_norm.isfinite()).float()  # () 1 or 0; no host waits

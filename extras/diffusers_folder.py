@@ -5,7 +5,7 @@
     scheduler/                                  T, betas, the network's objective, the sampler
 
 The oldest published pipelines have all files in one folder. The network stays one of diffusers
-(`DiffusersNetwork` in diffusers_network.py). Betas and objective become ours. A field of the
+(diffusers_network.py). Betas and objective become ours. A field of the
 scheduler that has no counterpart here is refused by its name.
 """
 
@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from config import ConfigError, DiffusionConfig, ModelConfig, build_network
+from config import DiffusionConfig, ModelConfig
 from extras.diffusers_network import (
-    DiffusersNetwork,
     DiffusersUNet,
     import_diffusers,
     refusing_errors,
@@ -30,6 +29,8 @@ from functions.saved.checkpoint import SavedModel, copy_tensors, digest_of, mode
 from functions.saved.run_folder import RUN_NAME, RUNS
 from functions.support.errors import CheckpointError, UserError, printable
 from functions.support.files import check_file, read_json
+from functions.support.settings import ConfigError, from_fields
+from models.networks import build_network
 from models.unet import BLOCKS_DOWN
 
 # The objectives and the variances by diffusers' words.
@@ -117,8 +118,13 @@ def read_folder(path: Path) -> SavedModel:
     if isinstance(size, (list, tuple)) and len({*size}) == 1:
         arguments["sample_size"] = size[0]
     check_supported(arguments, SUPPORTED | {"out_channels": [arguments["in_channels"]]})
-    model = DiffusersNetwork(arguments)
-    config = {"diffusion": our_schedule(schedule), "model": vars(model)}
+    model = {
+        "image_size": arguments["sample_size"],
+        "channels": arguments["in_channels"],
+        "network": "diffusers",
+        "arguments": arguments,
+    }
+    config = {"diffusion": our_schedule(schedule), "model": model}
     # diffusers draws missing weights at random.
     if any(loading.values()):
         raise ConfigError(f"the weights do not fit the network: {loading}")
@@ -126,7 +132,9 @@ def read_folder(path: Path) -> SavedModel:
     # Such files have no checksum, and diffusers builds networks that do not run, such as for sizes
     # that levels do not halve, or that take the logarithm of t = 0.
     with refusing_errors(), torch.no_grad():
-        output = network(torch.zeros(1, *model.image_shape), torch.tensor([0]))
+        output = network(
+            torch.zeros(1, *from_fields(ModelConfig, model).image_shape), torch.tensor([0])
+        )
     if not output.isfinite().all():
         raise ConfigError("the network's output at t = 0 has infinite values or NaN")
 
@@ -207,13 +215,13 @@ def write_folder(saved: SavedModel, folder: Path) -> None:
         timestep_spacing="trailing",
     )
     try:
-        if saved.model.details:
-            raise ConfigError("it draws details")
+        if saved.model.network not in ("unet", "diffusers"):
+            raise ConfigError(f"its network is {saved.model.network!r}")
         if saved.label_names:
             raise ConfigError("it was trained with labels")
         network = build_network(saved.model)
         copy_tensors(saved.weights, network.state_dict(), saved.path)
-        if isinstance(saved.model, ModelConfig):
+        if saved.model.network == "unet":
             with refusing_errors():
                 theirs = DiffusersUNet(diffusers.UNet2DModel(**network_fields(saved.model)))
             copy_weights(network, theirs, saved.model)

@@ -23,7 +23,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageSequence
 
-from config import EXPERIMENTS, build_network
+from config import EXPERIMENTS
 from data.batches import rotate
 from data.datasets import load_images
 from data.pixels import to_model_range, to_uint8
@@ -41,6 +41,7 @@ from functions.support.pictures import save_figure, save_grid, save_image
 from functions.support.random_numbers import generator_of
 from functions.training.metrics import plot_losses
 from models.blocks import Downsample, ResidualBlock, SelfAttention, Upsample
+from models.networks import build_network
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "figures"

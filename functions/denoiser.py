@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from inspect import Parameter, signature
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,24 @@ OBJECTIVES = {
         diffusers="v_prediction",
     ),
 }
+
+
+def inputs_of(network: Callable[..., Tensor]) -> dict[str, Parameter]:
+    """Return what a network takes beside x_t and t, by name.
+
+    If its `forward` takes **inputs, they are those of its `embed(t, ...)`, such as a `UNet`'s.
+    """
+    call = network.forward if isinstance(network, nn.Module) else network
+    _, _, *others = signature(call).parameters.values()
+    if others and others[-1].kind == Parameter.VAR_KEYWORD:
+        _, *embedded = signature(network.embed).parameters.values()
+        others = [*others[:-1], *embedded]
+    return {each.name: each for each in others}
+
+
+def no_inputs_of(network: nn.Module) -> dict[str, float | Tensor]:
+    """Return the value of each input that stands for none: the network's `no_inputs`, or {}."""
+    return getattr(network, "no_inputs", {})
 
 
 class Predictor(ABC):

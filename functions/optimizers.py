@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,15 @@ LR_SCHEDULES = {
     # It falls to 0 along a half cosine (Loshchilov and Hutter 2017, arXiv:1608.03983).
     "cosine": lambda step, steps: 0.5 * (1 + math.cos(math.pi * step / steps)),
 }
+
+
+def rate_of(config: Any, step: int, total_steps: int) -> float:
+    """Return a step's learning rate: a linear warm-up, times the schedule.
+
+    `config` has `learning_rate`, `warmup_steps` and `lr_schedule`, as a `DiffusionConfig` does.
+    """
+    rate = config.learning_rate * min(1.0, (step + 1) / (config.warmup_steps + 1))
+    return rate * LR_SCHEDULES[config.lr_schedule](step, total_steps)
 
 
 class Adam(torch.optim.Adam):

@@ -11,7 +11,7 @@ from torch import nn
 
 import sample
 import train
-from config import EXPERIMENTS, ConfigError, Experiment, OwnNetwork
+from config import EXPERIMENTS, ConfigError, Experiment, ModelConfig
 from data.arrays import from_array
 from functions.optimizers import OPTIMIZERS, Adam
 from functions.saved.loading import load_denoiser
@@ -58,7 +58,8 @@ def own_run(folder, network=None, images=PLAIN, checkpoint=None, **changes):
     network = network or Normed()
     settings = {"epochs": 2, "checkpoint_every": 2, "precision": "float32", "sample_every": 3}
     settings |= {"grid_steps": 2, "validation_samples": 8} | changes
-    model = OwnNetwork(type(network).__name__, 8, images.images.shape[3])
+    name = type(network).__name__
+    model = ModelConfig(image_size=8, channels=images.images.shape[3], network=name)
     experiment = Experiment(EXPERIMENTS["faces"].override(**settings).diffusion, model)
     return TrainingRun("mine", experiment, images, network, folder, CPU, checkpoint)
 
@@ -102,8 +103,23 @@ def test_own_run_with_labels_and_buffers_resumes_and_is_loaded(
     network = load_denoiser(straight.folder, network=Normed()).network
     assert same(dict(network.state_dict()), saved["ema"])
     for error, script, flags in ((CheckpointError, sample, ""), (ConfigError, train, "--resume")):
-        with refused("its network, 'Normed', is not built by a config", error):
+        with refused("its network, 'Normed', is none of models/networks.py", error):
             call(script, flags, straight.folder)
+
+
+def test_the_newest_run_that_draws_alone_is_drawn(tiny_run, details_run, here, capsys):
+    """A run from Python, and one that enlarges, are newer, and are passed over in a sentence."""
+    shutil.copytree(tiny_run, f"runs/{tiny_run.name}")
+    shutil.copytree(details_run, "runs/ffhq-details-29990101-120000")
+    run = own_run(here / "runs")
+    train.train(run)
+    run.folder.rename("runs/mine-29990101-120001")
+    capsys.readouterr()
+    call(sample, "--device cpu -n 1 --steps 1")
+    own, details, taken, *_ = capsys.readouterr().out.splitlines()
+    assert own.startswith("runs/mine-29990101-120001 is passed over: its network, 'Normed', is no")
+    assert details == "runs/ffhq-details-29990101-120000 is passed over: its network needs low"
+    assert taken.startswith(f"runs/{tiny_run.name}/checkpoints/step-00000010.safetensors: EMA")
 
 
 def test_an_output_of_another_shape_is_an_error_and_not_broadcast(tmp_path):

@@ -2,19 +2,22 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data.pixels import to_uint8
 from functions.denoiser import Predictor
 from functions.enlarging import Keep, enlarge, enlarging_times
 from functions.guidance import Guided, asks_guide
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import SAMPLERS, OnStep
 from functions.sampling.models import Models, chosen_labels, open_models
-from functions.sampling.settings import SamplingConfig, SamplingFlags
+from functions.sampling.settings import SamplingConfig, SamplingFlags, default_settings
 from functions.support.errors import UserError
 from functions.support.processes import batches_of
 from functions.support.random_numbers import image_noise
@@ -110,6 +113,18 @@ def open_pipeline(flags: SamplingFlags) -> Pipeline:
     if config.sampler == "ddpm" and not config.variance and config.steps in (None, timesteps):
         config = replace(config, variance=models.saved.config["diffusion"].get("variance"))
     return Pipeline(models, config, flags.seed)
+
+
+def draw(
+    path: Path | str, n: int, seed: int = 0, device: str = "auto", **settings: Any
+) -> np.ndarray:
+    """Draw images 0 .. n-1 of a seed as sample.py does: uint8 (n, H, W, C).
+
+    `path` is its RUN, such as a recipe, and `settings` are fields of `SamplingConfig`.
+    """
+    config = replace(default_settings(Path(path)), **settings)
+    pipeline = open_pipeline(SamplingFlags(device=device, seed=seed, sampling=config))
+    return to_uint8(generate(pipeline, range(n), progress=True))
 
 
 def given(pipeline: Pipeline, indices: Sequence[int]) -> Predictor:

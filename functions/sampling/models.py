@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from functions.denoiser import Predictor
+from functions.denoiser import Predictor, inputs_of
 from functions.sampling.settings import SamplingConfig
 from functions.saved.checkpoint import SavedModel
 from functions.saved.loading import open_model
@@ -76,7 +76,7 @@ def opened(path: Path, device: torch.device, precision: str, role: str = "") -> 
     enlarge.
     """
     saved, denoiser = open_model(path, device, precision)
-    draws_details = saved.model.details
+    draws_details = "low" in inputs_of(denoiser.network)
     if draws_details and role != ENLARGES:
         raise UserError(
             f"{saved.path} draws the details of an image that it is given, and nothing alone: use "

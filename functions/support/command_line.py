@@ -183,7 +183,7 @@ def add_flags(parser: ArgumentParser, default: Any, prefix: str = "") -> dict[st
             dest=f"{prefix}{field.name}",
             default=SUPPRESS,
             # argparse treats a single % as the start of a placeholder.
-            help=f"{helps[field.name]} Default: {shown}.".replace("%", "%%"),
+            help=f"{helps.get(field.name, '')} Default: {shown}.".replace("%", "%%"),
             **options,
         )
     return flags

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, field, fields
 from functools import partial
 from types import NoneType, UnionType
@@ -21,6 +22,32 @@ TYPES = {
 
 class ConfigError(Exception):
     """An error about a field with an invalid value; its message says which values are valid."""
+
+
+class Presets(Mapping):
+    """The presets by name. One is built when it is asked for, so a wrong one stops no other."""
+
+    def __init__(self):
+        self.functions: dict[str, Callable[[], Any]] = {}
+
+    def __call__(self, function: Callable[[], Any]) -> Callable[[], Any]:
+        """Add a function that returns a preset, under its name with - for _."""
+        self.functions[function.__name__.replace("_", "-")] = function
+        return function
+
+    def __getitem__(self, name: str) -> Any:
+        """Return a preset. Raises ConfigError, with its name, for one that cannot work."""
+        function = self.functions[name]
+        try:
+            return function()
+        except ConfigError as error:
+            raise ConfigError(f"the preset {name!r} of config.py: {error}") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.functions)
+
+    def __len__(self) -> int:
+        return len(self.functions)
 
 
 def setting(default: Any = MISSING, **marks: Any) -> Any:
@@ -131,3 +158,9 @@ def from_fields(config_class: type, values: dict) -> Any:
             f"{config_class.__name__}: missing or unknown: {printable(', '.join(wrong))}"
         )
     return config_class(**values)
+
+
+def row_of(table: Mapping[str, Any], field_name: str, name: str) -> Any:
+    """Return the row of a table that a field names. Raises ConfigError for a name without a row."""
+    require(field_name, name, name in table, " or ".join(map(json.dumps, table)))
+    return table[name]

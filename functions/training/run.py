@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from config import ConfigError, Experiment, OwnNetwork, build_scheduler
+from config import Experiment
 from data.datasets import ImageSet
 from data.labels import check_labels
-from functions.denoiser import Denoiser
+from functions.denoiser import Denoiser, inputs_of, no_inputs_of
 from functions.losses import eps_errors
+from functions.noise_scheduler import build_scheduler
 from functions.optimizers import OPTIMIZERS
 from functions.saved.checkpoint import (
     Checkpoint,
@@ -29,10 +30,12 @@ from functions.support.device import (
     set_deterministic,
 )
 from functions.support.errors import door, printable, quoted
+from functions.support.settings import ConfigError
 from functions.training.data import TrainingData
 from functions.training.description import check_resumption, describe, provenance_of
 from functions.training.metrics import TrainingWindow
 from functions.training.resuming import resume_command
+from models.networks import NETWORKS
 from models.unet import with_other_labels
 
 
@@ -75,10 +78,10 @@ class TrainingRun:
         self.runs_folder = runs_folder
         self.device = device
         data_class = TrainingData
-        if experiment.model.details:
-            with door("details = True"):
+        if "low" in inputs_of(network):
+            with door("a network of details"):
                 from extras.details_training import DetailsData as data_class
-        self.data = data_class(experiment, image_set, device)
+        self.data = data_class(experiment, image_set, device, no_inputs_of(network))
         self.total_steps = self.data.total_steps
         self.earlier = checkpoint
         facts = checkpoint.contents["run"] if checkpoint else {}
@@ -123,16 +126,16 @@ class TrainingRun:
     @property
     def how_to_resume(self) -> str:
         """Return what one continues the run with, for messages."""
-        if isinstance(self.experiment.model, OwnNetwork):
+        if self.experiment.model.network not in NETWORKS:
             return f"a TrainingRun of {self.folder} (docs/python.md)"
         return resume_command(self.folder)
 
     @property
     def how_to_sample(self) -> str:
         """Return what one samples from the run with, for messages."""
-        if isinstance(self.experiment.model, OwnNetwork):
+        if self.experiment.model.network not in NETWORKS:
             return "load_denoiser (docs/python.md)"
-        if self.experiment.model.details:
+        if "low" in inputs_of(self.model):
             return f"python edit.py enlarge FILE {quoted(self.folder)}"
         return f"python sample.py {quoted(self.folder)}"
 

@@ -6,13 +6,14 @@ import torch
 from torch.testing import assert_close
 
 import train
-from config import EXPERIMENTS, ConfigError, build_scheduler
+from config import EXPERIMENTS, ConfigError
 from data.arrays import from_array
 from data.pixels import to_model_range
 from extras import details_training
 from extras.details_training import DetailsData
 from functions.denoiser import Denoiser
 from functions.details import STD, details
+from functions.noise_scheduler import build_scheduler
 from functions.training.opening import open_run
 from functions.training.recorder import sample_grid, validation_losses
 from tests.conftest import (
@@ -45,7 +46,7 @@ def data_of(**changes) -> DetailsData:
     experiment = EXPERIMENTS["ffhq-details"].override(**SMALL | changes)
     size = experiment.model.image_size
     images = np.random.default_rng(0).integers(0, 256, (200, size, size, 3), np.uint8)
-    return DetailsData(experiment, from_array("noise", images), CPU)
+    return DetailsData(experiment, from_array("noise", images), CPU, {})
 
 
 def test_what_is_noised_are_details_of_shrunk_images_or_of_parts_at_multiples_of_8():

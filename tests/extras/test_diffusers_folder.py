@@ -16,7 +16,7 @@ from torch.testing import assert_close
 import edit
 import evaluate
 import sample
-from config import ConfigError, ModelConfig, build_network
+from config import ConfigError, ModelConfig
 from extras.diffusers_folder import copy_weights, network_fields
 from extras.diffusers_network import DiffusersUNet
 from figures.saved_model import open_saved
@@ -25,6 +25,7 @@ from functions.saved.checkpoint import load_model
 from functions.saved.loading import load_denoiser
 from functions.support.errors import CheckpointError
 from functions.support.random_numbers import seed_of
+from models.networks import build_network
 from tests.conftest import SMALL_MODEL, call, refused
 from tests.theirs import FEW, OTHER, random_unet, write_pipeline
 

@@ -5,9 +5,10 @@ import torch
 from torch.testing import assert_close
 
 from benchmarks.compare import build_diffusers
-from config import EXPERIMENTS, ModelConfig, build_network
+from config import EXPERIMENTS, ModelConfig
 from extras.diffusers_folder import compute, copy_weights
 from extras.diffusers_network import DiffusersUNet
+from models.networks import build_network
 from models.unet import UNet
 
 CELEBA_HQ = ModelConfig(8, (1, 1, 2, 2, 4, 4), (4,), 128, image_size=256)

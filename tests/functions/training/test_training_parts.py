@@ -16,6 +16,7 @@ from data.pixels import to_model_range
 from functions.denoiser import Denoiser
 from functions.losses import denoising_loss
 from functions.noise_scheduler import NoiseScheduler
+from functions.optimizers import rate_of
 from functions.saved.loading import load_denoiser
 from functions.support.random_numbers import generator_of, image_noise, seed_of
 from functions.training.data import StepDraws, TrainingData, training_draws
@@ -191,21 +192,24 @@ def test_learning_rate_decays_rotation_stops_for_the_last_tenth_and_labels_are_d
     """After a warm-up the rate stays, or has half a cosine."""
     full = EXPERIMENTS["ffhq-full"].diffusion
     rates = {0: 3e-5 / 5001, 2500: 3e-5 * 2501 / 5001, 5000: 3e-5, 10**6 - 1: 3e-5}
-    assert {step: full.rate_of(step, 10**6) for step in rates} == pytest.approx(rates)
+    assert {step: rate_of(full, step, 10**6) for step in rates} == pytest.approx(rates)
     faces = EXPERIMENTS["faces"].diffusion
     rates = {500: 1e-3, 750: 1e-3 * (1 - math.sqrt(1 / 2))}
-    assert {step: faces.rate_of(step, 1000) for step in rates} == pytest.approx(rates)
+    assert {step: rate_of(faces, step, 1000) for step in rates} == pytest.approx(rates)
 
     # Label 2 stands for none.
-    images = SimpleNamespace(label_names=["a", "b"])
-    data = SimpleNamespace(config=replace(full, condition_dropout=0.25), image_set=images)
+    config = replace(full, condition_dropout=0.25)
+    data = SimpleNamespace(config=config, no_inputs={"label": 2, "attributes": -1.0})
     draws = drawn(0, 0, 40, 8)
     labels = torch.arange(40) % 2
     for done, angle in ((0.899, 3), (0.9, 0)):
         expected = augment(draws.noise, draws.flip, angle * draws.rotation)
-        others = {"label": labels, "other": draws.noise}
+        others = {"label": labels, "other": draws.noise, "attributes": draws.noise}
         x_0, inputs = TrainingData.augment(data, draws.noise, others, draws, done)
         assert torch.equal(x_0, expected)
-        assert torch.equal(inputs["label"], labels.masked_fill(draws.condition_drop < 0.25, 2))
-        # A network of one's own drops what else it gets.
+        dropped = draws.condition_drop < 0.25
+        assert torch.equal(inputs["label"], labels.masked_fill(dropped, 2))
+        assert (inputs["attributes"][dropped] == -1).all()
+        assert torch.equal(inputs["attributes"][~dropped], draws.noise[~dropped])
+        # What has no value for none is never dropped.
         assert inputs["other"] is draws.noise
