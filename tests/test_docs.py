@@ -4,6 +4,7 @@ import inspect
 import math
 import re
 import shutil
+import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
@@ -17,8 +18,11 @@ from PIL import Image
 
 import sample
 from config import EXPERIMENTS, DiffusionConfig
-from functions import enlarging, samplers
+from functions import enlarging, losses, samplers
+from functions.denoiser import Denoiser
+from functions.noise_scheduler import NoiseScheduler
 from functions.support.settings import setting
+from functions.training import validation
 from functions.training.data import training_draws
 from functions.training.metrics import read_metrics
 from models import networks, unet
@@ -155,28 +159,11 @@ def test_the_lines_that_show_copies_draw_them(pictures, here):
 
 
 @pytest.mark.slow
-def test_conditions_of_your_own_are_trained_dropped_and_drawn(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    names = run_section("extending.md", "A condition of your own, from Python")
-    network = names["bright"].model.network
-    x_t, t = normal(0, 1, 3, 16, 16).expand(200, -1, -1, -1), torch.full((200,), 50)
-    light, without = network(x_t, t, torch.ones(200)), network(x_t, t)
-    assert (light - without).abs().amax((1, 2, 3)).min() > 1e-3
-    # What training drops is what is drawn without it.
-    none = torch.full((200,), network.no_inputs["brightness"])
-    assert torch.equal(network(x_t, t, none), without)
-    larger, small = names["model"], normal(1, 2, 1, 3, 8, 8)
-    first, second = (larger.given(small=low).predict(x_t[:1], 50)[0] for low in small)
-    assert not torch.allclose(first, second)
-    assert names["x_0"].shape == (4, 3, 16, 16)
-
-
-@pytest.mark.slow
 def test_40_attributes_are_trained_resumed_and_drawn_as_the_docs_print(
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / "docs" / "extending.md").read_text().split("## 40 attributes")[1]
+    text = (ROOT / "docs" / "extending.md").read_text().split("## A condition: 40 attributes")[1]
     blocks = [dedent(block) for block in re.findall(r"(?:^    .*\n)+", text, re.MULTILINE)[:2]]
     network, row = blocks[0].split("# models/networks.py, in NETWORKS\n")
     exec(network, names := {"partial": partial, "unet": networks.unet})
@@ -245,6 +232,33 @@ def test_the_lines_of_weight_decay_decay_weights(here, monkeypatch):
         torch.testing.assert_close(decayed, plain - 0.01 * 0.5 * first)
 
 
+def test_the_lines_of_another_loss_are_trained_and_recorded(here, monkeypatch):
+    """Huber's loss, by hand, and a term with a weight are seen by name, of held-out images too."""
+    (_, huber), (_, term) = pieces_of("A loss")
+    monkeypatch.setattr(losses, "F", torch.nn.functional, raising=False)
+    source = inspect.getsource(losses.denoising_loss).splitlines()
+    for start, code in (("loss = ", huber), ("return ", term)):
+        [at] = (i for i, line in enumerate(source) if line.lstrip().startswith(start))
+        source[at : at + 1] = indent(code, "    ").splitlines()
+    exec("\n".join(source), names := vars(losses).copy())
+    x_0, eps, output = (normal(seed, 5, 3, 8, 8) for seed in (1, 2, 3))
+    denoiser = Denoiser(lambda x_t, t: output, NoiseScheduler(1000))
+    found = names["denoising_loss"](denoiser, x_0, torch.arange(5), eps)
+    d = (output - eps).abs()
+    by_hand = torch.where(d < 0.1, d**2 / 0.2, d - 0.05).mean((1, 2, 3))
+    colour = (output - eps).mean((2, 3)).square().mean(1)
+    torch.testing.assert_close(found["colour"], colour)
+    torch.testing.assert_close(found["loss"], by_hand + 0.5 * colour)
+
+    for module in (sys.modules["train"], validation):
+        monkeypatch.setattr(module, "denoising_loss", names["denoising_loss"])
+    run = training_run(epochs=1, batch_size=20, validation_samples=4, sample_every=0)
+    assert train(run)
+    [*_, row] = read_metrics(run.folder / "metrics.csv")
+    for name in ("loss", "colour", "eps_error"):
+        assert all(row[f"{kind}{name}"] > 0 for kind in ("", "val_")) and row[f"val_{name}_ema"] > 0
+
+
 def test_the_lines_of_other_draws_draw_as_they_say():
     [(_, lines)] = pieces_of("What a step draws")
     draw = edited(training_draws, "t=torch.randint", lines, instead=2)
@@ -256,6 +270,15 @@ def test_the_lines_of_other_draws_draw_as_they_say():
     logits = ((draws.t + 0.5) / config.timesteps_diff).logit()
     assert abs(logits.mean()) < 0.06 and abs(logits.std() - 1) < 0.04
     assert abs(draws.noise.mean((2, 3)).std() - math.hypot(0.1, 0.25)) < 0.01
+
+
+def test_the_row_of_another_optimizer_makes_it(network):
+    [(_, row)] = pieces_of("An optimizer")
+    rows = eval(f"{{{row}}}", {"torch": torch})
+    matrices, others = rows["adamw"](network, 0.5).param_groups
+    assert [group["lr"] for group in (matrices, others)] == [0.5, 0.25]
+    assert others["weight_decay"] == 0 < matrices["weight_decay"]
+    assert sum(len(group["params"]) for group in (matrices, others)) == len([*network.parameters()])
 
 
 def test_the_rows_of_tables_fit_them():

@@ -28,6 +28,7 @@ NEEDS = {
     r"-m pytest|tests.kill": "minutes",
     r"example.py": "less time: tests/test_example.py runs it",
     r"demo.py": "a browser",
+    r"--inputs wanted": "a network of one's own: test_docs.py runs it",
     r"\.\.\.|path/to/script|download_ffhq|VERB|(edit|prepare)\.py$": "words of the reader's own",
 }
 # Flags that make a command small. The last of two equal flags is the one that counts.
