@@ -1,40 +1,35 @@
 """The named experiments, and two dataclasses with a comment for each field.
 
-Edit `experiments` or add to it, or override any field for one run:
-`python train.py faces --diffusion.epochs 10`.
-A config that cannot work raises ConfigError, whose message says which values would work.
+A preset is a function that returns an `Experiment`. Edit one, add another, or override any field
+for one run: `python train.py faces --diffusion.epochs 10`. A config that cannot work raises
+ConfigError, whose message says which values would work. Fields that name a network, an optimizer,
+a schedule or a sampler are looked up in its table, where it is used.
 """
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Literal, NoReturn
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
 
-from torch import nn
-
-from functions.denoiser import OBJECTIVES
-from functions.noise_scheduler import BETA_SCHEDULES, LARGEST_TIMESTEPS, NoiseScheduler
-from functions.optimizers import LR_SCHEDULES, OPTIMIZERS
-from functions.samplers import SAMPLERS
-from functions.support.errors import door
 from functions.support.settings import (
     ConfigError,
+    Presets,
     check_fields,
-    checked,
     from_fields,
     require,
     setting,
 )
-from models.details import DetailsUNet
-from models.unet import UNet
+
+EXPERIMENTS = Presets()
+DEFAULT_EXPERIMENT = "faces"
 
 
-def experiments() -> dict[str, "Experiment"]:
-    """Return the experiments by name; some are copies of another one with changed fields."""
-    # `faces` trains in minutes on a laptop's CPU, on the people of the embedded emoji at 32 x 32.
-    # It is the paper's DDPM, but for the optimiser: with Muon instead of Adam, samples are as good
-    # in half the time (docs/speed.md).
-    faces = Experiment(
+# `faces` trains in minutes on a laptop's CPU, on the people of the embedded emoji at 32 x 32.
+# It is the paper's DDPM, but for the optimiser: with Muon instead of Adam, samples are as good
+# in half the time (docs/speed.md).
+@EXPERIMENTS
+def faces() -> "Experiment":
+    return Experiment(
         DiffusionConfig(
             dataset_name="emoji_people",
             learning_rate=2e-3,
@@ -65,9 +60,12 @@ def experiments() -> dict[str, "Experiment"]:
         ),
     )
 
-    # `faces` with v and cosine betas, and with Adam for more epochs. docs/predicting-v.md
-    # says why, and what improves.
-    faces_v = faces.override(
+
+# `faces` with v and cosine betas, and with Adam for more epochs. docs/predicting-v.md
+# says why, and what improves.
+@EXPERIMENTS
+def faces_v() -> "Experiment":
+    return faces().override(
         objective="v",
         beta_schedule="cosine",
         optimizer="adam",
@@ -76,10 +74,13 @@ def experiments() -> dict[str, "Experiment"]:
         snapshot_every=175,
     )
 
-    # FFHQ at 64 x 64, for whoever has no GPU for a day: hours on a CPU (docs/ffhq.md). The
-    # optimiser is that of `faces`, and objective and betas are those of `faces-v`; both did best at
-    # 32 px. pretrained/ffhq-64 is of this preset, with 111 epochs of 3,600 photos.
-    ffhq_64 = faces.override(
+
+# FFHQ at 64 x 64, for whoever has no GPU for a day: hours on a CPU (docs/ffhq.md). The
+# optimiser is that of `faces`, and objective and betas are those of `faces-v`; both did best at
+# 32 px. pretrained/ffhq-64 is of this preset, with 111 epochs of 3,600 photos.
+@EXPERIMENTS
+def ffhq_64() -> "Experiment":
+    return faces().override(
         dataset_name="FFHQ",
         objective="v",
         beta_schedule="cosine",
@@ -100,9 +101,12 @@ def experiments() -> dict[str, "Experiment"]:
         image_size=64,
     )
 
-    # FFHQ at 32 x 32, where a CPU can train a wide network, and where it is decided how a face is
-    # built. A model of `ffhq_details` enlarges its samples (docs/ffhq.md).
-    ffhq_32 = ffhq_64.override(
+
+# FFHQ at 32 x 32, where a CPU can train a wide network, and where it is decided how a face is
+# built. A model of `ffhq_details` enlarges its samples (docs/ffhq.md).
+@EXPERIMENTS
+def ffhq_32() -> "Experiment":
+    return ffhq_64().override(
         # 504,000 images of the whole set, and 16 snapshots of 32 MB. pretrained/ffhq-32 is of this
         # preset, with 140 epochs of 3,600 photos.
         batch_size=32,
@@ -114,9 +118,12 @@ def experiments() -> dict[str, "Experiment"]:
         image_size=32,
     )
 
-    # The details of FFHQ at 64 and at 128 px: one network doubles samples of `ffhq_32` twice
-    # (models/details.py, docs/ffhq.md).
-    ffhq_details = ffhq_64.override(
+
+# The details of FFHQ at 64 and at 128 px: one network doubles samples of `ffhq_32` twice
+# (models/details.py, docs/ffhq.md).
+@EXPERIMENTS
+def ffhq_details() -> "Experiment":
+    return ffhq_64().override(
         # What is noised are details, and this is 2 log(STD) of functions/details.py. So images have
         # as much noise at each timestep as those of `ffhq_64`.
         log_snr_shift=-5.3185,
@@ -131,12 +138,15 @@ def experiments() -> dict[str, "Experiment"]:
         base_dim=64,
         image_size=128,
         norm_groups=16,
-        details=True,
+        network="details",
     )
 
-    # MNIST's digits, in grey, with labels. They are not mirrored, because most mirrored digits are
-    # no digits.
-    mnist = faces_v.override(
+
+# MNIST's digits, in grey, with labels. They are not mirrored, because most mirrored digits are
+# no digits.
+@EXPERIMENTS
+def mnist() -> "Experiment":
+    return faces_v().override(
         dataset_name="MNIST",
         use_augmentation=False,
         labels=True,
@@ -146,11 +156,14 @@ def experiments() -> dict[str, "Experiment"]:
         channels=1,
     )
 
-    # The reference's first run (docs/ffhq.md) with its faults: 200 timesteps with the betas for
-    # 1000, and no EMA. The values that describe the reference are written out here, even those that
-    # are defaults. Fields without a counterpart in it, such as objective and optimizer, have their
-    # defaults. The next runs list their changes.
-    ffhq_run1 = Experiment(
+
+# The reference's first run (docs/ffhq.md) with its faults: 200 timesteps with the betas for
+# 1000, and no EMA. The values that describe the reference are written out here, even those that
+# are defaults. Fields without a counterpart in it, such as objective and optimizer, have their
+# defaults. The next runs list their changes.
+@EXPERIMENTS
+def ffhq_run1() -> "Experiment":
+    return Experiment(
         DiffusionConfig(
             dataset_name="FFHQ",
             learning_rate=3e-5,
@@ -185,14 +198,20 @@ def experiments() -> dict[str, "Experiment"]:
         ),
     )
 
-    # The reference's second run: 1000 timesteps and EMA.
-    ffhq_run2 = ffhq_run1.override(
+
+# The reference's second run: 1000 timesteps and EMA.
+@EXPERIMENTS
+def ffhq_run2() -> "Experiment":
+    return ffhq_run1().override(
         timesteps_diff=1000, rescale_betas=True, ema_decay=0.9999, lowest_resolution_size=None
     )
 
-    # The reference's full run: twice the width, augmentation, 500 epochs. --resume RUN with a
-    # larger --diffusion.epochs trains longer.
-    ffhq_full = ffhq_run2.override(
+
+# The reference's full run: twice the width, augmentation, 500 epochs. --resume RUN with a
+# larger --diffusion.epochs trains longer.
+@EXPERIMENTS
+def ffhq_full() -> "Experiment":
+    return ffhq_run2().override(
         use_augmentation=True,
         max_rotation=3.0,
         rotation_free_end=0.1,
@@ -207,8 +226,11 @@ def experiments() -> dict[str, "Experiment"]:
         base_dim=128,
     )
 
-    # The full run with v and cosine betas, and the learning rate and dropout of `ffhq_day`.
-    ffhq_v = ffhq_full.override(
+
+# The full run with v and cosine betas, and the learning rate and dropout of `ffhq_day`.
+@EXPERIMENTS
+def ffhq_v() -> "Experiment":
+    return ffhq_full().override(
         objective="v",
         beta_schedule="cosine",
         learning_rate=1e-4,
@@ -216,12 +238,15 @@ def experiments() -> dict[str, "Experiment"]:
         dropout=0.1,
     )
 
-    # FFHQ in a day on an H100, by an estimate (docs/ffhq.md): 590,400 steps. The network is that of
-    # `ffhq_run2`, but its groups have at least 4 channels, because those of 2 tint images a little
-    # (docs/what-did-not-help.md). Nobody has run this preset yet, so each value is one of a run at
-    # this size, or follows from our measurements. DiffAE (Preechakul et al. 2022) and DDPM-IP (Ning
-    # et al. 2023) trained on the same images at the same size.
-    ffhq_day = ffhq_run2.override(
+
+# FFHQ in a day on an H100, by an estimate (docs/ffhq.md): 590,400 steps. The network is that of
+# `ffhq_run2`, but its groups have at least 4 channels, because those of 2 tint images a little
+# (docs/what-did-not-help.md). Nobody has run this preset yet, so each value is one of a run at
+# this size, or follows from our measurements. DiffAE (Preechakul et al. 2022) and DDPM-IP (Ning
+# et al. 2023) trained on the same images at the same size.
+@EXPERIMENTS
+def ffhq_day() -> "Experiment":
+    return ffhq_run2().override(
         # v and cosine betas prevent wrong colours (docs/predicting-v.md).
         objective="v",
         beta_schedule="cosine",
@@ -255,9 +280,12 @@ def experiments() -> dict[str, "Experiment"]:
         norm_groups=16,
     )
 
-    # The paper's CIFAR-10: 390 steps per epoch, 800,280 in total. Betas and objective are the
-    # defaults. The paper's FID of 3.17 is for samples made with sample.py --variance large.
-    cifar10 = Experiment(
+
+# The paper's CIFAR-10: 390 steps per epoch, 800,280 in total. Betas and objective are the
+# defaults. The paper's FID of 3.17 is for samples made with sample.py --variance large.
+@EXPERIMENTS
+def cifar10() -> "Experiment":
+    return Experiment(
         DiffusionConfig(
             dataset_name="CIFAR10",
             learning_rate=2e-4,
@@ -283,21 +311,6 @@ def experiments() -> dict[str, "Experiment"]:
         ),
     )
 
-    return {
-        "faces": faces,
-        "faces-v": faces_v,
-        "mnist": mnist,
-        "ffhq-32": ffhq_32,
-        "ffhq-64": ffhq_64,
-        "ffhq-details": ffhq_details,
-        "ffhq-run1": ffhq_run1,
-        "ffhq-run2": ffhq_run2,
-        "ffhq-full": ffhq_full,
-        "ffhq-v": ffhq_v,
-        "ffhq-day": ffhq_day,
-        "cifar10": cifar10,
-    }
-
 
 @dataclass(frozen=True)
 class DiffusionConfig:
@@ -314,7 +327,7 @@ class DiffusionConfig:
     # Flip training images at random, and rotate them if max_rotation > 0.
     use_augmentation: bool
     # T, the number of diffusion timesteps.
-    timesteps_diff: int = setting(at_least=2, at_most=LARGEST_TIMESTEPS, fixed_by_weights=True)
+    timesteps_diff: int = setting(at_least=2, at_most=10**6, fixed_by_weights=True)
 
     # Data
 
@@ -331,8 +344,8 @@ class DiffusionConfig:
     # Give the network each image's label: its folder, or the class of MNIST, CIFAR10 or a parquet
     # file. `sample.py --label` then chooses what is drawn.
     labels: bool = setting(False, fixed=True)
-    # The probability that training drops an image's label, so that the network draws without it,
-    # too, as --cfg needs (Ho and Salimans 2022); for a network of details, the small image.
+    # The probability that training drops what an image's network is given beside it, such as its
+    # label, so that it draws without that, too, as --cfg needs (Ho and Salimans 2022).
     condition_dropout: float = setting(0.1, at_most=1)
 
     # Noise schedule
@@ -343,9 +356,9 @@ class DiffusionConfig:
     beta_end: float = setting(0.02, fixed_by_weights=True)
     # Multiply linear betas by 1000 / T, so that x_T is almost pure noise for any T.
     rescale_betas: bool = setting(True, fixed_by_weights=True)
-    # The schedule of betas: "linear", or "cosine" (Nichol and Dhariwal 2021), which does not use
+    # The schedule of betas: "linear", or "cosine" (Nichol and Dhariwal 2021), which does not take
     # beta_start, beta_end and rescale_betas.
-    beta_schedule: str = setting("linear", choices=BETA_SCHEDULES, fixed_by_weights=True)
+    beta_schedule: str = setting("linear", fixed_by_weights=True)
     # Added to the log-SNR, log(alpha_bar / (1 - alpha_bar)), of each timestep: below 0 there
     # is more noise, above 0 less. If betas suit 64 px, 2 log(64 / S) makes them suit S px
     # (Hoogeboom et al. 2023).
@@ -357,13 +370,13 @@ class DiffusionConfig:
     # Objective
 
     # What the network predicts: "eps", the noise; or "v", a linear combination of noise and x_0.
-    objective: str = setting("eps", choices=OBJECTIVES, fixed_by_weights=True)
+    objective: str = setting("eps", fixed_by_weights=True)
 
     # Optimisation
 
     # "adam"; or "muon", which moves each weight matrix by the orthogonal factor of its momentum,
     # and all other parameters as Adam does.
-    optimizer: str = setting("adam", choices=OPTIMIZERS, fixed=True)
+    optimizer: str = setting("adam", fixed=True)
     # Length of the run, in passes over the training images. With --resume RUN and more of them, a
     # finished run trains longer.
     epochs: int = setting(45, at_most=10**6)
@@ -375,7 +388,7 @@ class DiffusionConfig:
     warmup_steps: int = setting(0, at_least=0)
     # The learning rate after the warm-up: "constant", or "cosine", which falls to 0 along a half
     # cosine over the whole run.
-    lr_schedule: str = setting("constant", choices=LR_SCHEDULES)
+    lr_schedule: str = "constant"
     # Decay of the weights' moving average (EMA), per step. 0: no EMA; samples use the raw weights.
     ema_decay: float = setting(0.9999, at_most=0.999999)
     # Precision of the network. "auto" is the fastest that the hardware supports. On CUDA, "float32"
@@ -412,90 +425,48 @@ class DiffusionConfig:
     # Images in a grid of samples.
     grid_images: int = setting(16, at_most=1000)
     # The sampler of the grids, "ddpm", "ddim" or "dpm++", with its default settings.
-    grid_sampler: str = setting("dpm++", choices=SAMPLERS)
+    grid_sampler: str = "dpm++"
     # Network calls per sample of a grid, or T if that is less.
     grid_steps: int = 20
 
     def __post_init__(self) -> None:
         check_fields(self)
-        # Cosine betas do not use these three fields, so changing one of them is a mistake.
-        unchanged = (self.beta_start, self.beta_end, self.rescale_betas) == (1e-4, 0.02, True)
-        require(
-            "beta_schedule",
-            self.beta_schedule,
-            unchanged or self.beta_schedule == "linear",
-            '"linear" when beta_start, beta_end or rescale_betas are changed',
-        )
-        build_scheduler(vars(self))
 
     @property
     def effective_batch(self) -> int:
         """The number of images in one step, over all processes."""
         return self.batch_size * self.gradient_accumulation
 
-    def rate_of(self, step: int, total_steps: int) -> float:
-        """Return a step's learning rate: a linear warm-up, times the schedule."""
-        rate = self.learning_rate * min(1.0, (step + 1) / (self.warmup_steps + 1))
-        return rate * LR_SCHEDULES[self.lr_schedule](step, total_steps)
-
-
-def build_scheduler(diffusion: dict) -> NoiseScheduler:
-    """Build the schedule of the fields of a `DiffusionConfig`. Those without a value have defaults.
-
-    Raises ConfigError for values that do not fit.
-    """
-    values = {
-        each.name: checked(each, diffusion.get(each.name, each.default))
-        for each in fields(DiffusionConfig)
-        if "fixed_by_weights" in each.metadata
-    }
-    # It is checked, and is not the schedule's.
-    del values["objective"]
-    try:
-        return NoiseScheduler(values.pop("timesteps_diff"), **values)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-class NetworkConfig:
-    """What the configs of all networks have in common; all but ModelConfig `build` their own."""
-
-    channels: int
-    image_size: int
-    # Whether it draws the details of images at half the size (models/details.py).
-    details = False
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """The shape (C, H, W) of an image."""
-        return self.channels, self.image_size, self.image_size
-
 
 @dataclass(frozen=True)
-class ModelConfig(NetworkConfig):
-    """The arguments of `models.unet.UNet`, or of the network that draws details."""
+class ModelConfig:
+    """The network, and the arguments of `models.unet.UNet`."""
 
     # Height and width of the features in the bottleneck. None: what follows from image_size and
     # dim_multiply.
-    lowest_resolution_size: int | None
+    lowest_resolution_size: int | None = None
     # Channels of each level, from the full resolution down, as multiples of base_dim.
-    dim_multiply: tuple[int, ...] = setting(at_most=1024, not_empty=True)
+    dim_multiply: tuple[int, ...] = setting((1,), at_most=1024)
     # Levels with self-attention, which is no transformer; the name is the reference's. Level 0 is
     # the full resolution. The bottleneck always has it.
-    transformer_layers: tuple[int, ...] = setting(at_least=0)
+    transformer_layers: tuple[int, ...] = setting((), at_least=0)
     # Channels of a level whose multiplier in dim_multiply is 1.
-    base_dim: int = setting(at_least=4, at_most=2**14)
+    base_dim: int = setting(64, at_least=4, at_most=2**14)
 
     # Height and width of the images.
     image_size: int = setting(128, at_most=2**14)
-    # Colour channels: 3, and images are read as RGB; or 1, and they are read as grey.
-    channels: Literal[3, 1] = 3
+    # Colour channels: 3, and files are read as RGB; or 1, and they are read as grey. Arrays of your
+    # own may have any number.
+    channels: int = 3
     # Dropout probability in every residual block.
     dropout: float = setting(0.0, at_most=0.99)
     # Groups of each GroupNorm. A group needs at least 4 channels, so narrow networks need fewer.
     norm_groups: int = 32
-    # Draw the details of images that the network is given at half the size (models/details.py).
-    details: bool = False
+    # The network, by its name in models/networks.py: "unet"; "details", which draws the details of
+    # images that it is given at half the size; or "diffusers", which comes from there.
+    network: str = "unet"
+    # What it is built by beside these fields; "diffusers" has the arguments of a UNet2DModel.
+    arguments: dict | None = setting(None, no_flag=True)
     # The number of labels, which the data decide; 0 without labels.
     label_count: int = setting(0, at_least=0, at_most=10**6, no_flag=True)
 
@@ -507,6 +478,7 @@ class ModelConfig(NetworkConfig):
 
         check("base_dim", self.base_dim % 2 == 0, "even and at least 4")
 
+        check("dim_multiply", self.dim_multiply, "a list of one or more")
         # Each level but the first halves the size.
         levels = len(self.dim_multiply)
         factor = 2 ** (levels - 1)
@@ -535,56 +507,14 @@ class ModelConfig(NetworkConfig):
         )
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """The shape (C, H, W) of an image."""
+        return self.channels, self.image_size, self.image_size
+
+    @property
     def dims(self) -> tuple[int, ...]:
         """The number of channels of each level."""
         return tuple(self.base_dim * multiplier for multiplier in self.dim_multiply)
-
-
-@dataclass(frozen=True)
-class OwnNetwork(NetworkConfig):
-    """What a run knows of a network that no `ModelConfig` describes (docs/python.md)."""
-
-    # The name of its class, which the files of the run have.
-    class_name: str
-    # Height and width of the images.
-    image_size: int
-    # Colour channels.
-    channels: int
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-    def build(self) -> NoReturn:
-        """Raise ConfigError: only its author can build it."""
-        raise ConfigError(
-            f"its network, {self.class_name!r:.100}, is not built by a config; docs/python.md "
-            "says how to load and resume it from Python"
-        )
-
-
-def model_from(values: dict) -> NetworkConfig:
-    """Return what a file says of a network.
-
-    Raises ConfigError as `from_fields` does, and UserError for a network of a missing extra.
-    """
-    kind = OwnNetwork if "class_name" in values else ModelConfig
-    if "unet_2d_model" in values:
-        with door("a network of diffusers"):
-            from extras.diffusers_network import DiffusersNetwork as kind
-    return from_fields(kind, values)
-
-
-def build_network(config: NetworkConfig) -> nn.Module:
-    """Build a network with random weights, f(x_t, t); docs/extending.md adds another class here.
-
-    A config of another kind builds its own, and raises ConfigError if it cannot, or UserError if a
-    library is not installed.
-    """
-    if not isinstance(config, ModelConfig):
-        return config.build()
-    arguments = {**vars(config)}
-    network = DetailsUNet if arguments.pop("details") else UNet
-    return network(**arguments)
 
 
 @dataclass(frozen=True)
@@ -592,7 +522,7 @@ class Experiment:
     """All settings that a run's result depends on."""
 
     diffusion: DiffusionConfig
-    model: NetworkConfig
+    model: ModelConfig
 
     def override(self, **changes) -> "Experiment":
         """Return a copy with some fields of either part replaced, which have no name in common.
@@ -601,8 +531,8 @@ class Experiment:
         """
         model = {name: changes.pop(name) for name in vars(self.model) if name in changes}
         if unknown := sorted(changes.keys() - vars(self.diffusion).keys()):
-            kind = type(self.model).__name__
-            raise ConfigError(f"neither DiffusionConfig nor {kind} has {', '.join(unknown)}")
+            names = ", ".join(unknown)
+            raise ConfigError(f"neither DiffusionConfig nor ModelConfig has {names}")
         return Experiment(replace(self.diffusion, **changes), replace(self.model, **model))
 
     def differences(self, other: "Experiment") -> dict[str, tuple]:
@@ -623,9 +553,6 @@ class Experiment:
     def from_dict(config: dict) -> "Experiment":
         """Invert `to_dict`. Raises ConfigError for fields that are missing, unknown or wrong."""
         return Experiment(
-            from_fields(DiffusionConfig, config["diffusion"]), model_from(config["model"])
+            from_fields(DiffusionConfig, config["diffusion"]),
+            from_fields(ModelConfig, config["model"]),
         )
-
-
-EXPERIMENTS = experiments()
-DEFAULT_EXPERIMENT = "faces"

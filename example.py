@@ -1,8 +1,9 @@
 """DDPM on one page: Denoising Diffusion Probabilistic Models, Ho et al. 2020 (arXiv:2006.11239).
 
 Noise is added to an image x_0 in T small steps, until hardly anything of the image is left. After
-t steps it is called x_t. A network learns to guess the noise eps in x_t. With its guesses, pure
-noise is turned into a new image, step by step. The comments name the paper's equations.
+t steps it is called x_t. A network learns to predict the noise eps in x_t. With its predictions,
+pure noise is turned into a new image, step by step. The comments name the paper's equations, and
+README.md derives them.
 
     python example.py           trains on the emoji people in data/: 10 to 20 minutes on two cores
     python example.py FOLDER    trains on the images in a folder, of any size
@@ -37,10 +38,11 @@ EMA_DECAY = 0.995  # of the moving average of the weights, per step
 # Step t multiplies the image by sqrt(alpha), and adds noise of variance beta = 1 - alpha (Eq. 2).
 # The paper has T = 1000, and betas from 1e-4 to 0.02. With 250 steps sampling takes a quarter of
 # the time, and steps are still small (the comment above `sample` says why they must be). The betas
-# are four times as large, so all steps together add as much noise as the paper's.
+# are four times as large, so all steps together add as much noise as the paper's. beta[t] is that
+# of step t, which leads from t - 1 to t.
 T = 250
 beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
-beta = F.pad(beta, (1, 0))  # (T + 1,): t = 0 is the clean image, where beta is 0
+beta = F.pad(beta, (1, 0))  # t = 0 is the clean image
 alpha = 1 - beta
 # The share of the image's variance that is left in x_t. It falls from 1 to nearly 0, where x_t is
 # pure noise. It is float64, because 1 - alpha_bar would lose digits in float32; the network's
@@ -49,25 +51,29 @@ alpha_bar = alpha.cumprod(0)
 
 
 def loss_of(model, x_0):
-    """Add noise to images x_0 (B, C, H, W), and return the error of the network's guess."""
+    """Add noise to images x_0 (B, C, H, W), and return the loss of the network's prediction.
+
+    Eq. 4 takes all t steps at once: their noises add up to one Gaussian noise.
+    """
     t = torch.randint(1, T + 1, (len(x_0),))
     eps = torch.randn_like(x_0)
     a = alpha_bar[t].view(-1, 1, 1, 1)
-    x_t = (a.sqrt() * x_0 + (1 - a).sqrt() * eps).float()  # Eq. 4: all t steps at once
+    x_t = (a.sqrt() * x_0 + (1 - a).sqrt() * eps).float()  # Eq. 4
     return F.mse_loss(model(x_t, t), eps)  # Eq. 14
 
 
-# Sampling goes the other way, from x_T, which is pure noise, to x_{T-1}, and on to x_0. The guessed
-# noise in x_t gives an estimate x_0_hat of the image: Eq. 4, solved for x_0.
+# Sampling goes the other way, from x_T, which is pure noise, to x_{T-1}, and on to x_0. The
+# predicted noise in x_t gives an estimate x_0_hat of the image: Eq. 4, solved for x_0.
 #
 # Why may a step use x_0_hat? It is no image yet. The squared error is smallest for the average, so
 # the network learns the average noise, and x_0_hat is the average of all images that could have
 # become this x_t: a blur. If it were the image, x_{t-1} would be Gaussian, with the mean and the
 # variance of Eq. 7. In fact x_{t-1} is a mixture of such Gaussians, one for each of these images.
-# The mean of the mixture is exactly that of Eq. 7 with x_0_hat. In a small step the Gaussians lie
-# close together, so the mixture is nearly one Gaussian, with the variance of Eq. 7
-# (docs/why-sampling-works.md derives it). With the fresh noise, x_{t-1} is as noisy as in training,
-# so the network knows such images. It guesses again, and there is a little less noise to guess.
+# The mean of the mixture is exactly that of Eq. 7 with x_0_hat. The centres of the Gaussians are of
+# the order of beta apart, and each is about sqrt(beta) wide: far more, if beta is small. So the
+# mixture is nearly one Gaussian, with the variance of Eq. 7 (docs/why-sampling-works.md derives
+# it). With the fresh noise, x_{t-1} is as noisy as in training, so the network knows such images.
+# It predicts again, and there is a little less noise to predict.
 
 
 @torch.no_grad()
@@ -77,7 +83,7 @@ def sample(model, x_t):
         a, a_before = alpha_bar[t], alpha_bar[t - 1]
         eps = model(x_t, torch.full((len(x_t),), t))
         x_0_hat = (x_t - (1 - a).sqrt() * eps) / a.sqrt()  # Eq. 15
-        x_0_hat = x_0_hat.clamp(-1, 1)  # images are in [-1, 1]
+        x_0_hat = x_0_hat.clamp(-1, 1)  # as images are
         # Eq. 7: where x_{t-1} would be if x_0_hat were the image. At t = 1 the variance is 0.
         mean = a_before.sqrt() * beta[t] * x_0_hat + alpha[t].sqrt() * (1 - a_before) * x_t
         mean = mean / (1 - a)
@@ -108,7 +114,7 @@ def norm_and_convolution(dim_in, dim_out):
 
 
 class UNet(nn.Module):
-    """Guess the noise in x_t (B, 3, SIZE, SIZE) at timesteps t (B,).
+    """Predict the noise in x_t (B, 3, SIZE, SIZE) at timesteps t (B,).
 
     On the way down each block but the first works at half the size of the one before. On the way up
     the size doubles again. There each block also gets the output of the block that had its size on

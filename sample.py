@@ -143,7 +143,7 @@ class SampleFlags(SamplingFlags):
     """The flags of this script."""
 
     # How many images to sample. With torchrun write -n, because torchrun reads --n as its own flag.
-    n: int = setting(36, also=["-n"])
+    n: int = 36
     # Sample the images of the seed with these indices, which count from 0, instead of the first N.
     indices: tuple[int, ...] = setting((), at_least=0)
     # The folder for the written files. An interrupted command that is started again with it goes

@@ -32,7 +32,7 @@ from torch import nn
 # Python looks for modules in this script's folder, not in the repository's root.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import EXPERIMENTS, ModelConfig, build_network
+from config import EXPERIMENTS, ModelConfig
 from extras.diffusers_folder import network_fields
 from extras.diffusers_network import DiffusersUNet
 from functions.denoiser import Denoiser
@@ -47,6 +47,7 @@ from functions.support.device import (
     fast_layout,
     set_deterministic,
 )
+from models.networks import build_network
 
 PACKAGES = ("ours", "diffusers", "lucidrains")
 OUR_SETTINGS = "our settings"
@@ -135,7 +136,7 @@ class Bench:
 
     def step(self) -> None:
         """Make an optimiser step, as train.py does."""
-        denoising_loss(self.denoiser, self.x_0, self.t, self.noise).mean().backward()
+        denoising_loss(self.denoiser, self.x_0, self.t, self.noise)["loss"].mean().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -56,7 +56,7 @@ def run_of(name: str, folder: str = "", **changes: str | int) -> TrainingRun:
 
 def denoising_gradient(denoiser: Denoiser, *batch: Tensor) -> None:
     """Run forward and backward of `denoising_loss`."""
-    denoising_loss(denoiser, *batch).sum().backward()
+    denoising_loss(denoiser, *batch)["loss"].sum().backward()
 
 
 def training(name: str) -> Iterator[Fact]:

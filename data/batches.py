@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
+from data.packed import ImageArray
+
 
 # The next step of an epoch needs the same order.
 @lru_cache(maxsize=1)
@@ -20,17 +22,24 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def gather(
-    images: np.ndarray, inputs: dict[str, np.ndarray], device: torch.device, indices: np.ndarray
+    images: ImageArray, inputs: dict[str, np.ndarray], device: torch.device, indices: np.ndarray
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Copy the images with indices (B,) int64, and their inputs, to the device.
 
-    `images` are uint8 (N, S, S, C), memory-mapped or not, and `inputs` what the network gets beside
-    them, (N, ...) by name. The copies are (B, S, S, C) and (B, ...).
+    `images` are uint8 (N, S, S, C), in memory or on a disk, and `inputs` what the network gets
+    beside them, (N, ...) by name. The copies are (B, S, S, C) and (B, ...).
     """
+    # HDF5 reads rising indices only, each of them once.
+    rising, places = np.unique(indices, return_inverse=True)
 
     def copied(values):
-        # Gathering from a plain array is faster, because np.memmap does bookkeeping in every call.
-        batch = torch.from_numpy(np.asarray(values)[indices])
+        if isinstance(values, np.ndarray):
+            # Gathering from a plain array is faster, because np.memmap does bookkeeping in every
+            # call.
+            rows = np.asarray(values)[indices]
+        else:
+            rows = np.asarray(values[rising])[places]
+        batch = torch.from_numpy(rows)
         if device.type == "cuda":
             # The CPU does not wait for this copy. PyTorch's allocator of pinned memory reuses the
             # buffer only after it is done.

@@ -107,8 +107,10 @@ def read_torchvision_set(name: str, download: bool = False) -> Source:
     return sets.read_set(name, DATA_FOLDER, download)
 
 
-def split_images(image_set: ImageSet, split: str) -> Split:
-    """Split a set by its rule. `split`, for FFHQ, is "reference" or "official".
+def hold_out(image_set: ImageSet, split: str) -> tuple[np.ndarray, str]:
+    """Return which images of a set are held out, bool (N,), and in words the rule that says so.
+
+    `split`, for FFHQ, is "reference" or "official".
 
     - "FFHQ": ids from 63,000 on are held out, or from 60,000 on with "official". A part of FFHQ
       with images on only one side is split as by "id".
@@ -116,29 +118,26 @@ def split_images(image_set: ImageSet, split: str) -> Split:
     - "name": an image is held out if the hash of its file's name, without folders, is below
       HELD_OUT, or the lowest. So it stays on its side, whatever is added to the set.
     - Otherwise, images on the side of this name are held out, as `find_source` has decided.
-
-    Raises UserError when no image is left for training or for validation.
     """
     ids = image_set.ids
-    names = image_set.names
     rule = image_set.rule
     count = len(ids)
     first = 60_000 if split == "official" else 63_000
     if rule == "FFHQ" and ids[0] < first <= ids[-1]:
-        held_out = np.array(ids) >= first
-        reason = f"FFHQ's ids from {first:,} on"
-    elif rule in ("FFHQ", "id"):
-        held_out = np.arange(count) >= count - max(1, count // 10)
-        reason = "the last 10% by id"
-    elif rule == "name":
-        files = [name.rpartition("/")[2] for name in names]
+        return np.array(ids) >= first, f"FFHQ's ids from {first:,} on"
+    if rule in ("FFHQ", "id"):
+        return np.arange(count) >= count - max(1, count // 10), "the last 10% by id"
+    if rule == "name":
+        files = [name.rpartition("/")[2] for name in image_set.names]
         hashes = np.array([int(sha256(file)[:8], 16) / 16**8 for file in files])
-        held_out = hashes <= max(HELD_OUT, hashes.min())
-        reason = "by a hash of each name"
-    else:
-        held_out = np.array(image_set.sides) == rule
-        reason = f"its {rule} images"
+        return hashes <= max(HELD_OUT, hashes.min()), "by a hash of each name"
+    return np.array(image_set.sides) == rule, f"its {rule} images"
 
+
+def split_images(image_set: ImageSet, split: str) -> Split:
+    """Split a set as `hold_out` says. Raises UserError when a side has no image."""
+    held_out, reason = hold_out(image_set, split)
+    names = image_set.names
     train_indices = np.flatnonzero(~held_out)
     val_indices = np.flatnonzero(held_out)
     name = printable(image_set.name)

@@ -1,30 +1,31 @@
-"""Decode and resize every image of a source once, into one packed file, and memory-map the file.
+"""Decode and resize every image of a source once, into one NumPy file, and memory-map the file.
 
-<name>-<S>px.packed contains uint8 (N, S, S, 3), and <name>-<S>px-grey.packed (N, S, S, 1). The
-.json next to it is its record, with a hash of all that decides the pixels, and one of these.
+<name>-<S>px.packed.npy contains uint8 (N, S, S, 3), and <name>-<S>px-grey.packed.npy (N, S, S, 1).
+The .json next to it is its record, with a hash of all that decides the pixels, and one of these.
 """
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO, Protocol
 
 import numpy as np
+from numpy.lib import format as npy
 from tqdm import tqdm
 
 from data.decode import BadImage, fit_square, open_image, to_pixels
 from data.pixels import picture_of
 from data.sources import Source
 from functions.support.errors import CheckpointError, UserError, printable
-from functions.support.files import holding, read_json, sha256, write_text
+from functions.support.files import read_json, replacing, sha256, write_text
 
 # Increase this whenever the same files would give different pixels, or another record. Then all
 # packs are made again.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 # (C, S, S): the number of channels, and the side in pixels
 Shape = tuple[int, int, int]
@@ -33,13 +34,23 @@ Shape = tuple[int, int, int]
 CHUNK = 1000
 
 
+class ImageArray(Protocol):
+    """Images uint8 (N, S, S, C), as NumPy's, HDF5's and Zarr's arrays are."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    def __getitem__(self, indices: np.ndarray) -> np.ndarray:
+        """Return the images with B indices, which rise: uint8 (B, S, S, C)."""
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """The images of a data set, uint8 (N, S, S, C), and their N sorted ids (int or str)."""
 
     name: str
-    # The array is a memory map, unless the set is only a part of a pack.
-    images: np.ndarray
+    # A pack's array is a memory map, and a part of it is not.
+    images: ImageArray
     ids: list
     # Each image's name is that of its `Member`.
     names: list[str]
@@ -69,14 +80,7 @@ def open_packed(source: Source, shape: Shape, max_bad_images: int) -> ImageSet:
     facts += [member[:2] for member in source.members.values()]
     key = sha256(json.dumps(facts))
     path = pack_path(source, shape)
-    record = read_record(path, key)
-    if record is None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        advice = "while one process prepares images there, start no other"
-        with holding(Path(f"{path}.lock"), advice):
-            # Another process may have made it while this one waited for the lock.
-            record = read_record(path, key) or write_pack(path, key, source, shape)
-
+    images, record = read_pack(path, key) or write_pack(path, key, source, shape)
     bad_images = record["bad_images"]
     if len(bad_images) > max_bad_images or not record["ids"]:
         first = ", ".join(f"{printable(name)} ({reason})" for name, reason in bad_images[:3])
@@ -95,7 +99,7 @@ def open_packed(source: Source, shape: Shape, max_bad_images: int) -> ImageSet:
     members = [source.members[i] for i in record["ids"]]
     return ImageSet(
         name=path.name,
-        images=np.memmap(path, np.uint8, "r", shape=tuple(record["shape"])),
+        images=images,
         ids=record["ids"],
         names=[member.name for member in members],
         rule=source.rule,
@@ -112,7 +116,7 @@ def pack_path(source: Source, shape: Shape) -> Path:
 
     # The name does not depend on the source's content, so a new pack replaces an outdated one.
     grey = "-grey" if channels == 1 else ""
-    name = f"{path.name}-{image_size}px{grey}.packed"
+    name = f"{path.name}-{image_size}px{grey}.packed.npy"
     # The pack of a folder is inside it, so that a moved folder keeps its pack.
     folder = path if path.is_dir() else path.parent
     if os.access(folder, os.W_OK):
@@ -123,47 +127,39 @@ def pack_path(source: Source, shape: Shape) -> Path:
     return Path(cache, "ddpm-packed-images", sha256(ascii(path))[:8], name)
 
 
-def read_record(path: Path, key: str) -> dict | None:
-    """Return a pack's record, or None if it is missing, outdated, or that of another size.
+def read_pack(path: Path, key: str) -> tuple[np.memmap, dict] | None:
+    """Map a pack, and read its record; None if one of them is missing, outdated or cut short.
 
     The pixels were hashed when they were written, and are not read again.
     """
     try:
         record = read_json(Path(f"{path}.json"))
-    except CheckpointError:
+        images = npy.open_memmap(path, "r")
+    except (CheckpointError, FileNotFoundError, ValueError):
         return None
-    if record.get("key") != key or not path.is_file():
-        return None
-    return record if path.stat().st_size == math.prod(record["shape"]) else None
+    return (images, record) if record.get("key") == key else None
 
 
-def write_pack(path: Path, key: str, source: Source, shape: Shape) -> dict:
-    """Write the pixels of all usable images to a packed file, and its record, which is returned.
+def write_pack(path: Path, key: str, source: Source, shape: Shape) -> tuple[np.memmap, dict]:
+    """Write the pixels of all usable images, and their record, and return what `read_pack` does.
 
-    Prints a summary.
+    Of two processes that do so at once the last one's files stay. Prints a summary.
     """
-    # Without its record a file is not used, so nothing is wrong after a kill. The old file is
-    # deleted and not overwritten, because a training may still read it.
+    path.parent.mkdir(parents=True, exist_ok=True)
     record_path = Path(f"{path}.json")
-    record_path.unlink(missing_ok=True)
-    path.unlink(missing_ok=True)
-    try:
-        record = {"key": key} | write_images(path, source, shape)
-        write_text(record_path, json.dumps(record))
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-    finally:
-        # Half a pack would only fill the disk.
-        if not record_path.exists():
-            path.unlink(missing_ok=True)
+    # A training that reads the old file keeps it, and nothing is wrong after a kill: without its
+    # record a file is not used.
+    with replacing(path) as temporary:
+        record = {"key": key} | write_images(temporary, source, shape)
+        record_path.unlink(missing_ok=True)
+    write_text(record_path, json.dumps(record))
     print(record["summary"])
-    return record
+    return npy.open_memmap(path, "r"), record
 
 
 def write_images(path: Path, source: Source, shape: Shape) -> dict:
     """Write the pixels of all usable images to a file, and return their record."""
-    channels, image_size, _ = shape
+    image_size = shape[1]
     ids = []
     bad_images = []
     smaller_count = 0
@@ -171,6 +167,7 @@ def write_images(path: Path, source: Source, shape: Shape) -> dict:
     name = source.path.absolute().name
     digest = hashlib.sha256()
     with open(path, "wb") as file:
+        write_header(file, 0, shape)
         images = map_images(source, shape)
         # A small set finishes within the delay and shows no progress bar.
         images = tqdm(images, f"Preparing {name}", len(source.members), unit="img", delay=1.0)
@@ -183,17 +180,23 @@ def write_images(path: Path, source: Source, shape: Shape) -> dict:
             digest.update(image)
             ids.append(image_id)
             smaller_count += side < image_size
-        file.flush()
-        os.fsync(file.fileno())
+        file.seek(0)
+        write_header(file, len(ids), shape)
     smaller = f", {smaller_count:,} smaller than that" if smaller_count else ""
     return {
-        "shape": [len(ids), image_size, image_size, channels],
         "ids": ids,
         "pixels_hash": digest.hexdigest()[:16],
         "summary": f"{printable(name)}: {len(ids):,} images at {image_size}x{image_size}, "
         f"{len(bad_images):,} left out{smaller}",
         "bad_images": bad_images,
     }
+
+
+def write_header(file: BinaryIO, count: int, shape: Shape) -> None:
+    """Write NumPy's header for so many images. It has the same length for each count."""
+    channels, image_size, _ = shape
+    shape = (count, image_size, image_size, channels)
+    npy.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
 
 def map_images(source: Source, shape: Shape) -> Iterator[tuple[np.ndarray, int] | BadImage]:

@@ -21,7 +21,7 @@ from functions.support.errors import UserError, door
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
 # Hidden files, macOS's metadata of others, and the packs of a folder, which lie in it.
-PASSED_OVER = re.compile(r"(.*/)?(\.[^/]|__MACOSX)|.*\.packed(\.json|\.lock)?$")
+PASSED_OVER = re.compile(r"(.*/)?(\.[^/]|__MACOSX)|.*\.packed\.npy(\.json)?$")
 
 # A name with a number: folders, a prefix and the number, as in x/img00000012.png.
 NUMBERED_NAME = re.compile(r"(?:.*/)?([A-Za-z_-]*)(\d{1,18})(?:\.\w+)?")
@@ -69,6 +69,33 @@ def find_source(path: str | os.PathLike, rule: str = "name") -> Source:
     cannot be read.
     """
     path = Path(path).expanduser()
+    images, others = list_images(path)
+    folders = [image.name.split("/")[:-1] for image in images]
+    # The zip of a folder often has that folder itself, and all others in it.
+    level = int(len({"".join(each[:1]) for each in folders}) == 1)
+    sides = ["".join(each[level : level + 1]).lower() for each in folders]
+    if rule == "name" and "train" in sides:
+        rule = next((side for side in HELD_OUT_FOLDERS if side in sides), rule)
+    by_folder = rule in HELD_OUT_FOLDERS
+    source = Source(path, {}, rule, others)
+    ids = choose_ids([image.name for image in images])
+    # No two ids are equal, so only ids are compared.
+    for image_id, image, above, side in sorted(zip(ids, images, folders, sides, strict=True)):
+        if by_folder and side not in ("train", rule):
+            source.others += 1
+            continue
+        # Neither the folder of a side nor one of FFHQ's is a label.
+        is_label = rule != "FFHQ" and not (by_folder and len(above) == level + 1)
+        label = image.label if is_label else None
+        source.members[image_id] = image._replace(side=side, label=label)
+    return source
+
+
+def list_images(path: Path) -> tuple[list[Member], int]:
+    """List the images at a path, each with its label, and count the other files.
+
+    A label is the nearest folder, or that of a row. Raises what `find_source` does.
+    """
     is_zip = path.suffix.lower() == ".zip"
     files = list_zip(path) if is_zip else list_folder(path)
     images = [file for file in files if file.name.lower().endswith(IMAGE_EXTENSIONS)]
@@ -84,26 +111,9 @@ def find_source(path: str | os.PathLike, rule: str = "name") -> Source:
     if tables:
         with door(str(path)):
             from extras.parquet import list_parquet
-        images = list_parquet(path, sorted(tables))
-
-    folders = [image.name.split("/")[:-1] for image in images]
-    # The zip of a folder often has that folder itself, and all others in it.
-    level = int(len({"".join(each[:1]) for each in folders}) == 1)
-    sides = ["".join(each[level : level + 1]).lower() for each in folders]
-    if rule == "name" and "train" in sides:
-        rule = next((side for side in HELD_OUT_FOLDERS if side in sides), rule)
-    source = Source(path, {}, rule, others)
-    ids = choose_ids([image.name for image in images])
-    # No two ids are equal, so only ids are compared.
-    for image_id, image, above, side in sorted(zip(ids, images, folders, sides, strict=True)):
-        if rule in HELD_OUT_FOLDERS:
-            if side not in ("train", rule):
-                source.others += 1
-                continue
-            del above[level]
-        label = image.label if tables or rule == "FFHQ" else [None, *above][-1]
-        source.members[image_id] = image._replace(side=side, label=label)
-    return source
+        return list_parquet(path, sorted(tables)), others
+    labels = [[None, *image.name.split("/")][-2] for image in images]
+    return [i._replace(label=label) for i, label in zip(images, labels, strict=True)], others
 
 
 def list_folder(path: Path) -> list[Member]:

@@ -6,15 +6,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from config import ConfigError, Experiment, build_scheduler
+from config import Experiment
 from data.batches import augment
 from data.datasets import ImageSet
 from data.pixels import to_model_range
 from functions.denoiser import Denoiser
 from functions.details import LOG_SNR_SHIFT, STD, details, shrink
 from functions.enlarging import enlarge
-from functions.noise_scheduler import broadcast
+from functions.noise_scheduler import broadcast, build_scheduler
 from functions.support.random_numbers import generator_of, image_noise
+from functions.support.settings import ConfigError
 from functions.training.data import TrainingData, cut
 
 # The share of pieces that are parts of photos; the others are whole photos, shrunk.
@@ -52,12 +53,18 @@ class DetailsData(TrainingData):
     double both. Raises ConfigError for labels, and for a size that is no multiple of 4.
     """
 
-    def __init__(self, experiment: Experiment, image_set: ImageSet, device: torch.device):
-        super().__init__(experiment, image_set, device)
+    def __init__(
+        self,
+        experiment: Experiment,
+        image_set: ImageSet,
+        device: torch.device,
+        no_inputs: dict[str, float | Tensor],
+    ):
+        super().__init__(experiment, image_set, device, no_inputs)
         channels, size, _ = self.image_shape
         if size % 4 or self.config.labels:
             raise ConfigError(
-                "details = True needs an image_size that is a multiple of 4, without labels"
+                "a network of details needs an image_size that is a multiple of 4, without labels"
             )
         self.piece_shape = channels, size // 2, size // 2
         scheduler = build_scheduler(vars(self.config))

@@ -5,22 +5,21 @@
     scheduler/                                  T, betas, the network's objective, the sampler
 
 The oldest published pipelines have all files in one folder. The network stays one of diffusers
-(`DiffusersNetwork` in diffusers_network.py). Betas and objective become ours. A field of the
+(diffusers_network.py). Betas and objective become ours. A field of the
 scheduler that has no counterpart here is refused by its name.
 """
 
 import os
+import re
 import shutil
 from inspect import signature
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
+from torch import Tensor
 
-from config import ConfigError, DiffusionConfig, ModelConfig, build_network
+from config import DiffusionConfig, ModelConfig
 from extras.diffusers_network import (
-    DiffusersNetwork,
     DiffusersUNet,
     import_diffusers,
     refusing_errors,
@@ -30,6 +29,8 @@ from functions.saved.checkpoint import SavedModel, copy_tensors, digest_of, mode
 from functions.saved.run_folder import RUN_NAME, RUNS
 from functions.support.errors import CheckpointError, UserError, printable
 from functions.support.files import check_file, read_json
+from functions.support.settings import ConfigError, from_fields
+from models.networks import build_network
 from models.unet import BLOCKS_DOWN
 
 # The objectives and the variances by diffusers' words.
@@ -49,6 +50,22 @@ SUPPORTED = {
     "sample_size": range(1, 2**14),
     "class_embed_type": [None],
     "num_class_embeds": [None],
+}
+# What replaces what in a name of our `UNet`, one after the other, to make it that of diffusers.
+NAMES = {
+    r"^(down|up)\.": r"\1_blocks.",
+    r"\.blocks\.": ".resnets.",
+    r"^middle_block_1": "mid_block.resnets.0",
+    r"^middle_block_2": "mid_block.resnets.1",
+    r"^middle_attention": "mid_block.attentions.0",
+    r"(norm|conv)_(\d)": r"\1\2",
+    r"time_projection": "time_emb_proj",
+    r"shortcut": "conv_shortcut",
+    r"\.(down|up)sample\.": r".\1samplers.0.",
+    r"\.norm\.": ".group_norm.",
+    r"\.(q)uery\.|\.(k)ey\.|\.(v)alue\.": r".to_\1\2\3.",
+    r"\.out\.": ".to_out.0.",
+    r"^norm_out": "conv_norm_out",
 }
 # Other pipelines, such as those of latents, sample something else with the same network.
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
@@ -117,8 +134,13 @@ def read_folder(path: Path) -> SavedModel:
     if isinstance(size, (list, tuple)) and len({*size}) == 1:
         arguments["sample_size"] = size[0]
     check_supported(arguments, SUPPORTED | {"out_channels": [arguments["in_channels"]]})
-    model = DiffusersNetwork(arguments)
-    config = {"diffusion": our_schedule(schedule), "model": vars(model)}
+    model = {
+        "image_size": arguments["sample_size"],
+        "channels": arguments["in_channels"],
+        "network": "diffusers",
+        "arguments": arguments,
+    }
+    config = {"diffusion": our_schedule(schedule), "model": model}
     # diffusers draws missing weights at random.
     if any(loading.values()):
         raise ConfigError(f"the weights do not fit the network: {loading}")
@@ -126,7 +148,9 @@ def read_folder(path: Path) -> SavedModel:
     # Such files have no checksum, and diffusers builds networks that do not run, such as for sizes
     # that levels do not halve, or that take the logarithm of t = 0.
     with refusing_errors(), torch.no_grad():
-        output = network(torch.zeros(1, *model.image_shape), torch.tensor([0]))
+        output = network(
+            torch.zeros(1, *from_fields(ModelConfig, model).image_shape), torch.tensor([0])
+        )
     if not output.isfinite().all():
         raise ConfigError("the network's output at t = 0 has infinite values or NaN")
 
@@ -207,17 +231,17 @@ def write_folder(saved: SavedModel, folder: Path) -> None:
         timestep_spacing="trailing",
     )
     try:
-        if saved.model.details:
-            raise ConfigError("it draws details")
+        if saved.model.network not in ("unet", "diffusers"):
+            raise ConfigError(f"its network is {saved.model.network!r}")
         if saved.label_names:
             raise ConfigError("it was trained with labels")
         network = build_network(saved.model)
         copy_tensors(saved.weights, network.state_dict(), saved.path)
-        if isinstance(saved.model, ModelConfig):
+        if saved.model.network == "unet":
             with refusing_errors():
-                theirs = DiffusersUNet(diffusers.UNet2DModel(**network_fields(saved.model)))
-            copy_weights(network, theirs, saved.model)
-            network = theirs
+                unet = diffusers.UNet2DModel(**network_fields(saved.model))
+            unet.load_state_dict(renamed(network.state_dict(), unet.state_dict()))
+            network = DiffusersUNet(unet)
     except ConfigError as error:
         raise CheckpointError(
             f"{saved.path}: diffusers has no such model ({printable(error)}); export it to a file, "
@@ -256,37 +280,12 @@ def network_fields(model: ModelConfig) -> dict:
     }
 
 
-@torch.no_grad()
-def copy_weights(ours: nn.Module, theirs: nn.Module, model: ModelConfig) -> None:
-    """Copy the weights of our `UNet` of a config to the `DiffusersUNet` of the same architecture.
-
-    They are paired in the order in which both networks use them. Raises ConfigError unless both
-    then compute the same. Both are in float64 afterwards.
-    """
-    # Of a large image a part is enough, such that the bottleneck has two pixels.
-    size = min(model.image_size, max(64, 2 ** len(model.dims)))
-    x_t = torch.randn(1, model.channels, size, size, dtype=torch.float64)
-    expected, weights = compute(ours.double().eval(), x_t)
-    _, copies = compute(theirs.double().eval(), x_t)
-    if [weight.numel() for weight in weights] != [copy.numel() for copy in copies]:
-        raise ConfigError("its network has other weights")
-    for weight, copy in zip(weights, copies, strict=True):
+def renamed(weights: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of our `UNet` by the names of `theirs`, those of a UNet2DModel."""
+    result = {}
+    for name, weight in weights.items():
+        for ours, other in NAMES.items():
+            name = re.sub(ours, other, name)
         # Some of our 1 x 1 convolutions are matrices of diffusers.
-        copy.copy_(weight.reshape(copy.shape))
-    output, _ = compute(theirs, x_t)
-    error = (output - expected).norm() / expected.norm()
-    if not error <= 1e-6:
-        raise ConfigError(f"its network computes something else, by a relative {error:.1g}")
-
-
-def compute(network: nn.Module, x_t: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Return a network's output (B, C, H, W), and its weights in the order of their use."""
-    weights = []
-
-    def on_call(layer, inputs, output):
-        weights.extend(layer.parameters(recurse=False))
-
-    # Both compute the time embedding in float32, whose rounding errors are small for a small t.
-    with register_module_forward_hook(on_call):
-        output = network(x_t, torch.tensor([1]))
-    return output, weights
+        result[name] = weight.reshape(theirs[name].shape)
+    return result

@@ -1,46 +1,26 @@
-"""A network of diffusers: its config, and the network, which is called as ours is.
+"""A network of diffusers, which is called as ours is.
 
 diffusers is an option: only models of that library need its package.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import ModuleType
 
 from torch import Tensor, nn
 
-from config import NetworkConfig
 from functions.support.errors import UserError
-from functions.support.settings import ConfigError, setting
+from functions.support.settings import ConfigError
 
 
-@dataclass(frozen=True)
-class DiffusersNetwork(NetworkConfig):
-    """A network of diffusers, which that library builds (docs/diffusers-models.md)."""
+def build(arguments: dict) -> "DiffusersUNet":
+    """Build a `UNet2DModel` of these arguments with random weights.
 
-    # The arguments of its `UNet2DModel`.
-    unet_2d_model: dict = setting(no_flag=True)
-
-    @property
-    def image_size(self) -> int:
-        """Height and width of the images."""
-        return self.unet_2d_model["sample_size"]
-
-    @property
-    def channels(self) -> int:
-        """Colour channels."""
-        return self.unet_2d_model["in_channels"]
-
-    def build(self) -> nn.Module:
-        """Build it with random weights.
-
-        Raises ConfigError for what diffusers cannot build, and UserError when it is not installed.
-        """
-        diffusers = import_diffusers()
-        with refusing_errors():
-            unet = diffusers.UNet2DModel(**self.unet_2d_model)
-        return DiffusersUNet(unet)
+    Raises ConfigError for what diffusers cannot build, and UserError when it is not installed.
+    """
+    diffusers = import_diffusers()
+    with refusing_errors():
+        return DiffusersUNet(diffusers.UNet2DModel(**arguments))
 
 
 class DiffusersUNet(nn.Module):

@@ -20,11 +20,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image, ImageSequence
 
-from config import EXPERIMENTS, build_network
+from config import EXPERIMENTS
 from data.batches import rotate
 from data.datasets import load_images
 from data.pixels import to_model_range, to_uint8
@@ -42,6 +41,7 @@ from functions.support.pictures import save_figure, save_grid, save_image
 from functions.support.random_numbers import generator_of
 from functions.training.metrics import plot_losses
 from models.blocks import Downsample, ResidualBlock, SelfAttention, Upsample
+from models.networks import build_network
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "figures"
@@ -69,7 +69,7 @@ COMMANDS = {
 
 # Plots stay PNG. All other pictures become WebP, a tenth as large and as good to the eye, because
 # each one that is drawn again stays in the history of the repository.
-PLOTS = ("schedule.png", "unet.png", "losses.png")
+PLOTS = ("schedule.png", "v.png", "unet.png", "losses.png")
 
 # The weights of classifier-free guidance that are compared.
 LABEL_WEIGHTS = (1, 3)
@@ -92,6 +92,7 @@ def main() -> None:
 
     draw_cumulative_noise()
     draw_schedule()
+    draw_v()
     draw_unet()
     draw_rotation()
     with tempfile.TemporaryDirectory() as temporary:
@@ -132,14 +133,34 @@ def draw_cumulative_noise() -> None:
 
 
 def draw_schedule() -> None:
-    """Draw alpha_bar over t."""
-    figure = Figure(figsize=(5.2, 3))
+    """Draw alpha_bar over t, with the log-SNR of some t under the axis."""
+    figure = Figure(figsize=(5.2, 3.2))
     axis = figure.subplots()
     # Code t is one less than the paper's, and t = 0 is the image.
     axis.plot([1.0, *SCHEDULER.alphas_cumprod.tolist()])
-    axis.set(xlabel="t", ylabel=r"$\bar\alpha_t$, share of the image's variance left")
+    log_snr = {t: f"{SCHEDULER.log_snr(t - 1):.1f}" for t in (250, 500, 750, 999)}
+    axis.set_xticks([0, *log_snr], [f"{t}\n{value}" for t, value in {0: "inf", **log_snr}.items()])
+    axis.set(xlabel="t, and under it the log-SNR", ylabel=r"$\bar\alpha_t$, share of variance left")
     axis.grid(color="0.92")
     save_figure(figure, FIGURES / "schedule.png")
+
+
+def draw_v() -> None:
+    """Draw the quarter circle on which x_t moves from the image to the noise, and v along it."""
+    figure = Figure(figsize=(3.6, 3.1))
+    axis = figure.subplots()
+    angles = np.linspace(0, np.pi / 2, 100)
+    axis.plot(np.cos(angles), np.sin(angles), "--", color="0.6")
+    cos, sin = np.cos(np.pi / 4), np.sin(np.pi / 4)
+    ends = {"$x_0$": (1, 0), r"$\epsilon$": (0, 1), "$x_t$": (cos, sin)}
+    for name, end in ends.items():
+        axis.annotate("", end, (0, 0), arrowprops={"arrowstyle": "->"})
+        axis.annotate(name, end, (6, 3), textcoords="offset points", fontsize=13)
+    axis.annotate("", (cos - sin / 2, sin + cos / 2), (cos, sin), arrowprops={"color": "tab:red"})
+    axis.text(cos - sin / 2, sin + cos / 2 + 0.03, "$v$", fontsize=13, color="tab:red")
+    axis.set(xlim=(-0.05, 1.2), ylim=(-0.05, 1.2), aspect="equal")
+    axis.axis("off")
+    save_figure(figure, FIGURES / "v.png")
 
 
 def draw_unet() -> None:
@@ -287,17 +308,20 @@ def draw_people(run: Path) -> None:
 
 
 def draw_enlarged() -> None:
-    """Draw samples of the recipe, then as each enlarger leaves them, in rows of equal height."""
+    """Draw one sample of the recipe at each size: as the model leaves it, and each doubling."""
     recipe = open_saved(PRETRAINED, "--device cpu")
     models = recipe.models
-    parts = [models.enlargers[:k] for k in range(len(models.enlargers) + 1)]
-    rows = [
-        generate(replace(recipe, models=replace(models, enlargers=enlargers)), range(8))
-        for enlargers in parts
-    ]
-    # Each pixel of a small sample becomes a square.
-    rows = [F.interpolate(samples, rows[-1].shape[-1]) for samples in rows]
-    save_grid(to_uint8(torch.cat(rows)), FIGURES / "enlarged.png", columns=8)
+    columns = {}
+    for count in range(len(models.enlargers) + 1):
+        enlargers = models.enlargers[:count]
+        pixels = draw_pixels(replace(recipe, models=replace(models, enlargers=enlargers)), 3)
+        columns[f"{pixels.shape[1]} px"] = pixels[-1:]
+    # Each pixel of a small sample becomes a square, so that all are as large as the last.
+    largest = pixels.shape[1]
+    for title, image in columns.items():
+        times = largest // image.shape[1]
+        columns[title] = image.repeat(2 * times, axis=1).repeat(2 * times, axis=2)
+    save_strip(columns, FIGURES / "enlarged.png")
 
 
 def draw_labels(run: Path) -> None:

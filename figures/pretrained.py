@@ -211,12 +211,13 @@ def detail_errors(denoiser: Denoiser, photos: Tensor) -> dict[str, str]:
 
 
 def write_table(path: Path, rows: dict[str, str]) -> None:
-    """Write a card with this table, {name: value}, and with the text that it has under its own."""
-    text = path.read_text() if path.exists() else ""
-    _, heading, by_hand = text.partition("\n## ")
+    """Write a card with this table, {name: value}, and the title and text that it has by hand."""
+    text = path.read_text() if path.exists() else f"# `{rows['file']}`\n"
+    title, _, rest = text.partition("\n")
+    _, heading, by_hand = rest.partition("\n## ")
     table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
     written = "This table was written by `python -m figures.pretrained`."
-    head = f"# {rows['file']}\n\n| | |\n|---|---|\n{table}\n{written}\n"
+    head = f"{title}\n\n| | |\n|---|---|\n{table}\n{written}\n"
     write_text(path, head + heading + by_hand)
 
 

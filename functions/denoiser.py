@@ -9,11 +9,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from inspect import Parameter, signature
 
 import torch
 from torch import Tensor, nn
 
-from functions.noise_scheduler import Coefficient, NoiseScheduler, Timestep
+from functions.noise_scheduler import NoiseScheduler, Timestep
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,6 @@ class Objective:
     target: Callable[..., Tensor]
     # (scheduler, x_t, t, output) -> the x_0 and the eps that x_t and the output imply.
     from_output: Callable[..., tuple[Tensor, Tensor]]
-    # (scheduler, t) -> the factor that turns the squared error of the output into that of eps.
-    # Logs have the errors of eps, too, so that networks of all objectives can be compared.
-    eps_factor: Callable[..., Coefficient]
     # The `prediction_type` of diffusers.
     diffusers: str
 
@@ -37,20 +35,35 @@ OBJECTIVES = {
     "eps": Objective(
         target=lambda scheduler, x_0, t, noise: noise,
         from_output=lambda scheduler, x_t, t, eps: (scheduler.predict_x_0(x_t, t, eps), eps),
-        eps_factor=lambda scheduler, t: 1.0,
         diffusers="epsilon",
     ),
     # Salimans and Ho 2022, arXiv:2202.00512, Section 4:
     #     v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0
     #     x_0 = sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v
-    # An error d of v is an error of sqrt(alpha_bar) d in eps, and of -sqrt(1 - alpha_bar) d in x_0.
     "v": Objective(
         target=NoiseScheduler.v,
         from_output=NoiseScheduler.predict_from_v,
-        eps_factor=NoiseScheduler.alpha_bar,
         diffusers="v_prediction",
     ),
 }
+
+
+def inputs_of(network: Callable[..., Tensor]) -> dict[str, Parameter]:
+    """Return what a network takes beside x_t and t, by name.
+
+    If its `forward` takes **inputs, they are those of its `embed(t, ...)`, such as a `UNet`'s.
+    """
+    call = network.forward if isinstance(network, nn.Module) else network
+    _, _, *others = signature(call).parameters.values()
+    if others and others[-1].kind == Parameter.VAR_KEYWORD:
+        _, *embedded = signature(network.embed).parameters.values()
+        others = [*others[:-1], *embedded]
+    return {each.name: each for each in others}
+
+
+def no_inputs_of(network: nn.Module) -> dict[str, float | Tensor]:
+    """Return the value of each input that stands for none: the network's `no_inputs`, or {}."""
+    return getattr(network, "no_inputs", {})
 
 
 class Predictor(ABC):

@@ -19,6 +19,8 @@ Equations without a source are those of Ho et al., "Denoising Diffusion Probabil
 
 import math
 from collections.abc import Sequence
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,8 +43,9 @@ def broadcast(coefficient: Coefficient, x: Tensor) -> Coefficient:
     return coefficient.to(x).view(-1, *[1] * (x.dim() - 1))
 
 
-def linear_betas(timesteps: int, beta_start: float, beta_end: float, scale: float) -> Tensor:
-    """Return betas that rise linearly (Section 4), times `scale`: (T,) float64."""
+def linear_betas(timesteps: int, beta_start: float, beta_end: float, rescale_betas: bool) -> Tensor:
+    """Return betas that rise linearly (Section 4), times 1000 / T if rescaled: (T,) float64."""
+    scale = PAPER_TIMESTEPS / timesteps if rescale_betas else 1.0
     first = scale * beta_start
     last = scale * beta_end
     if not 0 < first <= last < 1:
@@ -54,11 +57,11 @@ def linear_betas(timesteps: int, beta_start: float, beta_end: float, scale: floa
     return torch.linspace(first, last, timesteps, dtype=torch.float64)
 
 
-def cosine_betas(timesteps: int, *_: float) -> Tensor:
+def cosine_betas(timesteps: int) -> Tensor:
     """Return the cosine schedule of Nichol and Dhariwal 2021, arXiv:2102.09672: (T,) float64.
 
     Its alpha_bar is proportional to cos^2(pi / 2 * (t / T + 0.008) / 1.008) (Eq. 17). Betas are
-    at most 0.999. It ignores the arguments of linear betas.
+    at most 0.999.
     """
     # Here t is the paper's, 0 .. T, and t = 0 is the clean image.
     t = torch.arange(timesteps + 1, dtype=torch.float64)
@@ -66,7 +69,8 @@ def cosine_betas(timesteps: int, *_: float) -> Tensor:
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
 
 
-# The values of a config's `beta_schedule`: (T, beta_start, beta_end, scale) -> betas (T,) float64.
+# The values of a config's `beta_schedule`: functions of T that return betas (T,) float64. They take
+# those of beta_start, beta_end and rescale_betas that their signatures name.
 BETA_SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
 
 
@@ -98,8 +102,8 @@ class NoiseScheduler:
         timesteps: T, at least 2.
         beta_start, beta_end: the first and the last beta for T = 1000, between 0 and 1.
         rescale_betas: multiply both by 1000 / T, so that x_T has nearly the same noise for every T.
-        beta_schedule: a key of BETA_SCHEDULES. "cosine" ignores `beta_start`, `beta_end` and
-            `rescale_betas`.
+        beta_schedule: a key of BETA_SCHEDULES. One of the three arguments before it that its
+            function does not take must have its default.
         log_snr_shift: the betas are changed so that this is added to the log-SNR at every t.
             Below 0 it adds noise, for images above 64 x 64.
         betas: T betas of one's own, in place of those of `beta_schedule`.
@@ -120,9 +124,16 @@ class NoiseScheduler:
         self.timesteps = timesteps
         if beta_schedule not in BETA_SCHEDULES:
             raise ValueError(
-                f"beta_schedule is {beta_schedule!r}; it can be {' or '.join(BETA_SCHEDULES)}"
+                f"beta_schedule is {beta_schedule!r}; it must be {' or '.join(BETA_SCHEDULES)}"
             )
-        scale = PAPER_TIMESTEPS / timesteps if rescale_betas else 1.0
+        if not 2 <= timesteps <= LARGEST_TIMESTEPS:
+            raise ValueError(f"there are {timesteps} timesteps, not 2 to {LARGEST_TIMESTEPS:,}")
+        schedule = BETA_SCHEDULES[beta_schedule]
+        taken = signature(schedule).parameters
+        given = {"beta_start": beta_start, "beta_end": beta_end, "rescale_betas": rescale_betas}
+        for name, value in given.items():
+            if name not in taken and value != signature(NoiseScheduler).parameters[name].default:
+                raise ValueError(f"{name} is {value}, and {beta_schedule} betas do not take it")
         if len(betas):
             self.betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
             if len(betas) != timesteps or not ((self.betas > 0) & (self.betas < 1)).all():
@@ -131,7 +142,8 @@ class NoiseScheduler:
                     "timestep, and between 0 and 1"
                 )
         else:
-            self.betas = BETA_SCHEDULES[beta_schedule](timesteps, beta_start, beta_end, scale)
+            values = {name: value for name, value in given.items() if name in taken}
+            self.betas = schedule(timesteps, **values)
         self.log_snr_shift = log_snr_shift
         if log_snr_shift:
             self.betas = shifted_betas(self.betas, log_snr_shift)
@@ -229,3 +241,13 @@ class NoiseScheduler:
         """Return the SNR of x_T, which should be about 0: sampling starts from pure noise."""
         alpha_bar_T = self.alpha_bar(self.timesteps - 1)
         return alpha_bar_T / (1 - alpha_bar_T)
+
+
+def build_scheduler(config: dict[str, Any]) -> NoiseScheduler:
+    """Build the schedule of the fields of a `DiffusionConfig`. Those without a value have defaults.
+
+    Raises ValueError as `NoiseScheduler` does.
+    """
+    _, *names = signature(NoiseScheduler).parameters
+    values = {name: config[name] for name in names if name in config}
+    return NoiseScheduler(config["timesteps_diff"], **values)

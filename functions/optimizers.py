@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,36 +29,16 @@ LR_SCHEDULES = {
 }
 
 
-class Adam(torch.optim.Adam):
-    """Run PyTorch's Adam (Kingma and Ba 2015, arXiv:1412.6980), with `found_inf` on MPS too.
+def rate_of(config: Any, step: int, total_steps: int) -> float:
+    """Return a step's learning rate: a linear warm-up, times the schedule.
 
-    If the tensor `found_inf` is 1, a step of fused Adam changes nothing, and no host waits to know.
-    `state` exists from the start, so that a checkpoint can be loaded before the first step.
+    `config` has `learning_rate`, `warmup_steps` and `lr_schedule`, as a `DiffusionConfig` does.
     """
-
-    def __init__(self, parameters: Iterable[Tensor], lr: float):
-        # Of groups with rates of their own, PyTorch says here that they are no tensors.
-        super().__init__([{"params": [*parameters]}], lr=lr, fused=True)
-        for p in self.param_groups[0]["params"]:
-            self.state[p] = self.new_state(p)
-        self.found_inf = torch.zeros((), device=p.device)
-
-    def new_state(self, p: Tensor) -> dict[str, Tensor]:
-        """Return what is kept of a parameter, as before its first step."""
-        return {
-            "step": torch.zeros((), device=p.device),
-            "exp_avg": torch.zeros_like(p),
-            "exp_avg_sq": torch.zeros_like(p),
-        }
-
-    def step(self) -> None:
-        """Make one step."""
-        # Apple's kernel does not look at found_inf, so on MPS the host does.
-        if self.found_inf.device.type != "mps" or not self.found_inf:
-            super().step()
+    rate = config.learning_rate * min(1.0, (step + 1) / (config.warmup_steps + 1))
+    return rate * LR_SCHEDULES[config.lr_schedule](step, total_steps)
 
 
-class Muon(Adam):
+class Muon(torch.optim.Adam):
     """Move each matrix by the orthogonal factor of its momentum (Jordan et al. 2024).
 
     A weight (out, in, k, k) is a matrix (out, in k k). The factor is scaled by
@@ -67,40 +47,40 @@ class Muon(Adam):
     momentum, under Adam's name `exp_avg`. Adam moves all other parameters. It also moves the
     tables of embeddings, which are no matrices to multiply with.
 
-    Newton-Schulz runs in `precision`, that of the network. PyTorch's Muon (2.13) takes matrices
-    only, and runs it in bfloat16, which is slow on CPUs without instructions for it.
+    Newton-Schulz runs in the precision of the autocast in which the optimizer is made, or in
+    float32. PyTorch's Muon (2.13) takes matrices only, and runs it in bfloat16, which is slow on
+    CPUs without instructions for it.
     """
 
-    def __init__(self, network: nn.Module, lr: float, precision: torch.dtype):
-        self.precision = precision
-        layers = network.modules()
-        self.tables = {layer.weight for layer in layers if isinstance(layer, nn.Embedding)}
-        super().__init__(network.parameters(), lr)
+    def __init__(self, network: nn.Module, lr: float):
+        tables = {layer.weight for layer in network.modules() if isinstance(layer, nn.Embedding)}
+        matrices, others = [], []
+        for p in network.parameters():
+            is_large = p.ndim > 1 and min(len(p), p[0].numel()) >= SMALLEST_SIDE
+            (matrices if is_large and p not in tables else others).append(p)
+        super().__init__([{"params": others}, {"params": matrices}], lr=lr, fused=True)
+        device = p.device.type
+        self.precision = torch.float32
+        if torch.is_autocast_enabled(device):
+            self.precision = torch.get_autocast_dtype(device)
 
-    def is_matrix(self, p: Tensor) -> bool:
-        """Return whether Muon moves a parameter."""
-        is_large = p.ndim > 1 and min(len(p), p[0].numel()) >= SMALLEST_SIDE
-        return is_large and p not in self.tables
-
-    def new_state(self, p: Tensor) -> dict[str, Tensor]:
-        state = super().new_state(p)
-        return {"exp_avg": state["exp_avg"]} if self.is_matrix(p) else state
+    def __setstate__(self, state: dict) -> None:
+        # Adam's own expects that each parameter has all of Adam's state.
+        torch.optim.Optimizer.__setstate__(self, state)
 
     @torch.no_grad()
     def step(self) -> None:
-        """Make one step. For the matrices it waits for no device."""
-        gradients = {}
-        stacks = defaultdict(list)
-        for p in self.param_groups[0]["params"]:
-            if self.is_matrix(p) and p.grad is not None:
-                gradients[p] = p.grad
-                stacks[p.shape].append(p)
-                # Adam leaves a parameter that has no gradient as it is.
-                p.grad = None
+        """Make one step."""
+        others, group = groups = self.param_groups
+        self.param_groups = [others]
         super().step()
-        for p, gradient in gradients.items():
-            p.grad = gradient
-        skipped = self.found_inf > 0
+        self.param_groups = groups
+
+        stacks = defaultdict(list)
+        for p in group["params"]:
+            # As with Adam, a parameter that has no gradient stays as it is.
+            if p.grad is not None:
+                stacks[p.shape].append(p)
         # Matrices of equal shape are multiplied together: on a CPU as many as its cache may hold,
         # on a GPU all, because launching kernels takes longer there than computing.
         for weights in stacks.values():
@@ -108,35 +88,33 @@ class Muon(Adam):
             if weights[0].device.type == "cpu":
                 count = max(1, CPU_STACK // weights[0].numel())
             for start in range(0, len(weights), count):
-                self.move(weights[start : start + count], skipped)
+                self.move(weights[start : start + count], group)
 
-    def move(self, weights: list[Tensor], skipped: Tensor) -> None:
-        """Make one step of N weights of equal shape, unless `skipped` () is true."""
-        group = self.param_groups[0]
+    def move(self, weights: list[Tensor], group: dict) -> None:
+        """Make one step of N weights of equal shape, with the settings of their group."""
+        for p in weights:
+            if not self.state[p]:
+                self.state[p]["exp_avg"] = torch.zeros_like(p)
         # Channels come last, as in memory: (N, out, k, k, in). The columns of the factors have the
         # same order.
         momenta = [self.state[p]["exp_avg"].movedim(1, -1) for p in weights]
         momentum = torch.stack(momenta)
         gradient = torch.stack([p.grad.movedim(1, -1) for p in weights])
-        # In a skipped step the momentum takes the gradient's place, so it does not change. A
-        # gradient that is NaN would stay NaN if it were multiplied by 0.
-        gradient = torch.where(skipped, momentum, gradient)
         momentum.lerp_(gradient, 1 - MOMENTUM)
         torch._foreach_copy_(momenta, momentum.unbind())
 
         # Nesterov's momentum is a step ahead.
         matrices = gradient.lerp_(momentum, MOMENTUM).flatten(2)  # (N, out, k k in)
-        factors = orthogonal_factor(matrices, group["eps"], self.precision)
-        updates = factors.masked_fill_(skipped, 0).view(momentum.shape)
+        updates = orthogonal_factor(matrices, group["eps"], self.precision).view(momentum.shape)
         scale = 0.2 * math.sqrt(max(matrices.shape[1:])) * group["lr"]
         torch._foreach_sub_([p.movedim(1, -1) for p in weights], updates.unbind(), alpha=scale)
 
 
-# The values of a config's `optimizer`: (network, learning rate, the network's precision). Each has
-# `found_inf`, and changes nothing in a step if that is 1; and its whole `state` from the start, so
-# that a checkpoint can be loaded. Both follow for subclasses of `Adam`.
+# The values of a config's `optimizer`: (network, learning rate) -> any `torch.optim.Optimizer`.
+# The rate of a parameter group that has its own falls and rises in proportion to the run's.
 OPTIMIZERS = {
-    "adam": lambda network, lr, precision: Adam(network.parameters(), lr),
+    # Kingma and Ba 2015, arXiv:1412.6980
+    "adam": lambda network, lr: torch.optim.Adam(network.parameters(), lr, fused=True),
     "muon": Muon,
 }
 

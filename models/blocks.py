@@ -1,4 +1,4 @@
-"""The parts of the U-Net: time embedding, residual block, self-attention and resampling.
+"""The parts of the U-Net: norm, time embedding, residual block, self-attention and resampling.
 
 They follow Ho et al. 2020 (Appendix B, and the released code). All activations are SiLU.
 """
@@ -9,8 +9,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from models.group_norm import GroupNorm  # PyTorch's, but faster
 
 
 def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
@@ -25,6 +23,20 @@ def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
     frequencies = torch.exp(-math.log(10_000) * (i / (half_dim - 1)))  # (dim/2,)
     angles = t.float()[:, None] * frequencies  # (B, dim/2)
     return torch.cat([angles.sin(), angles.cos()], dim=1)  # (B, dim)
+
+
+class GroupNorm(nn.GroupNorm):
+    """PyTorch's group norm (Wu and He 2018), whose output has its input's dtype on CUDA, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_cuda:
+            return super().forward(x)
+        # Under CUDA's autocast group norm would return float32, and its input and its output would
+        # be kept for backward in float32, too. The kernel adds up in float32 for every dtype.
+        with torch.autocast("cuda", enabled=False):
+            weight = self.weight.to(x.dtype)
+            bias = self.bias.to(x.dtype)
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
 class TimeEmbedding(nn.Module):

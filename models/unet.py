@@ -5,13 +5,20 @@ The architecture is that of Ho et al. 2020, Appendix B.
 
 from collections.abc import Sequence
 from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.blocks import Downsample, ResidualBlock, SelfAttention, TimeEmbedding, Upsample
-from models.group_norm import GroupNorm
+from models.blocks import (
+    Downsample,
+    GroupNorm,
+    ResidualBlock,
+    SelfAttention,
+    TimeEmbedding,
+    Upsample,
+)
 
 # Each level has this many residual blocks on the way down. On the way up it has one more, because
 # one more skip connection leads there: from the downsampling into the level or, at the full
@@ -41,6 +48,9 @@ class UNet(nn.Module):
         label_count: the number of labels; 0 for the paper's network, which gets none.
     """
 
+    # The value of each input that stands for none. Training drops such inputs of some images.
+    no_inputs: ClassVar[dict[str, float | Tensor]] = {}
+
     def __init__(
         self,
         image_size: int,
@@ -64,7 +74,7 @@ class UNet(nn.Module):
         self.image_shape = (channels, image_size, image_size)  # (C, H, W)
 
         dims = [base_dim * multiplier for multiplier in dim_multiply]
-        # PyTorch's group norm, but faster in mixed precision, with TensorFlow's epsilon.
+        # The epsilon is TensorFlow's.
         norm = partial(GroupNorm, norm_groups, eps=1e-6)
         block = partial(ResidualBlock, time_dim=4 * base_dim, dropout=dropout, norm=norm)
         attention = partial(SelfAttention, norm=norm)
@@ -118,6 +128,7 @@ class UNet(nn.Module):
         if label_count:
             # The last row is for no label.
             self.label_embedding = nn.Embedding(label_count + 1, 4 * base_dim)
+            self.no_inputs = self.no_inputs | {"label": label_count}
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -133,18 +144,26 @@ class UNet(nn.Module):
             elif isinstance(layer, nn.Embedding):
                 nn.init.zeros_(layer.weight)
 
-    def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        """Predict the noise, or v, in x_t (B, channels, H, W) at timesteps t (B,) int64, 0 .. T-1.
+    def embed(self, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """Embed timesteps t (B,), and what conditions the network: (B, 4 base_dim).
 
-        A network with labels gets them as (B,) int64, or (1,) for all; None means no label. The
-        result has the shape of x_t, and the dtype of the last layer, which autocast may lower.
+        A network with labels gets them as (B,) int64, or (1,) for all; None means no label. A
+        subclass with other inputs has them here as arguments, and in `no_inputs`.
         """
-        time_embedding = self.time_embedding(t)  # (B, 4 base_dim)
+        embedding = self.time_embedding(t)
         if self.label_embedding:
             # As in ADM (Dhariwal and Nichol 2021), a label's embedding is added to that of t.
-            no_label = self.label_embedding.num_embeddings - 1
-            label = t.new_full((1,), no_label) if label is None else label
-            time_embedding = time_embedding + self.label_embedding(label)
+            label = t.new_full((1,), self.no_inputs["label"]) if label is None else label
+            embedding = embedding + self.label_embedding(label)
+        return embedding
+
+    def forward(self, x_t: Tensor, t: Tensor, **inputs: Tensor) -> Tensor:
+        """Predict the noise, or v, in x_t (B, channels, H, W) at timesteps t (B,) int64, 0 .. T-1.
+
+        The inputs are those of `embed`. The result has the shape of x_t, and the dtype of the last
+        layer, which autocast may lower.
+        """
+        time_embedding = self.embed(t, **inputs)  # (B, 4 base_dim)
         h = self.conv_in(x_t)  # (B, base_dim, H, W)
 
         skips = [h]

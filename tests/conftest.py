@@ -70,7 +70,7 @@ ONE_LEVEL = """
 DETAILS = """
     --model.image-size 32
     --model.lowest-resolution-size 16
-    --model.details true
+    --model.network details
     --diffusion.objective v
     --diffusion.beta-schedule cosine
     --diffusion.log-snr-shift -5.3185

@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import EXPERIMENTS, build_network
+from config import EXPERIMENTS
 from data.arrays import from_array
 from functions.training.run import TrainingRun
+from models.networks import build_network
 from tests.conftest import CPU
 
 

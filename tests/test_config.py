@@ -13,12 +13,15 @@ from config import (
     DiffusionConfig,
     Experiment,
     ModelConfig,
-    build_network,
-    build_scheduler,
 )
-from functions.noise_scheduler import NoiseScheduler
+from functions.denoiser import OBJECTIVES
+from functions.noise_scheduler import BETA_SCHEDULES, NoiseScheduler, build_scheduler
+from functions.optimizers import LR_SCHEDULES, OPTIMIZERS
+from functions.samplers import SAMPLERS
 from functions.support.settings import fields_with
 from functions.training.description import check_changes, warnings
+from functions.training.opening import check_names
+from models.networks import build_network
 from tests.conftest import refused
 
 # These are the fields that the reference's own script gives.
@@ -154,9 +157,6 @@ def test_weights_fix_the_objective_and_all_that_the_schedule_is_built_from():
         ("dataset_name", "", "a name or a path"),
         ("learning_rate", 2, "from 1e-09 to 1"),
         ("split", "half", '"reference" or "official"'),
-        ("beta_start", 0, "0 < beta_start <= beta_end < 0.2: use more timesteps"),
-        # Cosine betas refuse what they have no use for, such as another beta_end.
-        ("beta_schedule", "cosine", '"linear" when beta_start, beta_end or'),
         ("dim_multiply", [1, 2, 2.5, 4, 8], "a list, and each item an integer"),
         ("transformer_layers", [5], "levels between 0 and 4"),
         ("base_dim", 63, "even"),
@@ -168,6 +168,54 @@ def test_a_field_that_does_not_fit_says_what_would(field, value, what_fits):
     with refused(re.escape(what_fits), ConfigError) as error:
         experiment.override(**{field: value})
     assert re.fullmatch(f"{field} is .*", str(error.value))
+
+
+TABLES = {
+    "objective": OBJECTIVES,
+    "optimizer": OPTIMIZERS,
+    "lr_schedule": LR_SCHEDULES,
+    "grid_sampler": SAMPLERS,
+    "beta_schedule": BETA_SCHEDULES,
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_name_is_refused_by_its_table_before_images_are_read(name):
+    faces = EXPERIMENTS["faces"]
+    check_names(faces.diffusion)
+    for row in TABLES[name]:
+        check_names(faces.override(**{name: row}).diffusion)
+    with refused(f"^{name} is 'new'; it must be .*{[*TABLES[name]][-1]}", ConfigError):
+        check_names(faces.override(**{name: "new"}).diffusion)
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"beta_start": 0}, "beta_start is 0 .* 0 < beta_start <= beta_end < 0.2: use more timest"),
+        (
+            {"beta_schedule": "cosine", "beta_end": 0.03},
+            "beta_end is 0.03, and cosine betas do no",
+        ),
+        ({"beta_schedule": "cosine", "rescale_betas": False}, "rescale_betas is False, and cosine"),
+    ],
+)
+def test_a_schedule_refuses_by_name_what_its_function_does_not_take(changes, sentence):
+    diffusion = DiffusionConfig(**DIFFUSION | changes)
+    with refused(sentence, ConfigError):
+        check_names(diffusion)
+
+
+def test_a_wrong_preset_is_a_sentence_of_its_name_and_field_and_stops_no_other(monkeypatch):
+    monkeypatch.setattr(EXPERIMENTS, "functions", {**EXPERIMENTS.functions})
+
+    @EXPERIMENTS
+    def too_wide():
+        return EXPERIMENTS["faces"].override(norm_groups=7)
+
+    assert "too-wide" in [*EXPERIMENTS] and EXPERIMENTS["faces"].model.norm_groups == 8
+    with refused("^the preset 'too-wide' of config.py: norm_groups is 7; it must", ConfigError):
+        EXPERIMENTS["too-wide"]
 
 
 def test_a_saved_config_with_unknown_or_missing_fields():

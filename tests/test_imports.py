@@ -25,18 +25,10 @@ SAMPLING = SAVED | {f"data.{name}" for name in ("batches", "decode", "labels", "
 SAMPLING |= {"data.pixels", "functions.sampling"}
 TRAINING = SAVED | {"data", "functions.training"}
 MAY_IMPORT = {
-    "config.py": {
-        "functions.noise_scheduler",
-        "functions.denoiser",
-        "functions.optimizers",
-        "functions.samplers",
-        "functions.support.errors",
-        "functions.support.settings",
-        "models",
-        "extras",
-    },
+    "config.py": {"functions.support.settings"},
     "example.py": set(),
-    "models": {"models"},
+    # A network is built by its config.
+    "models": {"models", "config", "extras", "functions.support"},
     # The flags are those of the script, prepare.py.
     "data": {
         "data",

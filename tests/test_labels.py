@@ -94,9 +94,9 @@ def test_the_nearest_folder_is_the_label_and_numbers_are_sorted_as_such(coloured
     "names, expected",
     [
         ("1/a.png b.png", "has no label for b.png: folders are labels"),
-        # Only the level of folders that says which images are held out is no label.
+        # A folder that says which images are held out is no label.
         ("train/a.png val/b.png", "has no label for train/a.png"),
-        ("test/train/a.png test/val/b.png", "has one label, test; two are needed"),
+        ("top/train/a.png top/val/b.png", "has no label for top/train/a.png"),
         ("train/1/a.png train/2/c.png val/1/b.png", "1, 2, 1"),
         ("cat/b.png train/a.png", "cat, train"),
         ("test/bus/b.png train/train/a.png", "bus, train"),
@@ -128,7 +128,7 @@ def test_the_embedding_is_added_to_that_of_t_and_begins_at_zero():
     network.load_state_dict(plain.state_dict(), strict=False)
     labels = torch.arange(4)
     x_t, t = normal(0, 4, 3, 16, 16), labels + 1
-    assert torch.equal(network(x_t, t, labels), plain(x_t, t))
+    assert torch.equal(network(x_t, t, label=labels), plain(x_t, t))
 
     table = network.label_embedding.weight.detach().normal_()
     bias = plain.time_embedding.linear_2.bias
@@ -136,7 +136,7 @@ def test_the_embedding_is_added_to_that_of_t_and_begins_at_zero():
     for label in labels:
         bias.data = before + table[label]
         expected = plain(x_t, t)
-        assert_close(network(x_t, t, labels)[label], expected[label])
+        assert_close(network(x_t, t, label=labels)[label], expected[label])
     # The last row is for no label.
     assert_close(network(x_t, t), expected)
 
@@ -224,7 +224,7 @@ def test_weights_with_and_without_labels_begin_other_runs(labelled_run, coloured
     for data, init in ((renamed, labelled_run), (coloured, path)):
         other = begun(data, "--init", init, LABELS).ema_model
         assert_close(other(x_t, t), expected)
-        assert_close(other(x_t, t, torch.arange(3)), expected)
+        assert_close(other(x_t, t, label=torch.arange(3)), expected)
 
 
 def test_a_model_that_never_saw_a_missing_label_needs_one(labelled_run, path, tmp_path):

@@ -23,7 +23,7 @@ def test_a_typo_in_the_network_or_beside_diffusers(their_folder, tiny_run, tmp_p
     for place, name, flags in (
         (UNet, "__init__", [tiny_run]),
         (diffusers_folder, "our_schedule", [their_folder]),
-        (diffusers_folder, "copy_weights", [tiny_run, "--export", tmp_path / "faces"]),
+        (diffusers_folder, "renamed", [tiny_run, "--export", tmp_path / "faces"]),
     ):
         with monkeypatch.context() as patch, pytest.raises(AttributeError, match="no_such_name"):
             patch.setattr(place, name, misspelt)

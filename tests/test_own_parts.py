@@ -2,7 +2,9 @@
 
 import math
 import shutil
-from unittest.mock import Mock
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,15 +13,17 @@ from torch import nn
 
 import sample
 import train
-from config import EXPERIMENTS, ConfigError, Experiment, OwnNetwork
+from config import EXPERIMENTS, ConfigError, Experiment, ModelConfig
 from data.arrays import from_array
-from functions.optimizers import OPTIMIZERS, Adam
+from functions.optimizers import OPTIMIZERS
+from functions.saved.checkpoint import Checkpoint
 from functions.saved.loading import load_denoiser
 from functions.saved.run_folder import path_of
 from functions.support.errors import CheckpointError
 from functions.training.resuming import intact_checkpoint
 from functions.training.run import TrainingRun
-from tests.conftest import CPU, call, during, load_checkpoint, newest, pixels_of, refused, terminate
+from models.unet import UNet
+from tests.conftest import CPU, call, during, load_checkpoint, newest, pixels_of, refused
 from tests.small_training import same
 
 RNG = np.random.default_rng(0)
@@ -58,20 +62,19 @@ def own_run(folder, network=None, images=PLAIN, checkpoint=None, **changes):
     network = network or Normed()
     settings = {"epochs": 2, "checkpoint_every": 2, "precision": "float32", "sample_every": 3}
     settings |= {"grid_steps": 2, "validation_samples": 8} | changes
-    model = OwnNetwork(type(network).__name__, 8, images.images.shape[3])
+    name = type(network).__name__
+    model = ModelConfig(image_size=8, channels=images.images.shape[3], network=name)
     experiment = Experiment(EXPERIMENTS["faces"].override(**settings).diffusion, model)
     return TrainingRun("mine", experiment, images, network, folder, CPU, checkpoint)
 
 
-def of_a_part(network, lr, precision):
+def of_a_part(network, lr):
     """Return Adam for a part of the parameters."""
-    return Adam(network.last.parameters(), lr)
+    return torch.optim.Adam(network.last.parameters(), lr)
 
 
 @pytest.mark.parametrize("changes", [{}, {"optimizer": "part", "clip_grad_norm": 0.01}])
-def test_own_run_with_labels_and_buffers_resumes_and_is_loaded(
-    changes, tmp_path, monkeypatch, capsys
-):
+def test_own_run_with_labels_and_buffers_resumes_and_is_loaded(changes, tmp_path, monkeypatch):
     """A resumed run equals an uninterrupted one, and what is loaded draws with the averages.
 
     Gradients of what an own optimizer does not move are no part of a step: else they would add up,
@@ -86,10 +89,7 @@ def test_own_run_with_labels_and_buffers_resumes_and_is_loaded(
         own_run(tmp_path / name, images=images, **changes) for name in ("straight", "cut")
     )
     train.train(straight)
-    assert "sample from it: load_denoiser" in capsys.readouterr().out
-    with during(3, terminate):
-        assert not train.train(cut)
-    assert f"continue with: a TrainingRun of {cut.folder} (docs" in capsys.readouterr().out
+    assert not train.train(cut, lambda: cut.step == 3)
     checkpoint = intact_checkpoint(cut.folder)
     resumed = own_run(tmp_path / "cut", images=images, checkpoint=checkpoint, **changes)
     assert resumed.step == 3
@@ -102,8 +102,23 @@ def test_own_run_with_labels_and_buffers_resumes_and_is_loaded(
     network = load_denoiser(straight.folder, network=Normed()).network
     assert same(dict(network.state_dict()), saved["ema"])
     for error, script, flags in ((CheckpointError, sample, ""), (ConfigError, train, "--resume")):
-        with refused("its network, 'Normed', is not built by a config", error):
+        with refused("its network, 'Normed', is none of models/networks.py", error):
             call(script, flags, straight.folder)
+
+
+def test_the_newest_run_that_draws_alone_is_drawn(tiny_run, details_run, here, capsys):
+    """A run from Python, and one that enlarges, are newer, and are passed over in a sentence."""
+    shutil.copytree(tiny_run, f"runs/{tiny_run.name}")
+    shutil.copytree(details_run, "runs/ffhq-details-29990101-120000")
+    run = own_run(here / "runs")
+    train.train(run)
+    run.folder.rename("runs/mine-29990101-120001")
+    capsys.readouterr()
+    call(sample, "--device cpu -n 1 --steps 1")
+    own, details, taken, *_ = capsys.readouterr().out.splitlines()
+    assert own.startswith("runs/mine-29990101-120001 is passed over: its network, 'Normed', is no")
+    assert details == "runs/ffhq-details-29990101-120000 is passed over: its network needs low"
+    assert taken.startswith(f"runs/{tiny_run.name}/checkpoints/step-00000010.safetensors: EMA")
 
 
 def test_an_output_of_another_shape_is_an_error_and_not_broadcast(tmp_path):
@@ -131,11 +146,88 @@ def test_tied_weights_buffers_and_a_norm_in_eval_mode_are_kept(tmp_path):
         assert same(saved["again.weight"], saved["first.weight"])
 
 
-def test_an_optimizer_that_cannot_skip_a_step_is_refused(tmp_path, monkeypatch):
-    other = Mock(return_value=torch.optim.SGD(Normed().parameters()))
-    monkeypatch.setitem(OPTIMIZERS, "other", other)
-    with refused("SGD does not skip a step: a row of OPTIMIZERS", ConfigError):
-        own_run(tmp_path, optimizer="other")
+class Counting(torch.optim.SGD):
+    """SGD with momentum, whose state has plain numbers, too."""
+
+    def step(self):
+        super().step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["steps made"] = self.state[p].get("steps made", 0) + 1
+
+
+def in_two_groups(network, lr):
+    """Return AdamW without decay, and with a tenth of the rate, for biases and norms."""
+    matrices, others = (
+        [p for p in network.parameters() if (p.ndim > 1) == large] for large in (True, False)
+    )
+    plain = {"params": others, "weight_decay": 0.0, "lr": lr / 10}
+    return torch.optim.AdamW([{"params": matrices}, plain], lr, weight_decay=0.1)
+
+
+OTHERS = {
+    "sgd": lambda network, lr: Counting(network.parameters(), lr, momentum=0.9),
+    "adamw": in_two_groups,
+    "muon": OPTIMIZERS["muon"],
+}
+
+
+@pytest.mark.parametrize("optimizer", OTHERS)
+def test_any_optimizer_is_resumed_bit_for_bit_and_skips_bad_steps(optimizer, tmp_path, monkeypatch):
+    """The second step has a gradient that is no number, and the run is cut after the third.
+
+    The first step is skipped as well, so that it has no state yet when it is saved.
+    """
+    monkeypatch.setitem(OPTIMIZERS, optimizer, OTHERS[optimizer])
+    original = train.denoising_loss
+    bad = [0, 2]
+
+    def spoiled(denoiser, x_0, t, noise):
+        losses = original(denoiser, x_0, t, noise)
+        if step_of[0] in bad:
+            losses["loss"] = losses["loss"] * math.nan
+        step_of[0] += 1
+        return losses
+
+    step_of = [0]
+    monkeypatch.setattr(train, "denoising_loss", spoiled)
+    changes = {"optimizer": optimizer, "checkpoint_every": 1, "keep_checkpoints": 99}
+    changes |= {"validate_every": 99, "sample_every": 0, "batch_size": 9}
+
+    def new(name, checkpoint=None):
+        torch.manual_seed(0)
+        network = UNet(8, 3, None, (1,), (), 16, norm_groups=4)
+        return own_run(tmp_path / name, network, checkpoint=checkpoint, **changes)
+
+    straight = new("straight")
+    assert train.train(straight)
+    assert straight.total_steps == 12
+    saved = [
+        load_checkpoint(path_of(straight.folder, "checkpoints", step)) for step in range(1, 13)
+    ]
+    assert [each["window"]["skipped_steps"] for each in saved[:4]] == [1, 1, 2, 2]
+    assert same(saved[1]["model"], saved[2]["model"])
+    assert same(saved[1]["optimizer"], saved[2]["optimizer"])
+    assert not same(saved[2]["model"], saved[3]["model"])
+
+    for cut_after in (1, 4):
+        checkpoint = Checkpoint(path_of(straight.folder, "checkpoints", cut_after))
+        step_of = [cut_after]
+        resumed = new("straight", checkpoint)
+        assert resumed.step == cut_after
+        assert train.train(resumed)
+        assert same(newest(resumed.folder), saved[-1])
+    if optimizer == "adamw":
+        rates = [group["lr"] for group in resumed.optimizer.param_groups]
+        assert rates[1] == pytest.approx(rates[0] / 10)
+
+
+def test_a_run_in_a_thread_leaves_signals_and_streams_as_they_were(tmp_path):
+    """As in a notebook; no handler can be set there."""
+    before = signal.getsignal(signal.SIGINT), sys.stdout, sys.stderr
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(train.train, own_run(tmp_path)).result()
+    assert (signal.getsignal(signal.SIGINT), sys.stdout, sys.stderr) == before
 
 
 def test_folders_that_are_deleted_during_a_run_are_made_again(tmp_path):

@@ -57,13 +57,14 @@ def test_a_run_is_boxed_with_a_guide_and_a_card(tiny_run, details_run, tmp_path,
     boxed.touch()
     recipe.write_text('model = "faces.safetensors"\nsampler = "ddim"\nsteps = 4')
     card = boxed.with_suffix(".md")
-    card.write_text("\n## By hand\n\nDiscs\n")
+    card.write_text("# It draws discs\n\n## By hand\n\nDiscs\n")
     call(pretrained, tiny_run)
     [snapshot] = checkpoints_of(tiny_run, "snapshots")
     for file in (boxed, tmp_path / "faces-guide.safetensors"):
         assert file.read_bytes() == snapshot.read_bytes()
     text = card.read_text()
     assert "| length | 10 steps, 80 images |" in text
+    assert text.startswith("# It draws discs\n\n| | |\n")
     assert text.endswith("pretrained`.\n\n## By hand\n\nDiscs\n")
 
     # A model of details draws with the recipe, and its card has the errors, which fall with the

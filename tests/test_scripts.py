@@ -1,9 +1,9 @@
 """train.py and sample.py as a user calls them: a whole run, and what flags change in it."""
 
+import inspect
 import json
 import re
 import signal
-from dataclasses import fields
 
 import pytest
 
@@ -12,10 +12,14 @@ import evaluate
 import sample
 import sampleFFHQ
 import train
-from config import DiffusionConfig
 from data import prepare
-from functions.sampling.settings import SamplingConfig
+from functions.denoiser import OBJECTIVES
+from functions.noise_scheduler import BETA_SCHEDULES
+from functions.optimizers import LR_SCHEDULES, OPTIMIZERS
+from functions.samplers import SAMPLERS, VARIANCES
+from functions.timesteps import SPACINGS
 from functions.training.metrics import read_metrics
+from models.networks import NETWORKS
 from tests.conftest import ROOT, TINY, call, linux, posix, script
 
 
@@ -111,14 +115,44 @@ def test_help_fits_80_columns_and_says_a_sentence_of_each_flag(script, capsys, m
         assert all(before.endswith(".") for before in text.split(" Default: ")[:-1])
 
 
-@pytest.mark.parametrize(
-    "script, config_class", [(train, DiffusionConfig), (sample, SamplingConfig)]
-)
-def test_the_help_of_a_field_names_its_choices(script, config_class, capsys):
+NAMED = {
+    "objective": OBJECTIVES,
+    "optimizer": OPTIMIZERS,
+    "lr-schedule": LR_SCHEDULES,
+    "beta-schedule": BETA_SCHEDULES,
+    "grid-sampler": SAMPLERS,
+}
+NAMED = {f"diffusion.{name}": table for name, table in NAMED.items()} | {"model.network": NETWORKS}
+OF_SAMPLING = {"sampler": SAMPLERS, "spacing": SPACINGS, "variance": VARIANCES}
+
+
+@pytest.mark.parametrize("script, tables", [(train, NAMED), (sample, OF_SAMPLING)])
+def test_the_help_of_a_field_names_all_rows_of_its_table(script, tables, capsys):
+    """The comments of config.py, which imports no table, name them."""
     with pytest.raises(SystemExit):
         call(script, "--help")
     text = capsys.readouterr().out.partition("usage")[2]
-    for field in fields(config_class):
-        flag = rf"\n  --(diffusion\.)?{field.name.replace('_', '-')} (.*?)Default"
-        for choice in field.metadata.get("choices", ()):
-            assert choice in re.search(flag, text, re.DOTALL)[2]
+    for flag, table in tables.items():
+        help_text = re.search(rf"\n  --{flag} (.*?)Default", text, re.DOTALL)[1]
+        for name in table:
+            assert name in help_text
+
+
+def test_help_shows_the_range_of_each_number(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit, match="0"):
+        call(train, "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    for flag, ends in (
+        ("epochs", "Default: 25; from 1 to 1,000,000."),
+        ("clip-grad-norm", "Default: 1.0; 0 or more."),
+        ("max-bad-images", "Default: 0; 0 or more."),
+    ):
+        assert text.partition(f"--diffusion.{flag} ")[2].partition(" --diffusion")[0].endswith(ends)
+
+
+def test_a_field_without_a_comment_is_a_flag_without_a_sentence(capsys, monkeypatch):
+    monkeypatch.setattr(inspect, "getsource", lambda _: "")
+    with pytest.raises(SystemExit, match="0"):
+        call(train, "--help")
+    assert "--diffusion.epochs INT" in capsys.readouterr().out

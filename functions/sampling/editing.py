@@ -52,7 +52,7 @@ from functions.support.errors import UserError
 from functions.support.pictures import save_grid, save_image
 from functions.support.processes import batches_of
 from functions.support.random_numbers import image_noise
-from functions.support.settings import setting
+from functions.support.settings import require, setting
 
 # A row of a figure has mixtures with these weights of the second image, between both.
 WEIGHTS = torch.linspace(0, 1, 9)
@@ -82,7 +82,11 @@ class DepthFlags(EditFlags):
     """The flags of interpolate and vary."""
 
     # How far the images are noised, as fractions of all timesteps.
-    depths: tuple[float, ...] = setting((0.25, 0.5, 0.75, 1.0), at_most=1, not_empty=True)
+    depths: tuple[float, ...] = setting((0.25, 0.5, 0.75, 1.0), at_most=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require("depths", self.depths, self.depths, "a list of one or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +99,7 @@ class InpaintFlags(EditFlags):
     # How many times each step is done.
     resample: int = 10
     # How many inpaintings to sample.
-    n: int = setting(36, also=["-n"])
+    n: int = 36
 
 
 @dataclass(frozen=True, kw_only=True)

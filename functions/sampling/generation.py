@@ -1,20 +1,24 @@
 """Draw images with loaded models, for scripts and the page."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data.pixels import to_uint8
 from functions.denoiser import Predictor
 from functions.enlarging import Keep, enlarge, enlarging_times
 from functions.guidance import Guided, asks_guide
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import SAMPLERS, OnStep
 from functions.sampling.models import Models, chosen_labels, open_models
-from functions.sampling.settings import SamplingConfig, SamplingFlags
+from functions.sampling.settings import SamplingConfig, SamplingFlags, default_settings
 from functions.support.errors import UserError
 from functions.support.processes import batches_of
 from functions.support.random_numbers import image_noise
@@ -69,6 +73,8 @@ class Pipeline:
         if config.guide is not None:
             values |= {"guide": models.guide.saved.digest[:16], "guidance": config.guide_weight}
         values["enlarge"] = tuple(each.saved.digest[:16] for each in models.enlargers)
+        if config.inputs is not None:
+            values["inputs"] = hashlib.sha256(Path(config.inputs).read_bytes()).hexdigest()[:16]
         values["clip_x_0"] = None if models.clip_x_0 else False
         # A manifest has a digest of the model, and the batch size changes pixels only by rounding.
         values |= {"model": None, "batch_size": None}
@@ -112,10 +118,22 @@ def open_pipeline(flags: SamplingFlags) -> Pipeline:
     return Pipeline(models, config, flags.seed)
 
 
-def given(pipeline: Pipeline, indices: Sequence[int]) -> Predictor:
-    """Return the denoiser with the labels of these images, if the settings choose any.
+def draw(
+    path: Path | str, n: int, seed: int = 0, device: str = "auto", **settings: Any
+) -> np.ndarray:
+    """Draw images 0 .. n-1 of a seed as sample.py does: uint8 (n, H, W, C).
 
-    It is guided by the guide of the settings, or with `cfg` by itself without labels. A single
+    `path` is its RUN, such as a recipe, and `settings` are fields of `SamplingConfig`.
+    """
+    config = replace(default_settings(Path(path)), **settings)
+    pipeline = open_pipeline(SamplingFlags(device=device, seed=seed, sampling=config))
+    return to_uint8(generate(pipeline, range(n), progress=True))
+
+
+def given(pipeline: Pipeline, indices: Sequence[int]) -> Predictor:
+    """Return the denoiser with the labels and the inputs of these images, if there are any.
+
+    It is guided by the guide of the settings, or with `cfg` by itself without these. A single
     index is for all images.
     """
     models, config = pipeline.models, pipeline.config
@@ -123,6 +141,8 @@ def given(pipeline: Pipeline, indices: Sequence[int]) -> Predictor:
     if config.label:
         label = chosen_labels(config.label, models.label_names, indices)
         inputs = {"label": label.to(models.device)}
+    for name, values in models.inputs.items():
+        inputs[name] = values[[i % len(values) for i in indices]]
     denoiser = models.denoiser.given(**inputs)
     if config.cfg is not None:
         return Guided(denoiser, models.denoiser, config.cfg)

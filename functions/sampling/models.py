@@ -1,13 +1,16 @@
 """Load what draws together: a model, its guide, and the models that enlarge its images."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from inspect import Parameter
 from pathlib import Path
+from zipfile import BadZipFile
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from functions.denoiser import Predictor
+from functions.denoiser import Predictor, inputs_of, no_inputs_of
 from functions.sampling.settings import SamplingConfig
 from functions.saved.checkpoint import SavedModel
 from functions.saved.loading import open_model
@@ -35,6 +38,8 @@ class Models:
     enlargers: tuple["Models", ...] = ()
     guide: "Models | None" = None
     label_names: Sequence[str] = ()
+    # What the networks are given beside labels, (N, ...) each, by name
+    inputs: dict[str, Tensor] = field(default_factory=dict)
     # Where the denoiser comes from
     saved: SavedModel | None = None
 
@@ -62,11 +67,50 @@ def open_models(config: SamplingConfig, device_name: str) -> Models:
             f"{models.saved.path} never saw an image without its label (condition_dropout 0), so "
             f"it needs a --label, without --cfg: {printable(', '.join(models.label_names))}"
         )
+    models = replace(models, inputs=read_inputs(config, models))
     if config.guide is not None:
         models = guided(models, config)
     for path in config.enlarge:
         models = enlarged(models, Path(path))
     return models
+
+
+def read_inputs(config: SamplingConfig, models: Models) -> dict[str, Tensor]:
+    """Return the arrays of the settings' inputs, on the device, with the dtypes of the training's.
+
+    Raises UserError unless they are those that the network was trained with, in name and shape, and
+    for what the network cannot do without.
+    """
+    saved, network = models.saved, models.denoiser.network
+    known = saved.provenance.get("inputs", {})
+    shapes = ", ".join(f"{name} {('N', *shape)}" for name, (shape, _) in known.items())
+    takes = f"{saved.path} takes {printable(shapes).replace(chr(39), '') or 'none'}"
+    if config.inputs is None:
+        if any(inputs_of(network)[name].default is Parameter.empty for name in known):
+            raise UserError(f"--inputs: it is needed; {takes}")
+        return {}
+    try:
+        with np.load(config.inputs) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (ValueError, EOFError, BadZipFile, AttributeError) as error:
+        raise UserError(f"--inputs: {config.inputs} is no .npz file of numbers") from error
+    fits = arrays.keys() == known.keys() and all(
+        values.ndim
+        and len(values)
+        and [*values.shape[1:]] == known[name][0]
+        and np.can_cast(values.dtype, known[name][1], "same_kind")
+        for name, values in arrays.items()
+    )
+    if not fits:
+        found = ", ".join(f"{name} {values.shape}" for name, values in arrays.items())
+        raise UserError(f"--inputs: {config.inputs} has {printable(found) or 'none'}; {takes}")
+    never = known.keys() - no_inputs_of(network).keys()
+    if config.cfg is not None and never:
+        raise UserError(f"--cfg: {saved.path} never saw an image without {', '.join(never)}")
+    return {
+        name: torch.from_numpy(values.astype(known[name][1])).to(models.device)
+        for name, values in arrays.items()
+    }
 
 
 def opened(path: Path, device: torch.device, precision: str, role: str = "") -> Models:
@@ -76,7 +120,7 @@ def opened(path: Path, device: torch.device, precision: str, role: str = "") -> 
     enlarge.
     """
     saved, denoiser = open_model(path, device, precision)
-    draws_details = saved.model.details
+    draws_details = "low" in inputs_of(denoiser.network)
     if draws_details and role != ENLARGES:
         raise UserError(
             f"{saved.path} draws the details of an image that it is given, and nothing alone: use "
@@ -110,6 +154,8 @@ def guided(models: Models, config: SamplingConfig) -> Models:
     refusal = f"{guide.saved.path} cannot guide {models.saved.path}"
     if config.label and guide.label_names != models.label_names:
         raise UserError(f"{refusal}: other labels")
+    if models.inputs and guide.saved.provenance.get("inputs") != models.saved.provenance["inputs"]:
+        raise UserError(f"{refusal}: other inputs")
     # Both networks get the same x_t and t, so t must mean the same amount of noise to both.
     # Files of diffusers have betas in float32.
     schedules = [each.denoiser.scheduler.alphas_cumprod for each in (models, guide)]

@@ -95,30 +95,26 @@ def open_folder(folder: Path, settings: dict, shown: list[int] | None = None) ->
     """Make a folder for samples with these settings, or check that an existing one has them.
 
     `shown` are the indices of the images in pictures, or None for single images. Raises UserError
-    for other settings or pictures of other images, and CheckpointError for samples without an
-    intact manifest.
+    for other settings or indices, and CheckpointError for samples without an intact manifest.
     """
+    path = folder / MANIFEST
+    settings = settings | {SHOWN: shown}
+    text = json.dumps(settings, indent=2)
     folder.mkdir(parents=True, exist_ok=True)
-    # JSON has no tuples.
-    manifest = json.loads(json.dumps({**settings, SHOWN: shown}))
-    earlier = {}
-    if any((folder / name).exists() for name in (MANIFEST, *PICTURES)) or image_indices(folder):
-        earlier = read_json(folder / MANIFEST)
-        manifest[SHOWN] = shown or earlier.get(SHOWN)
+    if not image_indices(folder) and not any(
+        (folder / name).exists() for name in (MANIFEST, *PICTURES)
+    ):
+        write_text(path, text)
+    elif json.dumps(earlier := read_json(path), indent=2) != text:
+        now = json.loads(text)
         changes = [
-            f"{name} was {printable(earlier.get(name))}, is now {printable(manifest.get(name))}"
-            for name in manifest | earlier
-            if earlier.get(name) != manifest.get(name)
-            # Only pictures have this.
-            and not (name == SHOWN and earlier.get(name) is None)
+            f"{name} was {printable(earlier.get(name))}, is now {printable(now.get(name))}"
+            for name in now | earlier
+            if earlier.get(name) != now.get(name)
         ]
-        if changes:
-            raise UserError(
-                f"{folder} is for samples of other settings ({'; '.join(changes)}); use another "
-                "--out"
-            )
-    if manifest != earlier:
-        write_text(folder / MANIFEST, json.dumps(manifest, indent=2))
+        raise UserError(
+            f"{folder} is for samples of other settings ({'; '.join(changes)}); use another --out"
+        )
 
 
 def generate_frames(pipeline: Pipeline, indices: Sequence[int]) -> tuple[Tensor, Frames, Frames]:

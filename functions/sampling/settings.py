@@ -13,8 +13,21 @@ from math import inf
 from pathlib import Path
 from typing import Literal
 
+import torch
+
+from config import ModelConfig
+from functions.denoiser import inputs_of
 from functions.samplers import SAMPLERS, VARIANCES
-from functions.saved.run_folder import RUNS, PlaceFlags, checkpoints_of, is_recipe, runs_of
+from functions.saved.checkpoint import Checkpoint
+from functions.saved.run_folder import (
+    RUNS,
+    PlaceFlags,
+    checkpoints_of,
+    find_checkpoints,
+    first_intact,
+    is_recipe,
+    runs_of,
+)
 from functions.support import processes
 from functions.support.command_line import first_look
 from functions.support.device import DTYPES
@@ -22,6 +35,7 @@ from functions.support.errors import CheckpointError, UserError, printable
 from functions.support.files import check_file
 from functions.support.settings import ConfigError, check_fields, from_fields, setting
 from functions.timesteps import SPACINGS
+from models.networks import build_network
 
 # This recipe comes with the repository, with its models beside it. It is used when there is no run.
 PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained" / "people.toml"
@@ -66,19 +80,23 @@ class SamplingConfig:
     # Move each x_0 away from that of a worse model (docs/guidance.md): the run's own
     # snapshot or checkpoint of this STEP, or any other run, checkpoint or folder. Steps at middle
     # noise levels then make two network calls.
-    guide: int | str | None = setting(None, at_least=0, metavar="STEP|MODEL", puts_out=("cfg",))
+    guide: int | str | None = setting(None, at_least=0, puts_out=("cfg",))
     # The weight of --guide. 1 is the model alone; a larger weight moves x_0 further away from that
     # of the guide. None: 1.5.
     guidance: float | None = setting(None, at_least=-inf)
     # The labels to draw, of a model that was trained with labels. Image i gets the label i mod K of
     # these K.
-    label: tuple[str, ...] = setting(())
-    # Classifier-free guidance, instead of a guide: move each x_0 away from that without the label.
+    label: tuple[str, ...] = ()
+    # What else a network of one's own is given: an .npz file with an array of each input by its
+    # name, (N, ...). Image i gets row i mod N.
+    inputs: str | None = None
+    # Classifier-free guidance, instead of a guide: move each x_0 away from that without the label
+    # and the inputs.
     # 1 is the model alone.
     cfg: float | None = setting(None, at_least=-inf, puts_out=("guide", "guidance"))
     # Then draw the details of each image at twice its size, by a model of the preset ffhq-details,
     # without guide and temperature. Each model, also if it is the same, doubles the size once more.
-    enlarge: tuple[str, ...] = setting((), metavar="MODEL")
+    enlarge: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -103,9 +121,10 @@ class SamplingConfig:
             raise ConfigError(
                 "--cfg and --guide exclude each other: the model without a label guides"
             )
-        if self.cfg is not None and not self.label:
+        if self.cfg is not None and not self.label and not self.inputs:
             raise ConfigError(
-                "--cfg needs a --label: the model without it guides; add one, or --cfg None"
+                "--cfg needs a --label or --inputs: the model without these guides; add one, or "
+                "--cfg None"
             )
 
     @property
@@ -120,15 +139,34 @@ class SamplingConfig:
         return GUIDANCE if self.guidance is None else self.guidance
 
 
+def not_alone(run: Path) -> str:
+    """Return why a run cannot be drawn without more than its name, or ""."""
+    try:
+        contents = first_intact(find_checkpoints(run), Checkpoint).contents
+        # The network is built without memory for its weights.
+        with torch.device("meta"):
+            network = build_network(from_fields(ModelConfig, contents["config"]["model"]))
+    except CheckpointError:
+        # Whoever loads it says what is damaged.
+        return ""
+    except ConfigError as error:
+        return str(error)
+    needed = [name for name, each in inputs_of(network).items() if each.default is each.empty]
+    return f"its network needs {', '.join(needed)}" if needed else ""
+
+
 def newest_run(runs: Path, prefix: str = "") -> Path:
-    """Return the newest run that has a checkpoint.
+    """Return the newest run with a checkpoint that can be drawn alone; print which it passes over.
 
     If no run has one, return the recipe PRETRAINED, and print so; but not for a folder of runs that
     the user names. Then raise CheckpointError.
     """
     for run in reversed(runs_of(runs, prefix)):
         if checkpoints_of(run):
-            return run
+            if reason := not_alone(run):
+                print(f"{run} is passed over: {reason}")
+            else:
+                return run
     target = f"run of an experiment {prefix}*" if prefix else "run"
     problem = f"{runs}: no {target} with a checkpoint here yet"
     if PRETRAINED.exists() and runs == RUNS:
@@ -172,6 +210,7 @@ def read_recipe(path: Path) -> SamplingConfig:
         config,
         model=located(config.model),
         guide=located(config.guide),
+        inputs=located(config.inputs),
         enlarge=tuple(map(located, config.enlarge)),
     )
 

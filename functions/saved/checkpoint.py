@@ -2,8 +2,8 @@
 
 A file is a .safetensors file as the library's `save_file` writes it. Reading it runs no code from
 it. The tensors belong to parts, and PART.NAME is the name of a tensor. A checkpoint has the parts
-`model`, `ema` (if the run has an EMA), `optimizer` and `window` (see `TrainingWindow`); a model to
-sample from has only `model` or `ema`. The metadata are:
+`model`, `ema` (if the run has an EMA) and `optimizer`; a model to sample from has only `model` or
+`ema`. The metadata are:
 
 format      the version of this format
 contents    a JSON text with plain values; for checkpoints and models those of
@@ -26,12 +26,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from config import NetworkConfig, build_scheduler, model_from
-from functions.noise_scheduler import NoiseScheduler
+from config import ModelConfig
+from functions.noise_scheduler import NoiseScheduler, build_scheduler
 from functions.saved.run_folder import find_checkpoints, first_intact
 from functions.support import processes
 from functions.support.errors import CheckpointError, door, printable
 from functions.support.files import check_file, parse_json, replacing, sha256
+from functions.support.settings import from_fields
 
 FORMAT = "ddpm-faces checkpoint 4"
 # Tensors by their names.
@@ -157,13 +158,13 @@ class SavedModel:
     digest: str
 
     @property
-    def model(self) -> NetworkConfig:
-        """Return what is known of the network. Raises ConfigError if it does not fit."""
-        return model_from(self.config["model"])
+    def model(self) -> ModelConfig:
+        """Return the fields of the network. Raises ConfigError if they do not fit."""
+        return from_fields(ModelConfig, self.config["model"])
 
     @property
     def scheduler(self) -> NoiseScheduler:
-        """Return the noise schedule. Raises ConfigError if it does not fit."""
+        """Return the noise schedule. Raises ValueError if it does not fit."""
         return build_scheduler(self.config["diffusion"])
 
     @property

@@ -25,7 +25,7 @@ from types import NoneType
 from typing import Any, NoReturn, TypeVar
 
 from functions.support.errors import UserError, printable
-from functions.support.settings import ConfigError, types_of
+from functions.support.settings import ConfigError, limits_of, types_of
 from functions.support.start import interrupted
 
 Flags = TypeVar("Flags")
@@ -166,8 +166,7 @@ def add_flags(parser: ArgumentParser, default: Any, prefix: str = "") -> dict[st
             continue
         kinds, choices, is_list = types_of(field)
         names = choices or [kind.__name__.upper() for kind in kinds if kind is not NoneType]
-        metavar = marks.get("metavar", "|".join(map(str, names)))
-        options = {"type": value_in(kinds), "metavar": metavar}
+        options = {"type": value_in(kinds), "metavar": "|".join(map(str, names))}
         if is_list:
             options["nargs"] = "*"
         if "bare" in marks:
@@ -175,15 +174,18 @@ def add_flags(parser: ArgumentParser, default: Any, prefix: str = "") -> dict[st
         if kinds == [bool] and not prefix:
             options = {"action": BooleanOptionalAction}
         shown = shlex.join(map(str, value)) or "none" if isinstance(value, tuple) else value
+        if not choices and {int, float} & {*kinds}:
+            shown = f"{shown}; {limits_of(field)[2]}"
         last = field.name.replace("_", "-")
         flags[last] = f"--{prefix}{last}"
         group.add_argument(
             flags[last],
-            *marks.get("also", ()),
+            # A name of one letter has one dash, too.
+            *[f"-{last}"] * (len(last) == 1),
             dest=f"{prefix}{field.name}",
             default=SUPPRESS,
             # argparse treats a single % as the start of a placeholder.
-            help=f"{helps[field.name]} Default: {shown}.".replace("%", "%%"),
+            help=f"{helps.get(field.name, '')} Default: {shown}.".replace("%", "%%"),
             **options,
         )
     return flags

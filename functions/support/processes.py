@@ -90,6 +90,14 @@ def all_reduce(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def gathered(value: Value) -> list[Value]:
+    """Return the values of all processes, in the order of their ranks."""
+    values = [value] * count()
+    if count() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def any_rank(flag: bool) -> bool:
     """Return whether a flag is true in any process."""
     # The tensor is on the CPU, so the processes exchange it without waiting for their GPUs.

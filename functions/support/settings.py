@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, field, fields
 from functools import partial
 from types import NoneType, UnionType
@@ -23,6 +24,32 @@ class ConfigError(Exception):
     """An error about a field with an invalid value; its message says which values are valid."""
 
 
+class Presets(Mapping):
+    """The presets by name. One is built when it is asked for, so a wrong one stops no other."""
+
+    def __init__(self):
+        self.functions: dict[str, Callable[[], Any]] = {}
+
+    def __call__(self, function: Callable[[], Any]) -> Callable[[], Any]:
+        """Add a function that returns a preset, under its name with - for _."""
+        self.functions[function.__name__.replace("_", "-")] = function
+        return function
+
+    def __getitem__(self, name: str) -> Any:
+        """Return a preset. Raises ConfigError, with its name, for one that cannot work."""
+        function = self.functions[name]
+        try:
+            return function()
+        except ConfigError as error:
+            raise ConfigError(f"the preset {name!r} of config.py: {error}") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.functions)
+
+    def __len__(self) -> int:
+        return len(self.functions)
+
+
 def setting(default: Any = MISSING, **marks: Any) -> Any:
     """Return a field of a config with marks; without a default, its value must be given.
 
@@ -34,9 +61,6 @@ def setting(default: Any = MISSING, **marks: Any) -> Any:
     fixed: a resumed run cannot change the value.
     no_flag: the program sets the value, and not the command line.
     flat: the value is a dataclass whose fields are flags without this field's name.
-    also: other names of the flag.
-    not_empty: a list has at least one item.
-    metavar: what help shows as the flag's value.
     bare: the value of the flag without one.
     puts_out: fields that become None with a value of the flag, if they have no flag themselves.
     fixed_by_weights: weights work only with the value with which they were trained, so it is
@@ -76,6 +100,15 @@ def types_of(each: Field) -> tuple[list[type], tuple, bool]:
     return kinds, choices, is_list
 
 
+def limits_of(each: Field) -> tuple[float, float, str]:
+    """Return the least and the largest number that a field may have, and both in words."""
+    at_least = each.metadata.get("at_least", int(float not in types_of(each)[0]))
+    at_most = each.metadata.get("at_most", math.inf)
+    if at_most < math.inf:
+        return at_least, at_most, f"from {at_least} to {at_most:,}"
+    return at_least, at_most, f"{at_least} or more" if at_least > -math.inf else "any number"
+
+
 def checked(each: Field, value: Any) -> Any:
     """Return a value of a field as its annotated type. Raises ConfigError if it does not fit."""
     kinds, choices, is_list = types_of(each)
@@ -97,16 +130,11 @@ def checked(each: Field, value: Any) -> Any:
         for item in items
     )
     check(fits, f"a list, and each item {wanted}" if is_list else wanted)
-    check(items or "not_empty" not in each.metadata, "a list of one or more")
 
     numbers = [item for item in items if type(item) in (int, float)]
-    at_least = each.metadata.get("at_least", int(float not in kinds))
-    at_most = each.metadata.get("at_most", math.inf)
+    at_least, at_most, requirement = limits_of(each)
     # JSON has no infinity. A field that is a limit has 0 for none. No float has 400 digits.
     check(all(abs(item) <= 2**64 for item in numbers), "finite, and at most 2^64")
-    requirement = f"{at_least} or more"
-    if at_most < math.inf:
-        requirement = f"from {at_least} to {at_most:,}"
     check(all(at_least <= item <= at_most for item in numbers), requirement)
     if is_list:
         return tuple(items)
@@ -131,3 +159,9 @@ def from_fields(config_class: type, values: dict) -> Any:
             f"{config_class.__name__}: missing or unknown: {printable(', '.join(wrong))}"
         )
     return config_class(**values)
+
+
+def row_of(table: Mapping[str, Any], field_name: str, name: str) -> Any:
+    """Return the row of a table that a field names. Raises ConfigError for a name without a row."""
+    require(field_name, name, name in table, " or ".join(map(json.dumps, table)))
+    return table[name]

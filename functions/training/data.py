@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import ConfigError, DiffusionConfig, Experiment
+from config import DiffusionConfig, Experiment
 from data.batches import augment, epoch_order, gather
 from data.datasets import ImageSet, split_images
 from data.pixels import to_model_range
@@ -17,6 +17,7 @@ from functions.samplers import SAMPLERS
 from functions.support import processes
 from functions.support.errors import printable
 from functions.support.random_numbers import generator_of, image_noise
+from functions.support.settings import ConfigError
 
 Draws = TypeVar("Draws", bound=tuple)
 
@@ -29,7 +30,7 @@ class StepDraws(NamedTuple):
     flip: Tensor  # (B,) bool, True with probability 1/2
     # (B,) float32, uniform in [-1, 1). The rotation is this fraction of the largest angle.
     rotation: Tensor
-    # (B,) float32, uniform in [0, 1). Below condition_dropout, a label is dropped.
+    # (B,) float32, uniform in [0, 1). Below condition_dropout, the inputs are dropped.
     condition_drop: Tensor
 
 
@@ -68,14 +69,22 @@ class TrainingData:
         image_set, split: the images, and which of them train and validate.
         steps_per_epoch, total_steps: the number of steps of an epoch, and of the whole run.
         share: this process's places in the effective batch.
+        no_inputs: the value of each input of the network that stands for none.
         gather: returns the images with given indices and their inputs, on the device.
     """
 
-    def __init__(self, experiment: Experiment, image_set: ImageSet, device: torch.device):
+    def __init__(
+        self,
+        experiment: Experiment,
+        image_set: ImageSet,
+        device: torch.device,
+        no_inputs: dict[str, float | Tensor],
+    ):
         self.config = config = experiment.diffusion
         self.image_shape = experiment.model.image_shape
         self.image_set = image_set
         self.device = device
+        self.no_inputs = no_inputs
 
         shape = tuple(image_set.images.shape[1:])
         channels, size, _ = self.image_shape
@@ -121,7 +130,7 @@ class TrainingData:
     def augment(
         self, x_0: Tensor, inputs: dict[str, Tensor], draws: StepDraws, done: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Flip and rotate x_0 (B, C, H, W), if the config says so, and drop some labels.
+        """Flip and rotate x_0 (B, C, H, W), if the config says so, and drop some inputs.
 
         `done` is the fraction of the run before this step.
         """
@@ -132,10 +141,13 @@ class TrainingData:
             if config.max_rotation and done < 1 - config.rotation_free_end:
                 angle = config.max_rotation * draws.rotation
             x_0 = augment(x_0, draws.flip, angle)
-        if "label" in inputs:
-            dropped = draws.condition_drop < config.condition_dropout
-            no_label = len(self.image_set.label_names)
-            inputs = inputs | {"label": inputs["label"].masked_fill(dropped, no_label)}
+        # All inputs of an image are dropped at once, and what has no value for none stays.
+        dropped = draws.condition_drop < config.condition_dropout
+        for name in inputs.keys() & self.no_inputs.keys():
+            values = inputs[name]
+            none = torch.as_tensor(self.no_inputs[name], device=values.device, dtype=values.dtype)
+            mask = dropped.view(-1, *[1] * (values.dim() - 1))
+            inputs = inputs | {name: torch.where(mask, none, values)}
         return x_0, inputs
 
     @cached_property

@@ -3,13 +3,15 @@
 import math
 from collections.abc import Iterator
 
-from config import ConfigError, DiffusionConfig, Experiment, ModelConfig, build_scheduler
+from config import DiffusionConfig, Experiment
 from functions.denoiser import Denoiser
+from functions.noise_scheduler import build_scheduler
+from functions.optimizers import rate_of
 from functions.saved.checkpoint import Checkpoint
 from functions.support import processes
 from functions.support.device import arithmetic
 from functions.support.errors import quoted
-from functions.support.settings import fields_with
+from functions.support.settings import ConfigError, fields_with
 from functions.training.data import TrainingData
 
 # With a terminal SNR above this, x_T still shows the image. In the paper's 1000 steps it is 4e-5.
@@ -27,6 +29,12 @@ def provenance_of(
         "parameters": sum(p.numel() for p in denoiser.network.parameters()),
         # This describes the model whose weights the run started from. None: random weights.
         "initial": initial,
+        # The shape and the dtype of what it is given with each image, but for its label.
+        "inputs": {
+            name: [list(values.shape[1:]), str(values.dtype)]
+            for name, values in data.image_set.inputs.items()
+            if name != "label"
+        },
         # The bits of the results depend on these values.
         "arithmetic": {
             **arithmetic(data.device, denoiser.precision),
@@ -125,7 +133,7 @@ def describe(
 def warnings(experiment: Experiment, total_steps: int, terminal_snr: float) -> Iterator[str]:
     """Yield a warning for each setting that is allowed but probably not meant."""
     config = experiment.diffusion
-    if isinstance(experiment.model, ModelConfig):
+    if experiment.model.network in ("unet", "details"):
         groups = experiment.model.norm_groups
         channels_of_group = min(experiment.model.dims) / groups
         if channels_of_group < 4:
@@ -160,8 +168,8 @@ def describe_changes(
         yield f"changed: {field} was {value}, is now {now}"
     # More epochs move a step back on its schedule.
     step, earlier_steps = facts["step"], facts["total_steps"]
-    last_rate = before.diffusion.rate_of(step - 1, earlier_steps)
-    rate = config.rate_of(step, data.total_steps)
+    last_rate = rate_of(before.diffusion, step - 1, earlier_steps)
+    rate = rate_of(config, step, data.total_steps)
     if rate > 2 * last_rate:
         yield (
             f"warning: the learning rate was {last_rate:.3g} in the last step, of a run of "

@@ -3,52 +3,23 @@
 import csv
 import math
 import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from PIL import Image
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from functions.saved.run_folder import timestamp
 from functions.support.files import write_text
 from functions.support.pictures import save_figure
 
 # The held-out loss by quarter of t, from the least noise to the most, with the weights that draw
 # samples. It shows where a run learns.
 QUARTERS = ("val_loss_q0", "val_loss_q1", "val_loss_q2", "val_loss_q3")
-COLUMNS = (
-    # The number of optimiser steps done.
-    "step",
-    # The number of epochs done, a fraction included.
-    "epoch",
-    # The mean training loss of the steps since the previous row.
-    "loss",
-    # The corresponding squared error of eps; with objective = "eps" it equals the loss.
-    "eps_error",
-    # Loss and error of eps on held-out images, with the raw weights; empty in rows without
-    # validation.
-    "val_loss",
-    "val_eps_error",
-    # Loss and error of eps on held-out images, with the EMA weights.
-    "val_loss_ema",
-    "val_eps_error_ema",
-    # The gradient norm of the last step, before clipping.
-    "grad_norm",
-    "learning_rate",
-    # The speed of training, excluding the time for validation and samples.
-    "images_per_second",
-    # The number of steps skipped so far, because their gradients were not finite.
-    "skipped_steps",
-    *QUARTERS,
-)
 
 
 class MetricsLog:
@@ -60,35 +31,38 @@ class MetricsLog:
 
     def __init__(self, run: Path, resume_step: int = 0, config: str = ""):
         self.path = run / "metrics.csv"
-        text = StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        if self.path.exists():
-            columns, rows = read_rows(self.path)
-            if columns == [*COLUMNS]:
-                writer.writerows(row for row in rows if int(row[0]) <= resume_step)
-            else:
-                aside = self.path.rename(run / f"metrics-{timestamp()}.csv")
-                print(f"warning: {self.path} has other columns; it is now {aside}")
-        write_text(self.path, text.getvalue())
+        self.columns, rows = read_rows(self.path) if self.path.exists() else ([], [])
+        self.rewrite([row for row in rows if int(row[0]) <= resume_step])
         self.tensorboard = SummaryWriter(run / "tensorboard", purge_step=resume_step + 1)
         self.tensorboard.add_text("config", f"```\n{config}\n```", resume_step)
 
-    def write(self, **values: float) -> None:
-        """Write one row. Raises ValueError, and writes nothing, for a name not in COLUMNS."""
+    def rewrite(self, rows: list[list[str]]) -> None:
+        """Write the file anew, with these rows; those of fewer columns get empty cells."""
+        text = StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        for row in [self.columns, *rows]:
+            writer.writerow(row + [""] * (len(self.columns) - len(row)))
+        write_text(self.path, text.getvalue())
+
+    def write(self, row: dict[str, float]) -> None:
+        """Write one row, which begins with the step. A name that is new becomes a column."""
+        if new := [name for name in row if name not in self.columns]:
+            _, rows = read_rows(self.path)
+            self.columns += new
+            self.rewrite(rows)
         cells = {
             name: f"{value:.6g}" if isinstance(value, float) else value
-            for name, value in values.items()
+            for name, value in row.items()
         }
-        with open(self.path, "a", newline="") as file:
-            csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(cells)
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(cells)
             # The row reaches the disk before the next checkpoint, so a run that resumes from that
             # checkpoint finds the row.
             file.flush()
             os.fsync(file.fileno())
-        for column, value in values.items():
-            if column != "step":
-                self.tensorboard.add_scalar(column, value, values["step"])
+        for name, value in row.items():
+            if name != "step":
+                self.tensorboard.add_scalar(name, value, row["step"])
         self.tensorboard.flush()
 
     def show(self, samples: Image.Image, step: int) -> None:
@@ -130,63 +104,41 @@ def are_numbers(row: list[str]) -> bool:
     return row[0].isdecimal()
 
 
-class TrainingWindow:
-    """The steps since the last row: sums on the device, which checkpoints have, and the speed.
+@dataclass
+class Window:
+    """The steps since the last row, which a checkpoint has, too.
 
-    The optimiser skips steps whose gradients are not finite. They are counted, but not their loss.
+    Steps whose gradients are not finite are skipped. They are counted, but not their losses.
     """
 
-    def __init__(self, device: torch.device, images_per_step: int):
-        # The loss, the error of eps and 1, summed over the images of all steps since the last row.
-        self.sums = torch.zeros(3, device=device)
-        # The steps that were skipped: their number since the run began, and since the last good
-        # step.
-        self.skipped = torch.zeros(2, device=device)
-        self.images_per_step = images_per_step
-        self.start_clock()
+    # Each loss by its name, summed over the images of the steps that were not skipped.
+    sums: dict[str, float] = field(default_factory=dict)
+    # The number of these images.
+    images: int = 0
+    # The number of steps that were skipped since the run began, and since the last good step.
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
 
-    def start_clock(self) -> None:
-        """Begin to measure the speed."""
-        self.steps_timed = 0
-        # Each pause moves this time forward.
-        self.clock = time.perf_counter()
+    def add(self, sums: dict[str, float], images: int) -> None:
+        """Add a step's losses, each summed over its images."""
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.images += images
+        self.skipped_in_a_row = 0
 
-    def add(self, sums: Tensor, skipped: Tensor) -> None:
-        """Add a step's sums over images of loss, error of eps and 1 (3,); skipped () is 1 or 0."""
-        self.sums += torch.where(skipped > 0, 0.0, sums)
-        self.skipped += skipped
-        # A good step ends the row of skipped ones.
-        self.skipped[1] *= skipped
-        self.steps_timed += 1
+    def skip(self, names: Iterable[str]) -> None:
+        """Count a step that was skipped, whose losses have these names."""
+        for name in names:
+            self.sums.setdefault(name, 0.0)
+        self.skipped_steps += 1
+        self.skipped_in_a_row += 1
 
-    def read(self, grad_norm: Tensor) -> dict[str, float]:
-        """Return the columns of a row, and start the next window; this waits for the device.
-
-        `grad_norm` () is the last step's. The means are nan if all steps were skipped.
-        """
-        # All numbers are copied in one transfer, so that the host waits only once.
-        values = torch.stack([*self.sums, self.skipped[0], grad_norm.float()])
-        loss, eps_error, image_count, skipped, last_grad_norm = values.tolist()
-        seconds = time.perf_counter() - self.clock
-        image_count = image_count or math.nan
-        row = {
-            "loss": loss / image_count,
-            "eps_error": eps_error / image_count,
-            "grad_norm": last_grad_norm,
-            "images_per_second": self.steps_timed * self.images_per_step / seconds,
-            "skipped_steps": int(skipped),
-        }
-        self.sums.zero_()
-        self.start_clock()
-        return row
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Stop the clock within the context, whose work is not training."""
-        start = time.perf_counter()
-        yield
-        # `read` may have started the next window within the context.
-        self.clock += time.perf_counter() - max(start, self.clock)
+    def means(self) -> dict[str, float]:
+        """Return the mean of each loss, nan if all steps were skipped, and start anew."""
+        means = {name: value / (self.images or math.nan) for name, value in self.sums.items()}
+        self.sums = {}
+        self.images = 0
+        return means
 
 
 def plot_losses(metrics: Path, path: Path, title: str = "") -> None:

@@ -7,24 +7,19 @@ from pathlib import Path
 
 import torch
 
-from config import (
-    DEFAULT_EXPERIMENT,
-    EXPERIMENTS,
-    ConfigError,
-    DiffusionConfig,
-    Experiment,
-    ModelConfig,
-    OwnNetwork,
-    build_network,
-)
+from config import DEFAULT_EXPERIMENT, EXPERIMENTS, DiffusionConfig, Experiment
 from data.datasets import load_images
+from functions.denoiser import OBJECTIVES, inputs_of
+from functions.noise_scheduler import build_scheduler
+from functions.optimizers import LR_SCHEDULES, OPTIMIZERS
+from functions.samplers import SAMPLERS
 from functions.saved.checkpoint import Checkpoint, load_model
 from functions.saved.run_folder import PlaceFlags
 from functions.support import processes
 from functions.support.command_line import first_look, read_flags, split_words
 from functions.support.device import choose_device
 from functions.support.errors import UserError, printable
-from functions.support.settings import fields_with, setting
+from functions.support.settings import ConfigError, fields_with, row_of, setting
 from functions.training.description import check_changes
 from functions.training.resuming import (
     explain_failed_writes,
@@ -34,9 +29,8 @@ from functions.training.resuming import (
     run_to_resume,
 )
 from functions.training.run import TrainingRun
+from models.networks import NETWORKS, build_network
 
-# The fields of a network that no weights depend on
-FREE = ("dropout", "image_size", "lowest_resolution_size")
 # It returns an experiment with the fields that flags replace.
 Read = Callable[[Experiment], Experiment]
 
@@ -47,7 +41,7 @@ class OpeningFlags(PlaceFlags):
 
     # Resume the run in this folder. Without a value, resume the newest unfinished run of the
     # experiment; with auto, resume that run, or start a new run if there is none.
-    resume: str | None = setting(None, metavar="RUN|auto", bare="newest")
+    resume: str | None = setting(None, bare="newest")
     # Start from the weights of a run, a checkpoint or a diffusers folder, and from its EMA weights
     # if it has any. A run that --resume auto resumes keeps its own.
     init: Path | None = None
@@ -112,14 +106,17 @@ def new_run(name: str, flags: OpeningFlags, read: Read) -> TrainingRun:
     saved = vars(DiffusionConfig) | initial.config["diffusion"]
     fixed = fields_with(DiffusionConfig, "fixed_by_weights")
     model = initial.model
-    if isinstance(model, ModelConfig):
-        # The weights fit images of any size that the levels can halve.
+    free = {"dropout"}
+    # That of diffusers has its own dropout and size, as all that it is built by.
+    if model.network != "diffusers":
+        # Other weights fit images of any size that the levels can halve.
+        free |= {"image_size", "lowest_resolution_size"}
         model = replace(model, dropout=preset.model.dropout, lowest_resolution_size=None)
     begun = Experiment(replace(preset.diffusion, **{field: saved[field] for field in fixed}), model)
     experiment = read(begun)
     for path, (own, changed) in begun.differences(experiment).items():
         part, field = path.split(".")
-        if field in fixed or (part == "model" and field not in FREE):
+        if field in fixed or (part == "model" and field not in free):
             raise ConfigError(
                 f"{field} is {printable(own)} for the weights of {initial.path}; it cannot be "
                 f"changed to {printable(changed)}"
@@ -127,6 +124,17 @@ def new_run(name: str, flags: OpeningFlags, read: Read) -> TrainingRun:
     run = make_run(name, experiment, flags.runs, device)
     run.begin_with(initial)
     return run
+
+
+def check_names(config: DiffusionConfig) -> None:
+    """Raise ConfigError for a name that is in no table, and for betas that make no schedule."""
+    tables = {"objective": OBJECTIVES, "optimizer": OPTIMIZERS, "lr_schedule": LR_SCHEDULES}
+    for field, table in (tables | {"grid_sampler": SAMPLERS}).items():
+        row_of(table, field, getattr(config, field))
+    try:
+        build_scheduler(vars(config))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def make_run(
@@ -138,8 +146,14 @@ def make_run(
 ) -> TrainingRun:
     """Return a run with the images that its config names, and the network that it describes."""
     config, model = experiment.diffusion, experiment.model
-    if config.labels and not isinstance(model, ModelConfig):
-        raise ConfigError("a network of diffusers gets no label here")
+    check_names(config)
+    if model.channels not in (1, 3):
+        raise ConfigError(f"channels is {model.channels}; image files have 3 or 1")
+    # A network without memory for its weights says what it takes, before images are read.
+    with torch.device("meta"):
+        takes = inputs_of(build_network(model))
+    if config.labels and "label" not in takes:
+        raise ConfigError(f"the network {model.network!r} takes no label")
     image_set = load_images(
         config.dataset_name,
         model.image_size,
@@ -147,8 +161,7 @@ def make_run(
         model.channels,
         config.labels,
     )
-    if isinstance(model, ModelConfig):
-        experiment = experiment.override(label_count=len(image_set.label_names))
+    experiment = experiment.override(label_count=len(image_set.label_names))
     # This seed is for the initial weights. Every later draw has another seed.
     torch.manual_seed(config.seed)
     network = build_network(experiment.model)
@@ -165,7 +178,7 @@ def resume_run(folder: Path, name: str | None, read: Read, device: torch.device)
     if name not in (None, own_name):
         raise ConfigError(f"{folder} is a run of {own_name!r}, not of {name!r}")
     saved = Experiment.from_dict(checkpoint.contents["config"])
-    if isinstance(saved.model, OwnNetwork):
+    if saved.model.network not in NETWORKS:
         # It is refused here, because its images have no name that could be found, either.
         build_network(saved.model)
     experiment = read(saved)

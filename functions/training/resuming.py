@@ -3,11 +3,9 @@
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
 
 from filelock import Timeout
 
@@ -26,9 +24,6 @@ from functions.support.files import holding
 # A training that is killed while it writes leaves such files in its run folder. The last ones are
 # those of safetensors.
 TRAINING_LEFTOVERS = (".*.tmp", "*/.*.tmp", "*/.tmp*")
-# A second signal within this many seconds counts as the same request. Schedulers signal every
-# process, and torchrun forwards its own signal too, so one request can arrive twice.
-SAME_REQUEST_SECONDS = 1.0
 # A terminal that is closed sends SIGHUP. Windows has neither it nor SIGUSR1.
 SIGNAL_NAMES = ("SIGHUP", "SIGINT", "SIGTERM", "SIGUSR1")
 SIGNALS = [number for number in signal.Signals if number.name in SIGNAL_NAMES]
@@ -123,61 +118,39 @@ def locked(run: Path) -> Iterator[None]:
         yield
 
 
-class StopSignals(ExitStack):
-    """A context in which a signal sets `received`, which `Recorder` reads between two steps.
+class StopSignals:
+    """A context in which the first signal of each kind sets `received`, and ends nothing.
 
-    A second signal, more than SAME_REQUEST_SECONDS later, ends the process immediately. An output
-    that has lost its reader, as in `train.py | head`, sets `received`, too.
+    A second one of the same kind does what it did before. Only the main thread can enter it.
+    A terminal that is closed takes no more output, so this goes nowhere then.
     """
 
-    # The name of the first signal, and the time at which it came.
+    # The name of the last signal.
     received: str | None = None
-    received_at = 0.0
 
     def __enter__(self) -> "StopSignals":
+        self.terminals = [stream.fileno() for stream in (sys.stdout, sys.stderr) if stream.isatty()]
         # nohup lets a process ignore SIGHUP, which then stays ignored. A script's background jobs
         # ignore SIGINT, but whoever sends that to one of them means it.
-        for number in SIGNALS:
-            previous = signal.getsignal(number)
-            if (number.name, previous) != ("SIGHUP", signal.SIG_IGN):
-                signal.signal(number, self.handle)
-                self.callback(signal.signal, number, previous)
-        for stream, redirect in ((sys.stdout, redirect_stdout), (sys.stderr, redirect_stderr)):
-            self.enter_context(redirect(Output(stream, self)))
+        self.previous = {
+            number: signal.signal(number, self.receive)
+            for number in SIGNALS
+            if (number.name, signal.getsignal(number)) != ("SIGHUP", signal.SIG_IGN)
+        }
         return self
 
-    def handle(self, number: int, *_: Any) -> None:
-        """Remember the first signal; end the process at a second one."""
-        if not self.received:
-            # The time is set first, since another signal may arrive between these two lines.
-            self.received_at = time.monotonic()
-            self.received = signal.Signals(number).name
-        elif time.monotonic() - self.received_at > SAME_REQUEST_SECONDS:
-            # A second signal means: exit immediately, with a shell's status for a signal, which is
-            # 128 + its number.
-            os._exit(128 + number)
+    def __exit__(self, *_: object) -> None:
+        for number, previous in self.previous.items():
+            signal.signal(number, previous)
 
-
-class Output:
-    """A stream that asks the run to stop when its reader is gone, and from then on goes nowhere."""
-
-    def __init__(self, stream: TextIO, signals: StopSignals):
-        self.stream = stream
-        self.signals = signals
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> None:
-        """Write a text, or let everything from now on go nowhere."""
-        try:
-            self.stream.write(text)
-            self.stream.flush()
-        except OSError:
-            # Python flushes the stream again when it ends, so its file must be one that works.
+    def receive(self, number: int, _: object) -> None:
+        """Remember the signal, and put back what it did before."""
+        self.received = signal.Signals(number).name
+        signal.signal(number, self.previous[number])
+        if self.received == "SIGHUP":
             with open(os.devnull, "w") as nowhere:
-                os.dup2(nowhere.fileno(), self.stream.fileno())
-            self.signals.received = self.signals.received or "the loss of its output"
+                for terminal in self.terminals:
+                    os.dup2(nowhere.fileno(), terminal)
 
 
 @contextmanager

@@ -1,17 +1,19 @@
 """A training: its network, all that its steps change, and how that is saved and loaded."""
 
 import copy
-from dataclasses import replace
+from collections import defaultdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from config import ConfigError, Experiment, OwnNetwork, build_scheduler
+from config import Experiment
 from data.datasets import ImageSet
 from data.labels import check_labels
-from functions.denoiser import Denoiser
-from functions.losses import eps_errors
+from functions.denoiser import Denoiser, inputs_of, no_inputs_of
+from functions.noise_scheduler import build_scheduler
 from functions.optimizers import OPTIMIZERS
 from functions.saved.checkpoint import (
     Checkpoint,
@@ -21,7 +23,6 @@ from functions.saved.checkpoint import (
     write_tensors,
 )
 from functions.saved.run_folder import path_of
-from functions.support import processes
 from functions.support.device import (
     COMPILED_DEVICES,
     choose_precision,
@@ -31,8 +32,9 @@ from functions.support.device import (
 from functions.support.errors import door, printable, quoted
 from functions.training.data import TrainingData
 from functions.training.description import check_resumption, describe, provenance_of
-from functions.training.metrics import TrainingWindow
+from functions.training.metrics import Window
 from functions.training.resuming import resume_command
+from models.networks import NETWORKS
 from models.unet import with_other_labels
 
 
@@ -75,10 +77,10 @@ class TrainingRun:
         self.runs_folder = runs_folder
         self.device = device
         data_class = TrainingData
-        if experiment.model.details:
-            with door("details = True"):
+        if "low" in inputs_of(network):
+            with door("a network of details"):
                 from extras.details_training import DetailsData as data_class
-        self.data = data_class(experiment, image_set, device)
+        self.data = data_class(experiment, image_set, device, no_inputs_of(network))
         self.total_steps = self.data.total_steps
         self.earlier = checkpoint
         facts = checkpoint.contents["run"] if checkpoint else {}
@@ -103,17 +105,17 @@ class TrainingRun:
             shared = {id(buffer): buffer for buffer in self.model.buffers()}
             self.ema_model = copy.deepcopy(self.model, shared).eval().requires_grad_(False)
         self.ema_ramp = True
-        optimizer = OPTIMIZERS[config.optimizer]
-        self.optimizer = optimizer(self.model, config.learning_rate, precision)
-        if not hasattr(self.optimizer, "found_inf"):
-            raise ConfigError(
-                f"{type(self.optimizer).__name__} does not skip a step: a row of OPTIMIZERS needs "
-                "`found_inf`, and its state from the start, as Adam in functions/optimizers.py"
-            )
+        # An optimizer that multiplies matrices may do so in the network's precision.
+        is_half = precision in (torch.float16, torch.bfloat16)
+        with torch.autocast(device.type, precision if is_half else None, enabled=is_half):
+            self.optimizer = OPTIMIZERS[config.optimizer](self.model, config.learning_rate)
+        for group in self.optimizer.param_groups:
+            # The rate of a group moves in proportion to its first one.
+            group.setdefault("initial_lr", group["lr"])
         # Gradients of float16 underflow unless the loss is scaled; elsewhere the scaler does
         # nothing.
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-        self.window = TrainingWindow(device, config.effective_batch)
+        self.window = Window()
         self.provenance = provenance_of(
             self.data, self.denoiser, self.is_to_compile, facts.get("initial")
         )
@@ -123,16 +125,16 @@ class TrainingRun:
     @property
     def how_to_resume(self) -> str:
         """Return what one continues the run with, for messages."""
-        if isinstance(self.experiment.model, OwnNetwork):
+        if self.experiment.model.network not in NETWORKS:
             return f"a TrainingRun of {self.folder} (docs/python.md)"
         return resume_command(self.folder)
 
     @property
     def how_to_sample(self) -> str:
         """Return what one samples from the run with, for messages."""
-        if isinstance(self.experiment.model, OwnNetwork):
+        if self.experiment.model.network not in NETWORKS:
             return "load_denoiser (docs/python.md)"
-        if self.experiment.model.details:
+        if "low" in inputs_of(self.model):
             return f"python edit.py enlarge FILE {quoted(self.folder)}"
         return f"python sample.py {quoted(self.folder)}"
 
@@ -165,13 +167,6 @@ class TrainingRun:
         path.parent.mkdir(exist_ok=True)
         return path
 
-    def count_step(self, losses: Tensor, t: Tensor) -> None:
-        """Count a step, with the losses and t (B,) of this process's images."""
-        errors = eps_errors(self.denoiser, losses, t)
-        sums = torch.stack([losses, errors, torch.ones_like(losses)]).sum(dim=1)
-        self.window.add(processes.all_reduce(sums), self.optimizer.found_inf)
-        self.step += 1
-
     def describe(self) -> str:
         """Describe the run in a few lines (data, split, network, ...), followed by warnings."""
         return describe(self.name, self.experiment, self.data, self.provenance, self.earlier)
@@ -200,13 +195,17 @@ class TrainingRun:
         parts = {"model": self.model.state_dict()}
         if self.ema_model:
             parts["ema"] = self.ema_model.state_dict()
-        parts["optimizer"] = {
-            f"{moment}.{name}": tensor
-            for name, p in self.model.named_parameters()
-            for moment, tensor in self.optimizer.state[p].items()
-        }
-        parts["window"] = {"sums": self.window.sums, "skipped": self.window.skipped}
+        state = self.optimizer_state()
+        parts["optimizer"] = {k: value for k, value in state.items() if torch.is_tensor(value)}
         return parts
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """Return the optimizer's tensors and numbers by KEY.PARAMETER, such as exp_avg.NAME."""
+        return {
+            f"{key}.{name}": value
+            for name, p in self.model.named_parameters()
+            for key, value in self.optimizer.state.get(p, {}).items()
+        }
 
     def contents(self) -> dict:
         """Return the plain values of a checkpoint or a snapshot."""
@@ -218,7 +217,13 @@ class TrainingRun:
     def save(self, path: Path) -> None:
         """Write a checkpoint. Raises OSError, such as for a full disk."""
         # Random numbers and the position in the data follow from the seed and the step.
-        write_tensors(path, self.parts(), {**self.contents(), "scaler": self.scaler.state_dict()})
+        numbers = {
+            key: value
+            for key, value in self.optimizer_state().items()
+            if not torch.is_tensor(value)
+        }
+        more = {"scaler": self.scaler.state_dict(), "window": asdict(self.window)}
+        write_tensors(path, self.parts(), {**self.contents(), "optimizer": numbers, **more})
 
     def save_snapshot(self, path: Path) -> None:
         """Write the weights to sample from, in float16. Raises OSError, such as for a full disk.
@@ -235,10 +240,31 @@ class TrainingRun:
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Take over a checkpoint's numbers. Raises CheckpointError when they do not fit."""
-        for part, tensors in self.parts().items():
+        parts = self.parts()
+        del parts["optimizer"]
+        for part, tensors in parts.items():
             copy_tensors(checkpoint.tensors(part), tensors, checkpoint.path)
+        numbers = checkpoint.contents["optimizer"]
+        self.load_optimizer(checkpoint.tensors("optimizer") | numbers)
+        self.window = Window(**checkpoint.contents["window"])
         # The state is empty unless the precision was float16.
         scaler = checkpoint.contents.get("scaler")
         if scaler:
             self.scaler.load_state_dict(scaler)
         self.ema_ramp = checkpoint.contents["run"]["ema_ramp"]
+
+    def load_optimizer(self, state: dict[str, Any]) -> None:
+        """Invert `optimizer_state`, also before the optimizer's first step."""
+        parameters = dict(self.model.named_parameters())
+        own = self.optimizer.state_dict()
+        moved = [p for group in self.optimizer.param_groups for p in group["params"]]
+        indices = {p: i for i, p in enumerate(moved)}
+        states = defaultdict(dict)
+        for path, value in state.items():
+            key, _, name = path.partition(".")
+            p = parameters[name]
+            if torch.is_tensor(value) and value.shape == p.shape:
+                # A moment lies in memory as its parameter does.
+                value = torch.empty_like(p, dtype=value.dtype).copy_(value)
+            states[indices[p]][key] = value
+        self.optimizer.load_state_dict({**own, "state": dict(states)})

@@ -16,16 +16,13 @@ from torch.testing import assert_close
 import edit
 import evaluate
 import sample
-from config import ConfigError, ModelConfig, build_network
-from extras.diffusers_folder import copy_weights, network_fields
-from extras.diffusers_network import DiffusersUNet
 from figures.saved_model import open_saved
 from functions.sampling.generation import generate
 from functions.saved.checkpoint import load_model
 from functions.saved.loading import load_denoiser
 from functions.support.errors import CheckpointError
 from functions.support.random_numbers import seed_of
-from tests.conftest import SMALL_MODEL, call, refused
+from tests.conftest import call, refused
 from tests.theirs import FEW, OTHER, random_unet, write_pipeline
 
 UNET, SCHEDULE = "unet/config.json", "scheduler/scheduler_config.json"
@@ -163,23 +160,6 @@ def test_what_cannot_be_exported_leaves_nothing_behind(their_folder, tmp_path):
         with refused(message):
             call(sample, their_folder, "--export", tmp_path / name)
     assert [*tmp_path.iterdir()] == [tmp_path / "there"]
-
-
-@pytest.mark.parametrize(
-    ("model", "fields", "sentence"),
-    [
-        ({"dim_multiply": (2, 2)}, {}, "its network has other weights"),
-        ({}, {"norm_eps": 1e-5}, "its network computes something else"),
-    ],
-)
-def test_an_export_compares_both_networks(model, fields, sentence):
-    config = ModelConfig(**SMALL_MODEL | model)
-    ours = build_network(config)
-    for parameter in ours.parameters():
-        parameter.data.add_(0.05 * torch.randn_like(parameter))
-    theirs = DiffusersUNet(UNet2DModel(**network_fields(config) | fields))
-    with refused(sentence, ConfigError):
-        copy_weights(ours, theirs, config)
 
 
 def test_what_only_a_folder_decides(folder, pictures, here, capsys):

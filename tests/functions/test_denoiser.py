@@ -6,7 +6,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from functions.denoiser import OBJECTIVES, Denoiser, Objective
-from functions.losses import denoising_loss, eps_errors
+from functions.losses import denoising_loss
 from functions.noise_scheduler import NoiseScheduler
 from tests.conftest import normal, small_unet
 from tests.functions.known_denoisers import exact
@@ -16,11 +16,9 @@ SCHEDULER = NoiseScheduler(1000)
 T = torch.tensor([0, 1, 200, 700, 999])
 
 
-# In the same x_t, the squared error of eps is that of x_0 times the SNR (Eq. 15).
 X_0 = Objective(
     target=lambda scheduler, x_0, t, noise: x_0,
     from_output=lambda scheduler, x_t, t, x_0: (x_0, scheduler.predict_eps(x_t, t, x_0)),
-    eps_factor=lambda scheduler, t: scheduler.alpha_bar(t) / (1 - scheduler.alpha_bar(t)),
     diffusers="sample",
 )
 
@@ -53,16 +51,20 @@ def test_v_keeps_the_digits_of_x_0_that_eps_would_lose():
 
 
 @pytest.mark.parametrize("objective", ["eps", "v", "x_0"])
-def test_losses_are_squared_errors_of_the_target_and_convert_into_those_of_eps(objective):
-    """tests/functions/test_sampler_diffusers.py compares the predicted x_0 and eps."""
+def test_the_loss_is_that_of_the_target_and_the_error_of_eps_is_recorded_beside_it(objective):
+    """In the same x_t, an error of x_0 is one of eps times the SNR (Eq. 15); of v, alpha_bar.
+
+    tests/functions/test_sampler_diffusers.py compares the predicted x_0 and eps.
+    """
     x_0, noise, output = (images(seed) for seed in (1, 2, 3))
     denoiser = exact(lambda x_t, t: output, SCHEDULER, objective)
     losses = denoising_loss(denoiser, x_0, T, noise)
     target = {"eps": noise, "v": SCHEDULER.v(x_0, T, noise), "x_0": x_0}[objective]
-    assert_close(losses, (output - target).square().mean((1, 2, 3)))
-
-    _, eps = denoiser.predict(SCHEDULER.q_sample(x_0, T, noise), T)
-    assert_close(eps_errors(denoiser, losses, T), (eps - noise).square().mean((1, 2, 3)))
+    assert losses.keys() == {"loss", "eps_error"}
+    assert_close(losses["loss"], (output - target).square().mean((1, 2, 3)))
+    a = SCHEDULER.alphas_cumprod[T]
+    factor = {"eps": 1, "v": a, "x_0": a / (1 - a)}[objective]
+    assert_close(losses["eps_error"], factor * losses["loss"])
 
 
 X_T = normal(0, 2, 3, 16, 16)

@@ -5,6 +5,8 @@ numbers that are known of the paper's schedule.
 """
 
 import math
+import re
+from textwrap import dedent
 
 import numpy as np
 import pytest
@@ -12,8 +14,9 @@ import torch
 from diffusers import DDPMScheduler
 from torch.testing import assert_close
 
-from functions.noise_scheduler import BETA_SCHEDULES, NoiseScheduler
-from tests.conftest import normal
+from config import EXPERIMENTS
+from functions.noise_scheduler import BETA_SCHEDULES, NoiseScheduler, build_scheduler
+from tests.conftest import ROOT, normal
 
 schedules = pytest.mark.parametrize("timesteps, rescale", [(500, True), (200, False)])
 
@@ -76,6 +79,22 @@ def test_the_posterior_is_bayes_rule(timesteps, rescale):
     mean, variance = scheduler.q_posterior(x_0, x_t, last, -1)
     assert_close(mean, x_0, rtol=1e-10, atol=1e-10)
     assert variance == 0
+
+
+def test_the_sigmoid_betas_of_the_docs_take_beta_start_and_beta_end(monkeypatch):
+    """The lines run as docs/extending.md prints them, as a row and nothing else."""
+    text = (ROOT / "docs" / "extending.md").read_text()
+    lines = re.search(r"^    (def sigmoid_betas.*?)^    # and", text, re.M | re.S)[1]
+    exec(dedent("    " + lines), names := {"torch": torch, "Tensor": torch.Tensor})
+    assert '    "sigmoid": sigmoid_betas,' in text
+    monkeypatch.setitem(BETA_SCHEDULES, "sigmoid", names["sigmoid_betas"])
+    changes = {"beta_schedule": "sigmoid", "beta_start": 3e-4, "beta_end": 0.03}
+    config = EXPERIMENTS["faces"].override(**changes).diffusion
+    betas = build_scheduler(vars(config)).betas.numpy()
+    sigmoid = 1 / (1 + np.exp(-np.linspace(-6, 6, 1000)))
+    assert np.allclose(betas, 3e-4 + (0.03 - 3e-4) * sigmoid, rtol=1e-12)
+    with pytest.raises(ValueError, match="rescale_betas is False, and sigmoid betas do not"):
+        build_scheduler(vars(config) | {"rescale_betas": False})
 
 
 @pytest.mark.parametrize("timesteps", [2, 50, 5000])

@@ -57,8 +57,10 @@ def test_matrices_move_as_those_of_pytorch_and_the_rest_as_adams():
     theirs = {name: nn.Parameter(p.clone()) for name, p in start.items()}
     for name in matrices:
         theirs[name].data = theirs[name].data.flatten(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        muon = OPTIMIZERS["muon"](layers, RATE)
     optimizers = [
-        OPTIMIZERS["muon"](layers, RATE, torch.bfloat16),
+        muon,
         torch.optim.Muon(
             [theirs[name] for name in matrices],
             lr=RATE,
@@ -88,7 +90,7 @@ def moved(scale):
     """Return by how much a first step moves a matrix whose gradient has this RMS."""
     matrix = nn.Parameter(torch.zeros(32, 144))
     matrix.grad = scale * normal(0, *matrix.shape)
-    Muon(nn.ParameterList([matrix]), RATE, torch.float32).step()
+    Muon(nn.ParameterList([matrix]), RATE).step()
     return matrix.detach()
 
 

@@ -14,7 +14,7 @@ from config import EXPERIMENTS, ConfigError
 from functions.denoiser import Denoiser
 from functions.likelihood import model_variance
 from functions.noise_scheduler import BETA_SCHEDULES, NoiseScheduler
-from functions.optimizers import LR_SCHEDULES
+from functions.optimizers import LR_SCHEDULES, rate_of
 from functions.samplers import SAMPLERS, VARIANCES, ddpm_sample
 from functions.timesteps import SPACINGS, sampling_times
 from tests.conftest import normal, refused
@@ -78,7 +78,7 @@ def test_noise_is_asked_for_once_a_step_and_not_at_the_end(row, options):
         (VARIANCES, lambda: ddpm_sample(DENOISER, X_T, [5, 3], "new")),
         (VARIANCES, lambda: model_variance(SCHEDULER, torch.tensor([50]), "new")),
         (BETA_SCHEDULES, lambda: NoiseScheduler(2, beta_schedule="new")),
-        (LR_SCHEDULES, lambda: replace(FACES, lr_schedule="new").rate_of(1, 2)),
+        (LR_SCHEDULES, lambda: rate_of(replace(FACES, lr_schedule="new"), 1, 2)),
     ],
 )
 def test_a_new_name_is_refused_until_its_table_has_it(table, use, monkeypatch):

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from config import EXPERIMENTS, build_network
+from config import EXPERIMENTS
 from models.details import DetailsUNet
+from models.networks import build_network
 from tests.conftest import normal
 
 T = torch.tensor([3, 700])
@@ -26,7 +27,7 @@ def network():
 def test_a_preset_with_details_has_a_unet_whose_ends_have_other_channels():
     """test_unet.py counts the parameters of a U-Net. Here five images come in, and four out."""
     model = EXPERIMENTS["ffhq-details"].model
-    ours, plain = build_network(model), build_network(replace(model, details=False))
+    ours, plain = build_network(model), build_network(replace(model, network="unet"))
     counts = [sum(p.numel() for p in network.parameters()) for network in (ours, plain)]
     # Twelve channels more come in, and nine more out, each out of these with a bias.
     assert counts[0] - counts[1] == 9 * 12 * 64 + (9 * 64 + 1) * 9

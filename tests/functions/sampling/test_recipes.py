@@ -12,10 +12,11 @@ import edit
 import evaluate
 import functions.sampling.settings
 import sample
+from functions.sampling.generation import draw
 from functions.sampling.settings import SamplingFlags, default_settings
 from functions.saved.run_folder import checkpoints_of
 from functions.support.command_line import read_flags
-from tests.conftest import call, files_of, pixels_of, refused
+from tests.conftest import call, files_of, pixels_of, refused, samples_of
 
 TEXT = """\
 model = "model.safetensors"
@@ -70,6 +71,14 @@ def test_a_recipe_draws_what_its_flags_draw(recipe, monkeypatch):
         *others, last = ImageSequence.all_frames(animation)
     assert len(others) == 4
     assert np.abs(last.convert("RGB") - pixels_of(of_the_box).astype(float)).mean() < 12
+
+
+def test_python_draws_by_a_recipe_what_sample_py_draws(recipe):
+    call(sample, recipe, FEW, "--individual --seed 3 --out drawn")
+    assert np.array_equal(samples_of(Path("drawn")), draw("mine/people.toml", 2, 3, "cpu"))
+    call(sample, recipe, FEW, "--individual --temperature 1 --out warm")
+    images = draw("mine/people.toml", n=2, device="cpu", temperature=1.0)
+    assert np.array_equal(samples_of(Path("warm")), images)
 
 
 def test_a_run_of_ones_own_comes_before_the_recipe(recipe, tiny_run, monkeypatch, capsys):

@@ -98,22 +98,22 @@ def test_a_folder_of_other_settings_is_refused(tiny_run, tmp_path):
             single,
             early,
             "--seed 1 --precision bfloat16 --guide 5",
-            "checkpoint seed precision guide guidance",
+            "checkpoint seed precision guide guidance grid",
         ),
-        (pictures, "", "--sampler ddim --individual", "sampler eta variance"),
+        (pictures, "", "--sampler ddim", "sampler eta variance"),
         (single, "", "--steps 4 --spacing logsnr --individual", "steps spacing"),
-        # Pictures of other images are refused, too, but not single images of the same settings.
+        # So are pictures of other images, and single images in a folder of pictures.
         (pictures, "", "-n 3", "grid"),
+        (pictures, "", "--individual", "grid"),
     ):
         with refused("of other settings") as error:
             call(sample, tiny_run / run, common, folder, flags)
         assert re.findall(r"(\w+) was ", str(error.value)) == changed.split()
     assert [files_of(single), files_of(pictures)] == before
-    call(sample, tiny_run, "--individual", common, pictures, "-n 3")
     call(sample, tiny_run, common, pictures)
-    call(sample, tiny_run, common, single)
-    names = {path.stem for path in pictures.glob("*.png")}
-    assert names == {"grid", "00000", "00001", "00002"}
+    call(sample, tiny_run, "--individual", common, single, "-n 3")
+    names = {path.stem for path in single.glob("*.png")}
+    assert names == {"00000", "00001", "00002"}
 
 
 def test_samples_without_a_folder_go_into_a_new_one_named_by_the_time(tiny_run, unfinished, here):

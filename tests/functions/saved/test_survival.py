@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 import sys
-import time
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from io import BytesIO, StringIO, TextIOWrapper
@@ -21,7 +20,6 @@ from functions.saved import run_folder
 from functions.saved.checkpoint import Checkpoint
 from functions.support.errors import CheckpointError
 from functions.support.random_numbers import seed_of
-from functions.training import recorder
 from functions.training.resuming import StopSignals
 from functions.training.run import TrainingRun
 from tests.conftest import (
@@ -93,7 +91,7 @@ def by_signals(flags, runs):
     for name, step, number, *place in (
         # Of the third step it comes between its two passes.
         ("SIGUSR1", 3, 6, "denoising_loss"),
-        ("SIGINT", 5, 1, "sample_grid", recorder),
+        ("SIGINT", 5, 1, "sample_grid"),
         ("SIGTERM", 7, 2, "update_ema"),
     ):
         # The bar is on the same terminal.
@@ -110,7 +108,7 @@ def by_signals(flags, runs):
         advice = f"saved; continue with: python train.py --resume '{run}'"
         assert f"\nstopped by {name}, {advice}" in printed.getvalue()
         flags = ["--resume", run]
-    with during(1, terminate, "sample_grid", recorder):
+    with during(1, terminate, "sample_grid"):
         call(train, *flags)
 
 
@@ -170,37 +168,30 @@ def test_a_hangup_stops_a_run_unless_it_was_started_by_nohup():
 
 
 def train_with_output():
-    """Train with the terminal or the pipe at the path OUTPUT, as a shell would start it."""
+    """Train with the terminal at the path OUTPUT, as a shell would start it."""
     path = Path(os.environ["OUTPUT"])
     # The first process of a session that opens a terminal to read hears when it is closed. Whoever
     # started the tests by nohup has let them ignore it.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.setsid()
-    if not path.is_fifo():
-        os.open(path, os.O_RDWR)
+    os.open(path, os.O_RDWR)
     with open(path, "w") as sys.stdout, redirect_stderr(sys.stdout):
         train_script()
 
 
 @pytest.mark.slow
 @posix
-@pytest.mark.parametrize("kind", ["terminal", "pipe"])
-def test_a_run_whose_output_is_closed_saves_and_exits_with_75(pictures, tmp_path, kind):
-    """It has 1000 steps, and the reader ends as soon as the first one begins."""
+def test_a_run_whose_terminal_is_closed_saves_and_exits_with_75(pictures, tmp_path):
+    """It has 1000 steps, and the terminal closes as soon as the first one begins."""
     runs = tmp_path / "runs"
     flags = ["faces", TINY, "--diffusion.epochs 200 --runs", runs]
     flags += ["--diffusion.dataset-name", pictures]
-    reader = path = tmp_path / "pipe"
-    if kind == "terminal":
-        reader, terminal = os.openpty()
-        path = os.ttyname(terminal)
-    else:
-        os.mkfifo(path)
+    reader, terminal = os.openpty()
+    path = os.ttyname(terminal)
     program = Program(tmp_path / "printed", *flags, act=train_with_output, OUTPUT=path)
     with open(reader) as lines:
         assert any("goes to" in line for line in lines)
-    if kind == "terminal":
-        os.close(terminal)
+    os.close(terminal)
 
     assert program.wait() == 75
     assert 0 < newest(only_in(runs))["run"]["step"] < 1000
@@ -227,24 +218,19 @@ def test_a_script_runs_without_stderr_and_where_a_name_cannot_be_printed(
 def stopped_by_three_signals():
     with StopSignals():
         signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)
-        print("one")
-        time.sleep(1.1)
         signal.raise_signal(signal.SIGINT)
+        print("one")
+        signal.raise_signal(signal.SIGTERM)
         print("two")
 
 
 @pytest.mark.slow
 @posix
-def test_a_second_signal_ends_the_process_at_once(tmp_path):
-    """A second signal counts when it comes a second after the first.
-
-    Within a second, a scheduler's signal to all processes and torchrun's own, which has the same
-    reason, are one.
-    """
+def test_a_second_signal_of_a_kind_does_what_it_always_does(tmp_path):
+    """torchrun sends SIGTERM when it gets SIGINT, which the whole terminal gets: that is one."""
     program = Program(tmp_path / "printed", act=stopped_by_three_signals)
 
-    assert program.wait() == 130
+    assert program.wait() == -signal.SIGTERM
     assert program.printed == "one\n"
 
 
@@ -254,7 +240,7 @@ def test_a_checkpoint_by_time_is_never_ahead_of_the_metrics(trained, monkeypatch
     A power cut after it must not leave a gap in metrics.csv.
     """
     clock = mock.Mock(monotonic=count(0, 60).__next__)
-    monkeypatch.setattr("functions.training.recorder.time", clock)
+    monkeypatch.setattr("train.time", clock)
     calls = []
     for owner, name in ((os, "fsync"), (TrainingRun, "save")):
         original = getattr(owner, name)

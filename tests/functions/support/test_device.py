@@ -1,11 +1,10 @@
 """The hardware's devices and precisions, and Adam on MPS."""
 
-from unittest.mock import MagicMock, Mock
+from unittest.mock import Mock
 
 import pytest
 import torch
 
-from functions.optimizers import Adam
 from functions.support import processes
 from functions.support.command_line import is_out_of_memory
 from functions.support.device import (
@@ -101,20 +100,6 @@ def test_a_cpu_and_libraries_that_have_no_memory():
         "could not create a primitive descriptor for a convolution": False,
     }.items():
         assert is_out_of_memory(RuntimeError(message)) == memory
-
-
-def test_adam_skips_a_step_on_mps_too():
-    """The kernel there does not look at the flag, so our step does.
-
-    An object that says that it is on that device, and is true, stands in for the flag.
-    """
-    weight = torch.ones(3, requires_grad=True)
-    weight.grad = torch.ones(3)
-    optimizer = Adam([weight], lr=0.1)
-    optimizer.found_inf = MagicMock(device=torch.device("mps"))
-
-    optimizer.step()
-    assert torch.equal(weight, torch.ones(3))
 
 
 def test_a_process_group_of_ones_own_does_not_choose_the_device(tmp_path):

@@ -4,6 +4,7 @@ import hashlib
 import math
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,16 +17,12 @@ from data.pixels import to_model_range
 from functions.denoiser import Denoiser
 from functions.losses import denoising_loss
 from functions.noise_scheduler import NoiseScheduler
+from functions.optimizers import rate_of
 from functions.saved.loading import load_denoiser
 from functions.support.random_numbers import generator_of, image_noise, seed_of
 from functions.training.data import StepDraws, TrainingData, training_draws
-from functions.training.metrics import (
-    COLUMNS,
-    MetricsLog,
-    TrainingWindow,
-    plot_losses,
-    read_metrics,
-)
+from functions.training.metrics import QUARTERS, MetricsLog, plot_losses, read_metrics
+from functions.training.recorder import Recorder
 from tests.conftest import CPU, HELD_OUT, newest, normal
 
 
@@ -36,7 +33,7 @@ def test_the_noised_image_is_in_float32_whatever_the_network_computes_in():
     denoiser = Denoiser(lambda x_t, t: scheduler.predict_eps(x_t, t, x_0), scheduler)
     with torch.autocast("cpu", torch.bfloat16):
         losses = denoising_loss(denoiser, x_0, torch.arange(4), torch.randn_like(x_0))
-    assert losses.max() < 1e-6
+    assert losses["loss"].max() < 1e-6
 
 
 def drawn(seed: int, step: int, count: int, size: int) -> StepDraws:
@@ -103,7 +100,7 @@ def test_validation_is_the_mean_over_fixed_triples(held_out, middles, trained, p
     expected = {}
     for suffix, part in (("", "model"), ("_ema", "ema")):
         denoiser.network.load_state_dict(newest(run)[part])
-        losses = denoising_loss(denoiser, x_0, t, eps)
+        losses = denoising_loss(denoiser, x_0, t, eps)["loss"]
         expected[f"val_loss{suffix}"] = losses.mean()
         expected[f"val_eps_error{suffix}"] = (denoiser.scheduler.alphas_cumprod[t] * losses).mean()
     # Those of the quarters are with the averaged weights.
@@ -119,13 +116,13 @@ def test_metrics_go_to_csv_and_tensorboard_and_resume_cuts_what_is_done_again(tm
     path = tmp_path / "metrics.csv"
     log = MetricsLog(tmp_path)
     for step, loss in {10: 1 / 10, 20: 1 / 20, 30: 1 / 30}.items():
-        log.write(step=step, loss=loss, skipped_steps=0)
+        log.write({"step": step, "loss": loss, "skipped_steps": 0})
     log.close()
 
     whole = path.read_text()
     for cut in range(2, len(whole.splitlines()[-1]) + 1):
         path.write_text(whole[:-cut])
-        assert [row["loss"] for row in read_metrics(path)] == [0.1, 0.05]
+        assert [row["loss"] for row in read_metrics(path) if row["step"] < 30] == [0.1, 0.05]
     # An editor has dropped the last newline, and the row is whole.
     path.write_text(whole[:-1])
     MetricsLog(tmp_path, resume_step=30).close()
@@ -136,7 +133,7 @@ def test_metrics_go_to_csv_and_tensorboard_and_resume_cuts_what_is_done_again(tm
     for events in (tmp_path / "tensorboard").iterdir():
         events.rename(events.with_name(events.name.replace("tfevents.", "tfevents.0")))
     log = MetricsLog(tmp_path, resume_step=20)
-    log.write(step=30, loss=0.25, skipped_steps=0)
+    log.write({"step": 30, "loss": 0.25, "skipped_steps": 0})
     log.close()
     assert path.read_text() == whole.replace("0.0333333", "0.25")
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -145,67 +142,63 @@ def test_metrics_go_to_csv_and_tensorboard_and_resume_cuts_what_is_done_again(tm
     assert {file.name for file in tmp_path.iterdir()} == {"metrics.csv", "tensorboard"}
 
 
-@pytest.mark.parametrize("more", ["", "old,"])
-def test_metrics_keep_rows_of_numbers_and_those_of_other_columns_are_moved_aside(
-    more, tmp_path, capsys
-):
-    """Their curves can be drawn all the same. A spreadsheet marks the start and ends its lines."""
+def test_metrics_keep_rows_of_numbers_and_a_new_name_is_a_column(tmp_path):
+    """A spreadsheet marks the start and ends its lines. Curves can be drawn of any rows."""
     path = tmp_path / "metrics.csv"
-    header = (more + ",".join(COLUMNS)).encode()
-    row = b"10" + b"," * (header.count(b",") - 1) + b",0.25"
-    foreign = row + b"x"
-    before = b"\r\n".join([b"\xef\xbb\xbf" + header, row, foreign, row])
-    path.write_bytes(before)
+    header = ",".join(("step", *QUARTERS)).encode()
+    row = b"10,,,,0.25"
+    path.write_bytes(b"\r\n".join([b"\xef\xbb\xbf" + header, row, row + b"x", row]))
     assert [row["val_loss_q3"] for row in read_metrics(path)] == [0.25, 0.25]
     plot_losses(path, tmp_path / "losses.png")
 
-    MetricsLog(tmp_path, resume_step=20).close()
-    printed = capsys.readouterr().out
-    if more:
-        assert read_metrics(path) == []
-        [aside] = tmp_path.glob("metrics-*.csv")
-        assert aside.read_bytes() == before
-        assert str(aside) in printed
-    else:
-        assert path.read_bytes() == b"\n".join([header, row, row, b""])
-        assert not printed
+    log = MetricsLog(tmp_path, resume_step=20)
+    assert path.read_bytes() == b"\n".join([header, row, row, b""])
+    log.write({"step": 20, "mine": 0.5})
+    log.write({"step": 30, "val_loss_q3": 1.0})
+    log.close()
+    rows = [header + b",mine", row + b",", row + b",", b"20,,,,,0.5", b"30,,,,1,", b""]
+    assert path.read_bytes() == b"\n".join(rows)
 
 
 def test_the_speed_is_that_of_the_steps_alone(monkeypatch):
     clock = [0]
-    monkeypatch.setattr("functions.training.metrics.time.perf_counter", lambda: clock[0])
-    window = TrainingWindow(CPU, images_per_step=2)
+    monkeypatch.setattr("functions.training.recorder.time.perf_counter", lambda: clock[0])
+    rows = []
+    config = SimpleNamespace(effective_batch=2, epochs=1)
+    recorder = Recorder(SimpleNamespace(config=config, epoch=0, step=0))
+    recorder.bar = Mock()
+    recorder.metrics = SimpleNamespace(write=rows.append)
     for _ in range(2):
         for seconds in (2, 0, 1):
-            clock[0] += seconds
-            window.add(torch.ones(3), torch.tensor(0.0))
-            with window.paused():
-                clock[0] += 50
-        # The training loop reads within a pause.
-        with window.paused():
-            assert window.read(torch.tensor(0.5))["images_per_second"] == 2
-            clock[0] += 9
+            with recorder.timed():
+                clock[0] += seconds
+            clock[0] += 50
+        recorder.write({"loss": 1.0})
+    assert [row["images_per_second"] for row in rows] == [2, 2]
 
 
 def test_learning_rate_decays_rotation_stops_for_the_last_tenth_and_labels_are_dropped():
     """After a warm-up the rate stays, or has half a cosine."""
     full = EXPERIMENTS["ffhq-full"].diffusion
     rates = {0: 3e-5 / 5001, 2500: 3e-5 * 2501 / 5001, 5000: 3e-5, 10**6 - 1: 3e-5}
-    assert {step: full.rate_of(step, 10**6) for step in rates} == pytest.approx(rates)
+    assert {step: rate_of(full, step, 10**6) for step in rates} == pytest.approx(rates)
     faces = EXPERIMENTS["faces"].diffusion
     rates = {500: 1e-3, 750: 1e-3 * (1 - math.sqrt(1 / 2))}
-    assert {step: faces.rate_of(step, 1000) for step in rates} == pytest.approx(rates)
+    assert {step: rate_of(faces, step, 1000) for step in rates} == pytest.approx(rates)
 
     # Label 2 stands for none.
-    images = SimpleNamespace(label_names=["a", "b"])
-    data = SimpleNamespace(config=replace(full, condition_dropout=0.25), image_set=images)
+    config = replace(full, condition_dropout=0.25)
+    data = SimpleNamespace(config=config, no_inputs={"label": 2, "attributes": -1.0})
     draws = drawn(0, 0, 40, 8)
     labels = torch.arange(40) % 2
     for done, angle in ((0.899, 3), (0.9, 0)):
         expected = augment(draws.noise, draws.flip, angle * draws.rotation)
-        others = {"label": labels, "other": draws.noise}
+        others = {"label": labels, "other": draws.noise, "attributes": draws.noise}
         x_0, inputs = TrainingData.augment(data, draws.noise, others, draws, done)
         assert torch.equal(x_0, expected)
-        assert torch.equal(inputs["label"], labels.masked_fill(draws.condition_drop < 0.25, 2))
-        # A network of one's own drops what else it gets.
+        dropped = draws.condition_drop < 0.25
+        assert torch.equal(inputs["label"], labels.masked_fill(dropped, 2))
+        assert (inputs["attributes"][dropped] == -1).all()
+        assert torch.equal(inputs["attributes"][~dropped], draws.noise[~dropped])
+        # What has no value for none is never dropped.
         assert inputs["other"] is draws.noise
