@@ -1,7 +1,7 @@
 """Make and find run folders: runs/<experiment>-<YYYYMMDD-HHMMSS>/ contains all about one run.
 
 config.json     the experiment's fields, and the facts of the run, as in a checkpoint
-metrics.csv     one row every `log_every` steps; metrics-TIME.csv had other columns or lines
+metrics.csv     one row every `log_every` steps
 tensorboard/    the same metrics as events
 losses.png      the curves of metrics.csv
 samples/        grids of samples, by step
