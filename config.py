@@ -124,8 +124,9 @@ def ffhq_32() -> "Experiment":
 @EXPERIMENTS
 def ffhq_details() -> "Experiment":
     return ffhq_64().override(
-        # What is noised are details, and this is 2 log(STD) of functions/details.py. So images have
-        # as much noise at each timestep as those of `ffhq_64`.
+        # What is noised are details, and this is 2 log(STD) of
+        # functions/super_resolution/details.py. So images have as much noise at each timestep as
+        # those of `ffhq_64`.
         log_snr_shift=-5.3185,
         # 378,000 images of the whole set, as for `ffhq_64`, whose rate was half of this.
         learning_rate=4e-3,

@@ -136,8 +136,8 @@ def train(run: TrainingRun, is_to_stop: Callable[[], bool] = lambda: False) -> b
                 scaler.unscale_(optimizer)
                 grad_norm = clip_grad_norm_(parameters, max_norm)
                 # The host waits here for the device, once a step. Then the device waits until the
-                # host has launched the optimizer's kernels and the first ones of the next step:
-                # about 1 ms of a step's 130 ms on an H100, by an estimate (10 us a launch).
+                # host has gathered the next images and launched the first kernels: a few of the 130
+                # ms of a step of `ffhq-v` on an H100, by an estimate (10 us a launch).
                 is_good = bool(grad_norm.isfinite())
                 if is_good:
                     optimizer.step()

@@ -28,7 +28,6 @@ from data.pixels import to_model_range, to_uint8
 from figures.make_figures import nearest
 from figures.saved_model import GUIDE_STEPS, GUIDED, open_saved
 from functions.denoiser import Denoiser
-from functions.details import LOG_SNR_SHIFT, STD, details, shrink
 from functions.evaluation.bits_per_dim import evenly_spaced
 from functions.evaluation.fidelity import frechet_distance, training_features
 from functions.evaluation.training_images import load_and_split
@@ -37,6 +36,7 @@ from functions.sampling.models import guide_path
 from functions.sampling.settings import PRETRAINED, SamplingConfig, read_recipe
 from functions.saved.checkpoint import SavedModel, load_model, load_weights
 from functions.saved.loading import load_denoiser
+from functions.super_resolution.details import LOG_SNR_SHIFT, STD, details, shrink
 from functions.support.command_line import run_script
 from functions.support.errors import UserError
 from functions.support.files import write_text

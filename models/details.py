@@ -14,7 +14,7 @@ class DetailsUNet(UNet):
 
     2 x 2 pixels of x_t become the channels of one pixel (`pixel_unshuffle`). Those of
     the small image are put beside them. So it costs a quarter of a network at full size. x_t are
-    noisy details of functions/details.py, divided by their standard deviation.
+    noisy details of functions/super_resolution/details.py, divided by their standard deviation.
 
     The arguments are those of `UNet`, but each level has half the size that it has there.
     """

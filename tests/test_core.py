@@ -45,7 +45,6 @@ def test_the_core_alone_trains_resumes_and_draws(alone):
         ("sample.py google/ddpm-cifar10-32", "a model of diffusers"),
         ("train.py --diffusion.dataset-name a.parquet", "a.parquet"),
         ("train.py --diffusion.dataset-name MNIST", "MNIST"),
-        ("train.py --model.network details", "a network of details"),
     ):
         ended = script(command, cwd=alone)
         sentence = f"error: {what} needs extras of this project, which is not here\n"

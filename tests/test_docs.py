@@ -18,9 +18,10 @@ from PIL import Image
 
 import sample
 from config import EXPERIMENTS, DiffusionConfig
-from functions import enlarging, losses, samplers
+from functions import losses, samplers
 from functions.denoiser import Denoiser
 from functions.noise_scheduler import NoiseScheduler
+from functions.super_resolution import enlarging
 from functions.support.settings import setting
 from functions.training import validation
 from functions.training.data import training_draws

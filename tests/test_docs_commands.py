@@ -11,7 +11,7 @@ from io import StringIO
 import pytest
 
 from config import EXPERIMENTS
-from functions import enlarging
+from functions.super_resolution import enlarging
 from tests.conftest import ROOT, call, split_folder
 from tests.test_docs import PAGES
 

@@ -15,9 +15,9 @@ import sample
 import train
 from config import ConfigError
 from data.datasets import load_images, split_images
-from functions.inpainting import Keeping
 from functions.sampling import editing
 from functions.sampling.generation import given
+from functions.sampling.inpainting import Keeping
 from functions.saved.checkpoint import Checkpoint, write_tensors
 from functions.saved.loading import load_denoiser
 from functions.saved.run_folder import checkpoints_of

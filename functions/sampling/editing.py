@@ -28,8 +28,6 @@ from tqdm import tqdm
 from data.decode import to_pixels
 from data.pictures import fit_image, fit_mask, open_image_file
 from data.pixels import to_model_range, to_uint8
-from functions.enlarging import enlarge
-from functions.inpainting import Keeping, Known
 from functions.sampling.generation import (
     Noise,
     Pipeline,
@@ -38,6 +36,7 @@ from functions.sampling.generation import (
     given,
     take_steps,
 )
+from functions.sampling.inpainting import Keeping, Known
 from functions.sampling.models import ENLARGES, opened
 from functions.sampling.samples_folder import (
     manifest_of,
@@ -47,6 +46,7 @@ from functions.sampling.samples_folder import (
 from functions.sampling.settings import OF_SAMPLER, SamplingConfig, SamplingFlags
 from functions.sampling.strips import save_strip
 from functions.saved.run_folder import DeviceFlags, new_folder
+from functions.super_resolution.enlarging import enlarge
 from functions.support.device import DTYPES, choose_device
 from functions.support.errors import UserError
 from functions.support.pictures import save_grid, save_image

@@ -13,12 +13,12 @@ from tqdm import tqdm
 
 from data.pixels import to_uint8
 from functions.denoiser import Predictor
-from functions.enlarging import Keep, enlarge, enlarging_times
 from functions.guidance import Guided, asks_guide
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import SAMPLERS, OnStep
 from functions.sampling.models import Models, chosen_labels, open_models
 from functions.sampling.settings import SamplingConfig, SamplingFlags, default_settings
+from functions.super_resolution.enlarging import Keep, enlarge, enlarging_times
 from functions.support.errors import UserError
 from functions.support.processes import batches_of
 from functions.support.random_numbers import image_noise

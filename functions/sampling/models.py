@@ -34,7 +34,7 @@ class Models:
     precision: str = "float32"
     # False for a few models from diffusers folders.
     clip_x_0: bool = True
-    # Each of them doubles the size of the images (functions/enlarging.py).
+    # Each of them doubles the size of the images (functions/super_resolution/enlarging.py).
     enlargers: tuple["Models", ...] = ()
     guide: "Models | None" = None
     label_names: Sequence[str] = ()

@@ -29,7 +29,7 @@ from functions.support.device import (
     fast_layout,
     set_deterministic,
 )
-from functions.support.errors import door, printable, quoted
+from functions.support.errors import printable, quoted
 from functions.training.data import TrainingData
 from functions.training.description import check_resumption, describe, provenance_of
 from functions.training.metrics import Window
@@ -78,8 +78,7 @@ class TrainingRun:
         self.device = device
         data_class = TrainingData
         if "low" in inputs_of(network):
-            with door("a network of details"):
-                from extras.details_training import DetailsData as data_class
+            from functions.super_resolution.pieces import DetailsData as data_class
         self.data = data_class(experiment, image_set, device, no_inputs_of(network))
         self.total_steps = self.data.total_steps
         self.earlier = checkpoint

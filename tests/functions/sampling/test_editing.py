@@ -16,7 +16,6 @@ from torch.testing import assert_close
 import edit
 import sample
 from data.pictures import fit_image, open_image_file
-from functions.inpainting import Known
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import ddpm_sample
 from functions.sampling import editing
@@ -26,6 +25,7 @@ from functions.sampling.editing import (
     read_with_mask,
     variations,
 )
+from functions.sampling.inpainting import Known
 from functions.timesteps import sampling_times
 from tests.conftest import (
     call,

@@ -9,7 +9,7 @@ D eps, where a = sqrt(alpha_bar) and s = sqrt(1 - alpha_bar). Divided by their s
 STD in photos, details are data like others, for the samplers and the losses of any data. Their
 log-SNR is that of their images plus LOG_SNR_SHIFT.
 
-functions/enlarging.py adds the part that the small image says.
+enlarging.py adds the part that the small image says.
 """
 
 import math

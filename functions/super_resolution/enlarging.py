@@ -1,10 +1,10 @@
 """Draw images at twice their size: a model that is given the small image draws the details.
 
-The small image is assumed to be the large one, shrunk by Lanczos (functions/details.py). The steps
-are those of DPM-Solver++, and their x_0 are details. In each step the image that these make of the
-small one is corrected so that it shrinks exactly to that, as in DDNM (Wang et al. 2023,
-arXiv:2212.00490, Section 3). A model that draws small images, and models that then enlarge them,
-are called a cascade (Ho et al. 2022, arXiv:2106.15282).
+The small image is assumed to be the large one, shrunk by Lanczos (details.py). The steps are those
+of DPM-Solver++, and their x_0 are details. In each step the image that these make of the small one
+is corrected so that it shrinks exactly to that, as in DDNM (Wang et al. 2023, arXiv:2212.00490,
+Section 3). A model that draws small images, and models that then enlarge them, are called a cascade
+(Ho et al. 2022, arXiv:2106.15282).
 """
 
 from collections.abc import Callable
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from functions.denoiser import Predictor
-from functions.details import LOG_SNR_SHIFT, STD, details, stretch
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import OnStep, dpm_solver_sample
+from functions.super_resolution.details import LOG_SNR_SHIFT, STD, details, stretch
 from functions.timesteps import nearest_timesteps
 
 # It returns images (B, C, H, W) with what is known of them.
@@ -46,7 +46,8 @@ def enlarge(
 
     `model` draws the details of images that it is given as `low`, and `noise()` the next standard
     normal noise of the large ones, of one for all or of each. `keep` puts into large images what is
-    known of them (functions/inpainting.py); beside it they do not shrink exactly to the small ones.
+    known of them (functions/sampling/inpainting.py); beside it they do not shrink exactly to the
+    small ones.
     """
     size = min(small.shape[-2:])
     times = enlarging_times(model.scheduler, size)

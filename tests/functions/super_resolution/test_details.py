@@ -5,8 +5,8 @@ import torch
 from torch.testing import assert_close
 
 from config import EXPERIMENTS
-from functions.details import LOG_SNR_SHIFT, STD, details, shrink, stretch
 from functions.noise_scheduler import NoiseScheduler, broadcast
+from functions.super_resolution.details import LOG_SNR_SHIFT, STD, details, shrink, stretch
 from tests.conftest import normal, shrunk
 
 COSINE = NoiseScheduler(1000, beta_schedule="cosine")

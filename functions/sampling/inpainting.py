@@ -1,6 +1,6 @@
 """What is known of an image that is inpainted, at its own size and at half of it.
 
-functions/enlarging.py keeps it in what it draws, and functions/sampling/editing.py has the steps.
+functions/super_resolution/enlarging.py keeps it in what it draws, and editing.py has the steps.
 """
 
 from dataclasses import dataclass, replace
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from functions.denoiser import Predictor
-from functions.details import shrinking
 from functions.noise_scheduler import NoiseScheduler
+from functions.super_resolution.details import shrinking
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from data.batches import augment
 from data.datasets import ImageSet
 from data.pixels import to_model_range
 from functions.denoiser import Denoiser
-from functions.details import LOG_SNR_SHIFT, STD, details, shrink
-from functions.enlarging import enlarge
 from functions.noise_scheduler import broadcast, build_scheduler
+from functions.super_resolution.details import LOG_SNR_SHIFT, STD, details, shrink
+from functions.super_resolution.enlarging import enlarge
 from functions.support.random_numbers import generator_of, image_noise
 from functions.support.settings import ConfigError
 from functions.training.data import TrainingData, cut

@@ -14,15 +14,15 @@ from torch.testing import assert_close
 import edit
 import evaluate
 import sample
-from functions.details import LOG_SNR_SHIFT, STD
-from functions.enlarging import enlarge, enlarging_times
-from functions.inpainting import Known
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import dpm_solver_sample
 from functions.sampling.generation import generate
+from functions.sampling.inpainting import Known
 from functions.sampling.models import Models, enlarged
 from functions.saved.checkpoint import load_weights
 from functions.saved.run_folder import checkpoints_of
+from functions.super_resolution.details import LOG_SNR_SHIFT, STD
+from functions.super_resolution.enlarging import enlarge, enlarging_times
 from functions.support.random_numbers import image_noise
 from tests.conftest import (
     CPU,

@@ -9,11 +9,10 @@ import train
 from config import EXPERIMENTS, ConfigError
 from data.arrays import from_array
 from data.pixels import to_model_range
-from extras import details_training
-from extras.details_training import DetailsData
 from functions.denoiser import Denoiser
-from functions.details import STD, details
 from functions.noise_scheduler import build_scheduler
+from functions.super_resolution.details import STD, details
+from functions.super_resolution.pieces import LOW_NOISE, NOISY_PARTS, NOISY_WHOLES, DetailsData
 from functions.training.opening import open_run
 from functions.training.recorder import sample_grid
 from functions.training.validation import validation_losses
@@ -68,7 +67,7 @@ def test_what_is_noised_are_details_of_shrunk_images_or_of_parts_at_multiples_of
     noise = (inputs["low"] - shrunk(pieces)).std((1, 2, 3))
     assert_close(noise, draws.low_std, atol=0.01, rtol=0.2)
     assert 10 < (draws.low_std == 0).sum() < 30
-    assert draws.low_std.max() <= details_training.LOW_NOISE
+    assert draws.low_std.max() <= LOW_NOISE
 
 
 def test_flips_and_the_missing_small_image_are_as_the_draws_say():
@@ -88,8 +87,8 @@ def test_noise_is_even_in_log_snr_and_more_often_large_for_whole_images():
     data = data_of()
     u = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
     for is_part, share in (
-        (True, details_training.NOISY_PARTS),
-        (False, details_training.NOISY_WHOLES),
+        (True, NOISY_PARTS),
+        (False, NOISY_WHOLES),
     ):
         log_snr = data.log_snr[data.times_at(u, torch.full(u.shape, is_part))]
         assert log_snr.min() >= -1.46 and log_snr.max() <= 6.52
