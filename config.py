@@ -381,7 +381,8 @@ class DiffusionConfig:
     # Length of the run, in passes over the training images. With --resume RUN and more of them, a
     # finished run trains longer.
     epochs: int = setting(45, at_most=10**6)
-    # Batches per step. The effective batch is batch_size times gradient_accumulation.
+    # Batches per step. The effective batch is batch_size times gradient_accumulation, whatever the
+    # number of processes, which share it.
     gradient_accumulation: int = 4
     # Largest gradient norm; larger gradients are scaled down to it. 0: no clipping.
     clip_grad_norm: float = 0.0

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -154,13 +155,18 @@ def make_run(
         takes = inputs_of(build_network(model))
     if config.labels and "label" not in takes:
         raise ConfigError(f"the network {model.network!r} takes no label")
-    image_set = load_images(
+    load = partial(
+        load_images,
         config.dataset_name,
         model.image_size,
         config.max_bad_images,
         model.channels,
         config.labels,
     )
+    if processes.count() > 1:
+        # Rank 0 prepares the images, and the others find them prepared.
+        processes.on_main(lambda: load().summary)
+    image_set = load()
     experiment = experiment.override(label_count=len(image_set.label_names))
     # This seed is for the initial weights. Every later draw has another seed.
     torch.manual_seed(config.seed)
