@@ -3,7 +3,7 @@
 Noise is added to an image x_0 in T small steps, until hardly anything of the image is left. After
 t steps it is called x_t. A network learns to predict the noise eps in x_t. With its predictions,
 pure noise is turned into a new image, step by step. The comments name the paper's equations, and
-README.md derives them.
+README.md explains them.
 
     python example.py           trains on the emoji people in data/: 10 to 20 minutes on two cores
     python example.py FOLDER    trains on the images in a folder, of any size
@@ -69,11 +69,12 @@ def loss_of(model, x_0):
 # the network learns the average noise, and x_0_hat is the average of all images that could have
 # become this x_t: a blur. If it were the image, x_{t-1} would be Gaussian, with the mean and the
 # variance of Eq. 7. In fact x_{t-1} is a mixture of such Gaussians, one for each of these images.
-# The mean of the mixture is exactly that of Eq. 7 with x_0_hat. The centres of the Gaussians are of
-# the order of beta apart, and each is about sqrt(beta) wide: far more, if beta is small. So the
-# mixture is nearly one Gaussian, with the variance of Eq. 7 (docs/why-sampling-works.md derives
-# it). With the fresh noise, x_{t-1} is as noisy as in training, so the network knows such images.
-# It predicts again, and there is a little less noise to predict.
+# The mean of the mixture is exactly that of Eq. 7 with x_0_hat. In any direction the centres of the
+# Gaussians spread by the order of beta, and each Gaussian is about sqrt(beta) wide. If beta is
+# small, the width is far larger than the spread. So the mixture is nearly one Gaussian, with the
+# variance of Eq. 7 (docs/why-sampling-works.md derives it). With the fresh noise, x_{t-1} is as
+# noisy as in training, so the network knows such images. It predicts again, and there is a little
+# less noise to predict.
 
 
 @torch.no_grad()
@@ -137,9 +138,9 @@ class UNet(nn.Module):
         self.last = norm_and_convolution(DIMS[0], 3)
 
     def forward(self, x_t, t):
-        # The network gets t as sines and cosines, of waves from short to long.
-        waves = torch.exp(-math.log(10_000) * torch.linspace(0, 1, TIME_DIM // 2))
-        angles = t[:, None] * waves
+        # The network gets t as sines and cosines of many frequencies, from 1 to 1 / 10,000.
+        frequencies = torch.exp(-math.log(10_000) * torch.linspace(0, 1, TIME_DIM // 2))
+        angles = t[:, None] * frequencies
         time = self.time(torch.cat([angles.sin(), angles.cos()], dim=1))
 
         h = self.first(x_t)
@@ -155,7 +156,7 @@ class UNet(nn.Module):
 
 
 def train(model, images):
-    """Train a network (Algorithm 1). Return it with averaged weights (EMA), and each step's loss.
+    """Run the loop of training. Return the averaged network (EMA), and each step's loss.
 
     model: any module (x_t, t) -> eps, on the CPU. images: any tensor (N, C, H, W) in [-1, 1].
     """

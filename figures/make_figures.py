@@ -136,10 +136,10 @@ def draw_schedule() -> None:
     """Draw alpha_bar over t, with the log-SNR of some t under the axis."""
     figure = Figure(figsize=(5.2, 3.2))
     axis = figure.subplots()
-    # Code t is one less than the paper's, and t = 0 is the image.
-    axis.plot([1.0, *SCHEDULER.alphas_cumprod.tolist()])
-    log_snr = {t: f"{SCHEDULER.log_snr(t - 1):.1f}" for t in (250, 500, 750, 999)}
-    axis.set_xticks([0, *log_snr], [f"{t}\n{value}" for t, value in {0: "inf", **log_snr}.items()])
+    # The axis has the paper's t, from 1 to T. Code t is one less.
+    axis.plot(range(1, SCHEDULER.timesteps + 1), SCHEDULER.alphas_cumprod)
+    ticks = (1, 250, 500, 750, SCHEDULER.timesteps)
+    axis.set_xticks(ticks, [f"{t}\n{SCHEDULER.log_snr(t - 1):.1f}" for t in ticks])
     axis.set(xlabel="t, and under it the log-SNR", ylabel=r"$\bar\alpha_t$, share of variance left")
     axis.grid(color="0.92")
     save_figure(figure, FIGURES / "schedule.png")
