@@ -45,8 +45,6 @@ class OpeningFlags(PlaceFlags):
     # Start from the weights of a run, a checkpoint or a diffusers folder, and from its EMA weights
     # if it has any. A run that --resume auto resumes keeps its own.
     init: Path | None = None
-    # Prepare the data, describe the run, and stop.
-    dry_run: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,11 +61,11 @@ class TrainFlags(OpeningFlags):
 
 
 @contextmanager
-def open_run(words: Sequence[str], description: str) -> Iterator[tuple[TrainingRun, bool]]:
-    """Open the run of a command line. Yield it, and whether it is to be described, not trained.
+def open_run(words: Sequence[str], description: str) -> Iterator[TrainingRun]:
+    """Open the run of a command line.
 
-    A run to resume is locked within the context, except for a dry run, and its checkpoint is read
-    under the lock: no other process can have trained it further in between.
+    A run to resume is locked within the context, and its checkpoint is read under the lock: no
+    other process can have trained it further in between.
     """
     [name], words = split_words("[EXPERIMENT]", words)
     if name not in (None, *EXPERIMENTS):
@@ -80,14 +78,13 @@ def open_run(words: Sequence[str], description: str) -> Iterator[tuple[TrainingR
 
     folder = processes.on_main(run_to_resume, flags.resume, flags.runs, name or DEFAULT_EXPERIMENT)
     with ExitStack() as stack:
-        if folder and not flags.dry_run:
+        if folder:
             with explain_failed_writes(folder, resume_command(folder)):
                 processes.on_main(stack.enter_context, locked(folder))
-        if folder:
             run = resume_run(folder, name, read, choose_device(flags.device))
         else:
             run = new_run(name or DEFAULT_EXPERIMENT, flags, read)
-        yield run, flags.dry_run
+        yield run
 
 
 def new_run(name: str, flags: OpeningFlags, read: Read) -> TrainingRun:
