@@ -38,7 +38,6 @@ from functions.sampling.settings import OF_SAMPLER, SamplingFlags, default_setti
 from functions.support.command_line import (
     EXIT_BAD_INPUT,
     read_flags,
-    replaced,
     run_script,
     split_words,
     value_in,
@@ -113,7 +112,9 @@ def tab(
             # An empty field gives None, or "".
             label, cfg = rest[:2]
             cfg = value_in([float, NoneType])(cfg or "None")
-            config = replaced(config, {"label": shlex.split(label or ""), "cfg": cfg})
+            # It is instead of a guide.
+            others = {} if cfg is None else {"guide": None, "guidance": None}
+            config = replace(config, label=shlex.split(label or ""), cfg=cfg, **others)
         return work(replace(pipeline, config=config, seed=seed or 0), *rest[len(names) :])
 
     return gr.Interface(

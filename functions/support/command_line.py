@@ -11,12 +11,7 @@ import shlex
 import signal
 import sys
 import traceback
-from argparse import (
-    SUPPRESS,
-    ArgumentParser,
-    BooleanOptionalAction,
-    RawDescriptionHelpFormatter,
-)
+from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
@@ -115,8 +110,8 @@ def read_flags(
     """Return the dataclass `default` with the fields that flags replace, or print help, and exit.
 
     A flag's help is the comment above its field. The fields of a field that is a dataclass are
-    flags, too, such as --diffusion.epochs, whose bools have a value. Raises UserError for words
-    that are none of these, and ConfigError for values that do not fit.
+    flags, too, such as --diffusion.epochs. Raises UserError for words that are none of these, and
+    ConfigError for values that do not fit.
     """
     parser = Parser(
         prog=f"{Path(sys.argv[0]).name} {usage}".strip(),
@@ -169,10 +164,9 @@ def add_flags(parser: ArgumentParser, default: Any, prefix: str = "") -> dict[st
         options = {"type": value_in(kinds), "metavar": "|".join(map(str, names))}
         if is_list:
             options["nargs"] = "*"
-        if "bare" in marks:
-            options |= {"nargs": "?", "const": marks["bare"]}
-        if kinds == [bool] and not prefix:
-            options = {"action": BooleanOptionalAction}
+        if bool in kinds:
+            # Without a value, the flag is True.
+            options |= {"nargs": "?", "const": True}
         shown = shlex.join(map(str, value)) or "none" if isinstance(value, tuple) else value
         if not choices and {int, float} & {*kinds}:
             shown = f"{shown}; {limits_of(field)[2]}"
@@ -211,10 +205,7 @@ def value_in(kinds: Sequence[type]) -> Callable[[str], Any]:
 
 
 def replaced(default: Flags, given: dict[str, Any], prefix: str = "") -> Flags:
-    """Return a dataclass with the fields that flags of `add_flags` have given.
-
-    Fields that a given one `puts_out` become None.
-    """
+    """Return a dataclass with the fields that flags of `add_flags` have given."""
     changes = {}
     for field in fields(default):
         value = getattr(default, field.name)
@@ -223,7 +214,4 @@ def replaced(default: Flags, given: dict[str, Any], prefix: str = "") -> Flags:
             changes[field.name] = replaced(value, given, inner)
         elif prefix + field.name in given:
             changes[field.name] = given[prefix + field.name]
-            if changes[field.name] is not None:
-                others = field.metadata.get("puts_out", ())
-                changes |= {name: None for name in others if prefix + name not in given}
     return replace(default, **changes)

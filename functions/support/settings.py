@@ -57,12 +57,9 @@ def setting(default: Any = MISSING, **marks: Any) -> Any:
 
     at_least, at_most: limits of a number, or of each number in a list. Without them, an integer is
         at least 1 and another number at least 0.
-    choices: a table with the names that fit. Rows may be added to it.
     fixed: a resumed run cannot change the value.
     no_flag: the program sets the value, and not the command line.
     flat: the value is a dataclass whose fields are flags without this field's name.
-    bare: the value of the flag without one.
-    puts_out: fields that become None with a value of the flag, if they have no flag themselves.
     fixed_by_weights: weights work only with the value with which they were trained, so it is
         fixed, too.
     """
@@ -90,7 +87,7 @@ def types_of(each: Field) -> tuple[list[type], tuple, bool]:
     kinds = [each.type]
     if get_origin(each.type) in (Union, UnionType):
         kinds = [*get_args(each.type)]
-    choices = (*each.metadata.get("choices", ()),)
+    choices = ()
     is_list = get_origin(kinds[0]) is tuple
     if is_list:
         kinds[0] = get_args(kinds[0])[0]

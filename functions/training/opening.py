@@ -41,14 +41,14 @@ class OpeningFlags(PlaceFlags):
 
     # Resume the run in this folder. Without a value, resume the newest unfinished run of the
     # experiment; with auto, resume that run, or start a new run if there is none.
-    resume: str | None = setting(None, bare="newest")
+    resume: str | bool = False
     # Start from the weights of a run, a checkpoint or a diffusers folder, and from its EMA weights
     # if it has any. A run that --resume auto resumes keeps its own.
     init: Path | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.init and self.resume not in (None, "auto"):
+        if self.init and self.resume not in (False, "auto"):
             raise ConfigError("--init starts a new run, but --resume continues one")
 
 
