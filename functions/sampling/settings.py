@@ -29,7 +29,7 @@ from functions.saved.run_folder import (
     runs_of,
 )
 from functions.support import processes
-from functions.support.command_line import first_look
+from functions.support.command_line import read_flags
 from functions.support.device import DTYPES
 from functions.support.errors import CheckpointError, UserError, printable
 from functions.support.files import check_file
@@ -223,7 +223,8 @@ def find_run(run: str | None, words: Sequence[str], name_prefix: str = "") -> Pa
     """
     if run is not None:
         return Path(run)
-    return processes.on_main(newest_run, first_look(PlaceFlags(), words).runs, name_prefix)
+    place = read_flags(PlaceFlags(), words, is_first_look=True)
+    return processes.on_main(newest_run, place.runs, name_prefix)
 
 
 def default_settings(run: Path, **defaults: str | int) -> SamplingConfig:

@@ -16,7 +16,7 @@ from functions.samplers import SAMPLERS
 from functions.saved.checkpoint import Checkpoint, load_model
 from functions.saved.run_folder import PlaceFlags
 from functions.support import processes
-from functions.support.command_line import first_look, read_flags, split_words
+from functions.support.command_line import read_flags, split_words
 from functions.support.device import choose_device
 from functions.support.errors import UserError, printable
 from functions.support.settings import ConfigError, fields_with, row_of, setting
@@ -70,7 +70,7 @@ def open_run(words: Sequence[str], description: str) -> Iterator[TrainingRun]:
     [name], words = split_words("[EXPERIMENT]", words)
     if name not in (None, *EXPERIMENTS):
         raise UserError(f"there is no experiment {name!r}, but {', '.join(EXPERIMENTS)}")
-    flags = first_look(OpeningFlags(), words)
+    flags = read_flags(OpeningFlags(), words, is_first_look=True)
 
     def read(experiment: Experiment) -> Experiment:
         begun = TrainFlags(**vars(flags), experiment=experiment)
