@@ -28,6 +28,7 @@ from functions.support.start import interrupted
 Flags = TypeVar("Flags")
 # argparse ends with this exit status, too.
 EXIT_BAD_INPUT = 2
+HELP = {"-h", "--help"}
 # Messages of PyTorch, then of cuBLAS and cuDNN.
 OUT_OF_MEMORY = re.compile(
     "(can't|[Cc]annot) allocate memory|not enough memory|out of memory|ALLOC_FAILED|"
@@ -91,14 +92,10 @@ def split_words(usage: str, words: Sequence[str]) -> tuple[list[str | None], lis
     names = usage.split()
     count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
     missing = [None if name.startswith("[") else name for name in names[count:]]
-    if count > len(names) or (any(missing) and not asks_for_help(words)):
+    if count > len(names) or (any(missing) and HELP.isdisjoint(words)):
         before = shlex.join(words[:count]) or "nothing"
         raise UserError(f"before the flags must be {usage}, and there is {before}")
     return [*words[:count], *missing], [*words[count:]]
-
-
-def asks_for_help(words: Sequence[str]) -> bool:
-    return not {"-h", "--help"}.isdisjoint(words)
 
 
 class Parser(ArgumentParser):
