@@ -37,11 +37,10 @@ from functions.sampling.generation import Pipeline, generate, open_pipeline
 from functions.sampling.settings import OF_SAMPLER, SamplingFlags, default_settings, find_run
 from functions.support.command_line import (
     EXIT_BAD_INPUT,
+    converted,
     read_flags,
-    replaced,
     run_script,
     split_words,
-    value_in,
 )
 from functions.support.errors import UserError
 from functions.support.pictures import grid_of
@@ -112,8 +111,10 @@ def tab(
         if names:
             # An empty field gives None, or "".
             label, cfg = rest[:2]
-            cfg = value_in([float, NoneType])(cfg or "None")
-            config = replaced(config, {"label": shlex.split(label or ""), "cfg": cfg})
+            cfg = converted([float, NoneType], cfg or "None")
+            # It is instead of a guide.
+            others = {} if cfg is None else {"guide": None, "guidance": None}
+            config = replace(config, label=shlex.split(label or ""), cfg=cfg, **others)
         return work(replace(pipeline, config=config, seed=seed or 0), *rest[len(names) :])
 
     return gr.Interface(

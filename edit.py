@@ -35,8 +35,8 @@ from functions.sampling.editing import (
 from functions.sampling.generation import open_pipeline
 from functions.sampling.settings import PRETRAINED, default_settings, find_run
 from functions.support.command_line import (
+    HELP,
     NoFlags,
-    asks_for_help,
     read_flags,
     run_script,
     split_words,
@@ -82,7 +82,7 @@ def read_verb() -> tuple[str, list[str]]:
     verb, *others = sys.argv[1:] or ["--help"]
     if verb in verbs:
         return verb, others
-    if asks_for_help([verb]):
+    if verb in HELP:
         read_flags(NoFlags(), [verb], f"{{{','.join(verbs)}}} ...", __doc__)
     raise UserError(f"the first word must be {' or '.join(verbs)}, and is {verb!r}")
 

@@ -51,10 +51,8 @@ MOST_SKIPPED = 20
 def main() -> None:
     """Read the command line and train."""
     # The run is new, or it begins with the weights of --init, or it is resumed.
-    with processes.connected(), open_run(sys.argv[1:], __doc__) as (run, is_dry):
+    with processes.connected(), open_run(sys.argv[1:], __doc__) as run:
         processes.print_main(run.describe())
-        if is_dry:
-            return
         with StopSignals() as signals:
             is_finished = train(run, lambda: signals.received is not None)
         if is_finished:

@@ -59,7 +59,7 @@ COMMANDS = {
     "sample.py {run} --guidance 1.5": "needs a --guide",
     "sample.py {run} --label 2": "--label: the model was trained without labels",
     "sample.py {run} --cfg 2": "--cfg needs a --label",
-    "sample.py {run} --label 2 --cfg 2 --guide 30": "--cfg and --guide exclude each other",
+    "sample.py {run} --label 2 --cfg 2 --guide 30": "a label guides; add --cfg None or",
     "sample.py {run} --enlarge {run} {run}": "cannot enlarge: it was not trained to",
     "sample.py {recipe} --sampler ddim": "and these add none (--eta); add --temperature 1",
     "sample.py none.toml": "none.toml: there is no such file",

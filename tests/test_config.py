@@ -207,7 +207,7 @@ def test_a_schedule_refuses_by_name_what_its_function_does_not_take(changes, sen
 
 
 def test_a_wrong_preset_is_a_sentence_of_its_name_and_field_and_stops_no_other(monkeypatch):
-    monkeypatch.setattr(EXPERIMENTS, "functions", {**EXPERIMENTS.functions})
+    monkeypatch.setattr(EXPERIMENTS, "data", {**EXPERIMENTS.data})
 
     @EXPERIMENTS
     def too_wide():

@@ -17,6 +17,8 @@ from functions.denoiser import OBJECTIVES
 from functions.noise_scheduler import BETA_SCHEDULES
 from functions.optimizers import LR_SCHEDULES, OPTIMIZERS
 from functions.samplers import SAMPLERS, VARIANCES
+from functions.sampling.settings import SamplingConfig
+from functions.support.command_line import read_flags
 from functions.timesteps import SPACINGS
 from functions.training.metrics import read_metrics
 from models.networks import NETWORKS
@@ -156,3 +158,19 @@ def test_a_field_without_a_comment_is_a_flag_without_a_sentence(capsys, monkeypa
     with pytest.raises(SystemExit, match="0"):
         call(train, "--help")
     assert "--diffusion.epochs INT" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("", (False, "30")),
+        ("--individual", (True, "30")),
+        ("--individual True --individual false", (False, "30")),
+        ("--guide 30 --individual true", (True, 30)),
+    ],
+)
+def test_a_bool_needs_no_value_and_a_default_is_not_read_as_a_word(flags, expected):
+    """A file of the name 30 is another guide than the step 30."""
+    begun = sample.SampleFlags(sampling=SamplingConfig(model="run", guide="30"))
+    flags = read_flags(begun, flags.split())
+    assert (flags.individual, flags.sampling.guide) == expected

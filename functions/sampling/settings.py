@@ -29,11 +29,11 @@ from functions.saved.run_folder import (
     runs_of,
 )
 from functions.support import processes
-from functions.support.command_line import first_look
+from functions.support.command_line import read_flags
 from functions.support.device import DTYPES
 from functions.support.errors import CheckpointError, UserError, printable
 from functions.support.files import check_file
-from functions.support.settings import ConfigError, check_fields, from_fields, setting
+from functions.support.settings import ConfigError, check_fields, from_fields, row_of, setting
 from functions.timesteps import SPACINGS
 from models.networks import build_network
 
@@ -62,25 +62,25 @@ class SamplingConfig:
 
     # ddpm is the paper's sampler, with fresh noise in every step; ddim is deterministic; dpm++ is
     # DPM-Solver++ 2M, good with 20 steps.
-    sampler: str = setting("ddpm", choices=SAMPLERS)
+    sampler: str = "ddpm"
     # The number of steps. Each makes one network call, or up to two with --guide. None: one step
     # for each timestep.
     steps: int | None = None
     # How the timesteps are spaced: trailing is even in t, logsnr is even in log-SNR where it
     # matters (docs/sampling.md). None: the sampler's.
-    spacing: str | None = setting(None, choices=SPACINGS)
+    spacing: Literal[*SPACINGS] | None = None
     # How much noise each step adds, from 0 (none) to 1. None: the sampler's.
     eta: float | None = setting(None, at_most=1)
     # The variance of ddpm's noise: small is the posterior variance; large is beta, which suits
     # sampling over all timesteps. None: small, or over all timesteps the model's.
-    variance: str | None = setting(None, choices=VARIANCES)
+    variance: Literal[*VARIANCES] | None = None
     # Multiply the noise of the later steps by this, from 0 to 1. With 0.6 more faces of ffhq-32 are
     # clear, with less detail (docs/sampling.md).
     temperature: float = setting(1.0, at_most=1)
     # Move each x_0 away from that of a worse model (docs/guidance.md): the run's own
     # snapshot or checkpoint of this STEP, or any other run, checkpoint or folder. Steps at middle
     # noise levels then make two network calls.
-    guide: int | str | None = setting(None, at_least=0, puts_out=("cfg",))
+    guide: int | str | None = setting(None, at_least=0)
     # The weight of --guide. 1 is the model alone; a larger weight moves x_0 further away from that
     # of the guide. None: 1.5.
     guidance: float | None = setting(None, at_least=-inf)
@@ -93,14 +93,14 @@ class SamplingConfig:
     # Classifier-free guidance, instead of a guide: move each x_0 away from that without the label
     # and the inputs.
     # 1 is the model alone.
-    cfg: float | None = setting(None, at_least=-inf, puts_out=("guide", "guidance"))
+    cfg: float | None = setting(None, at_least=-inf)
     # Then draw the details of each image at twice its size, by a model of the preset ffhq-details,
     # without guide and temperature. Each model, also if it is the same, doubles the size once more.
     enlarge: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_fields(self)
-        own = SAMPLERS[self.sampler].options
+        own = row_of(SAMPLERS, "sampler", self.sampler).options
         # Silently ignoring an option that the sampler does not have would mislead.
         if unknown := self.arguments.keys() - own.keys():
             flags = " and ".join(f"--{name}" for name in own)
@@ -119,7 +119,8 @@ class SamplingConfig:
             raise ConfigError("--guidance needs a --guide; add one, or --guidance None")
         if self.cfg is not None and self.guide is not None:
             raise ConfigError(
-                "--cfg and --guide exclude each other: the model without a label guides"
+                "--cfg and --guide exclude each other: the model without a label guides; add "
+                "--cfg None or --guide None"
             )
         if self.cfg is not None and not self.label and not self.inputs:
             raise ConfigError(
@@ -222,7 +223,8 @@ def find_run(run: str | None, words: Sequence[str], name_prefix: str = "") -> Pa
     """
     if run is not None:
         return Path(run)
-    return processes.on_main(newest_run, first_look(PlaceFlags(), words).runs, name_prefix)
+    place = read_flags(PlaceFlags(), words, is_first_look=True)
+    return processes.on_main(newest_run, place.runs, name_prefix)
 
 
 def default_settings(run: Path, **defaults: str | int) -> SamplingConfig:

@@ -11,15 +11,12 @@ import shlex
 import signal
 import sys
 import traceback
-from argparse import (
-    SUPPRESS,
-    ArgumentParser,
-    BooleanOptionalAction,
-    RawDescriptionHelpFormatter,
-)
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from contextlib import suppress
+from dataclasses import Field, dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn, TypeVar
@@ -31,11 +28,14 @@ from functions.support.start import interrupted
 Flags = TypeVar("Flags")
 # argparse ends with this exit status, too.
 EXIT_BAD_INPUT = 2
+HELP = {"-h", "--help"}
 # Messages of PyTorch, then of cuBLAS and cuDNN.
 OUT_OF_MEMORY = re.compile(
     "(can't|[Cc]annot) allocate memory|not enough memory|out of memory|ALLOC_FAILED|"
     "ALLOCATION_FAILED"
 )
+# What these words mean where a value of their type fits
+WORDS = {"None": None, "true": True, "True": True, "false": False, "False": False}
 MEMORY_ADVICE = "use a smaller --batch-size, a smaller model or picture, or another device"
 
 
@@ -92,14 +92,10 @@ def split_words(usage: str, words: Sequence[str]) -> tuple[list[str | None], lis
     names = usage.split()
     count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
     missing = [None if name.startswith("[") else name for name in names[count:]]
-    if count > len(names) or (any(missing) and not asks_for_help(words)):
+    if count > len(names) or (any(missing) and HELP.isdisjoint(words)):
         before = shlex.join(words[:count]) or "nothing"
         raise UserError(f"before the flags must be {usage}, and there is {before}")
     return [*words[:count], *missing], [*words[count:]]
-
-
-def asks_for_help(words: Sequence[str]) -> bool:
-    return not {"-h", "--help"}.isdisjoint(words)
 
 
 class Parser(ArgumentParser):
@@ -110,120 +106,93 @@ class Parser(ArgumentParser):
 
 
 def read_flags(
-    default: Flags, words: Sequence[str], usage: str = "", description: str = ""
+    default: Flags,
+    words: Sequence[str],
+    usage: str = "",
+    description: str = "",
+    is_first_look: bool = False,
 ) -> Flags:
     """Return the dataclass `default` with the fields that flags replace, or print help, and exit.
 
     A flag's help is the comment above its field. The fields of a field that is a dataclass are
-    flags, too, such as --diffusion.epochs, whose bools have a value. Raises UserError for words
-    that are none of these, and ConfigError for values that do not fit.
+    flags, too, such as --diffusion.epochs. A first look passes over --help and flags that are none
+    of these, whose defaults may depend on it. Raises UserError for words that are none of these,
+    and ConfigError for values that do not fit.
     """
     parser = Parser(
         prog=f"{Path(sys.argv[0]).name} {usage}".strip(),
         usage="%(prog)s [flags]",
         description=description,
         allow_abbrev=False,
+        add_help=not is_first_look,
         formatter_class=RawDescriptionHelpFormatter,
     )
-    flags = add_flags(parser, default)
-    given, others = parser.parse_known_args(words)
-    if others:
+    given = Namespace()
+    make = add_flags(parser, given, default)
+    _, others = parser.parse_known_args(words, given)
+    if others and not is_first_look:
         # What is typed may lack --diffusion, so the last parts are compared.
+        names = {name.split(".")[-1]: name for name in vars(given)}
         typed = others[0].partition("=")[0].split(".")[-1]
-        close = get_close_matches(typed.lstrip("-"), flags, n=1)
-        advice = f"; is {flags[close[0]]} meant?" if close else ""
+        close = get_close_matches(typed.lstrip("-"), names, n=1)
+        advice = f"; is --{names[close[0]]} meant?" if close else ""
         if not others[0].startswith("-"):
             advice = "; words come before all flags"
         parser.error(f"unrecognized: {shlex.join(others)}{advice}")
-    return replaced(default, vars(given))
+    return make()
 
 
-def first_look(default: Flags, words: Sequence[str]) -> Flags:
-    """Return a dataclass as flags say, among others, on which the defaults of these depend."""
-    parser = Parser(add_help=False, allow_abbrev=False)
-    add_flags(parser, default)
-    return replaced(default, vars(parser.parse_known_args(words)[0]))
+def add_flags(
+    parser: ArgumentParser, given: Namespace, default: Any, prefix: str = ""
+) -> Callable[[], Any]:
+    """Add a flag for each field of a dataclass, and its value to `given`, where parsing changes it.
 
-
-def add_flags(parser: ArgumentParser, default: Any, prefix: str = "") -> dict[str, str]:
-    """Add a flag for each field of a dataclass, and return them by the last parts of their names.
-
-    A flag that is not given is not in what is parsed.
+    Return a function that makes the dataclass of what is given.
     """
-    flags = {}
-    source = "".join(
-        inspect.getsource(each) for each in type(default).__mro__ if is_dataclass(each)
-    )
-    comments = re.findall(r"^((?:    # .*\n)+)    (\w+): ", source, flags=re.MULTILINE)
-    helps = {name: " ".join(comment.replace("#", "").split()) for comment, name in comments}
+    makers = {}
+    source = "".join(map(inspect.getsource, filter(is_dataclass, type(default).__mro__)))
     group = parser.add_argument_group(inspect.getdoc(type(default)).splitlines()[0].rstrip("."))
     for field in fields(default):
-        value, marks = getattr(default, field.name), field.metadata
+        value, name = getattr(default, field.name), prefix + field.name.replace("_", "-")
         if is_dataclass(value):
-            inner = prefix if "flat" in marks else f"{prefix}{field.name}."
-            flags |= add_flags(parser, value, inner)
-        if is_dataclass(value) or "no_flag" in marks:
-            continue
-        kinds, choices, is_list = types_of(field)
-        names = choices or [kind.__name__.upper() for kind in kinds if kind is not NoneType]
-        options = {"type": value_in(kinds), "metavar": "|".join(map(str, names))}
-        if is_list:
-            options["nargs"] = "*"
-        if "bare" in marks:
-            options |= {"nargs": "?", "const": marks["bare"]}
-        if kinds == [bool] and not prefix:
-            options = {"action": BooleanOptionalAction}
-        shown = shlex.join(map(str, value)) or "none" if isinstance(value, tuple) else value
-        if not choices and {int, float} & {*kinds}:
-            shown = f"{shown}; {limits_of(field)[2]}"
-        last = field.name.replace("_", "-")
-        flags[last] = f"--{prefix}{last}"
-        group.add_argument(
-            flags[last],
+            inner = prefix if "flat" in field.metadata else f"{name}."
+            makers[field.name] = add_flags(parser, given, value, inner)
+        elif "no_flag" not in field.metadata:
+            # With a value here, argparse has no default, which it would convert if it is text.
+            setattr(given, name, value)
+            makers[field.name] = partial(getattr, given, name)
+            comment = re.findall(rf"(?m)^((?:    # .*\n)+)    {field.name}: ", source)[:1]
+            options = options_of(field, value, "".join(comment))
             # A name of one letter has one dash, too.
-            *[f"-{last}"] * (len(last) == 1),
-            dest=f"{prefix}{field.name}",
-            default=SUPPRESS,
-            # argparse treats a single % as the start of a placeholder.
-            help=f"{helps.get(field.name, '')} Default: {shown}.".replace("%", "%%"),
-            **options,
-        )
-    return flags
+            group.add_argument(f"--{name}", *[f"-{name}"] * (len(name) == 1), dest=name, **options)
+    return lambda: replace(default, **{name: make() for name, make in makers.items()})
 
 
-def value_in(kinds: Sequence[type]) -> Callable[[str], Any]:
-    """Return a function that converts a word to the first of these types that it fits, if any."""
+def options_of(field: Field, value: Any, comment: str) -> dict[str, Any]:
+    """Return the options of argparse for a field with this value and this comment above it."""
+    kinds, choices, is_list = types_of(field)
+    names = choices or [kind.__name__.upper() for kind in kinds if kind is not NoneType]
+    shown = shlex.join(map(str, value)) or "none" if isinstance(value, tuple) else value
+    if not choices and {int, float} & {*kinds}:
+        shown = f"{shown}; {limits_of(field)[2]}"
+    # Without a value, a flag that may be True is True.
+    more = {"nargs": "?", "const": True} if bool in kinds else {}
+    return {
+        "type": partial(converted, kinds),
+        "metavar": "|".join(map(str, names)),
+        # argparse treats a single % as the start of a placeholder.
+        "help": f"{comment.replace('#', '')} Default: {shown}.".replace("%", "%%"),
+        **({"nargs": "*"} if is_list else more),
+    }
 
-    def convert(word: str) -> Any:
-        if word == "None" and NoneType in kinds:
-            return None
-        if kinds == [bool]:
-            return {"true": True, "false": False}.get(word.lower(), word)
-        for kind in kinds:
-            try:
+
+def converted(kinds: Sequence[type], word: str) -> Any:
+    """Return a word as the first of these types that it fits, or as it is."""
+    if word in WORDS and type(WORDS[word]) in kinds:
+        return WORDS[word]
+    for kind in kinds:
+        # The check of the field says what would fit.
+        with suppress(TypeError, ValueError):
+            if kind is not bool:
                 return kind(word)
-            except (TypeError, ValueError):
-                # The check of the field says what would fit.
-                continue
-        return word
-
-    return convert
-
-
-def replaced(default: Flags, given: dict[str, Any], prefix: str = "") -> Flags:
-    """Return a dataclass with the fields that flags of `add_flags` have given.
-
-    Fields that a given one `puts_out` become None.
-    """
-    changes = {}
-    for field in fields(default):
-        value = getattr(default, field.name)
-        if is_dataclass(value):
-            inner = prefix if "flat" in field.metadata else f"{prefix}{field.name}."
-            changes[field.name] = replaced(value, given, inner)
-        elif prefix + field.name in given:
-            changes[field.name] = given[prefix + field.name]
-            if changes[field.name] is not None:
-                others = field.metadata.get("puts_out", ())
-                changes |= {name: None for name in others if prefix + name not in given}
-    return replace(default, **changes)
+    return word

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections import UserDict
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, field, fields
 from functools import partial
 from types import NoneType, UnionType
@@ -24,30 +25,21 @@ class ConfigError(Exception):
     """An error about a field with an invalid value; its message says which values are valid."""
 
 
-class Presets(Mapping):
+class Presets(UserDict):
     """The presets by name. One is built when it is asked for, so a wrong one stops no other."""
-
-    def __init__(self):
-        self.functions: dict[str, Callable[[], Any]] = {}
 
     def __call__(self, function: Callable[[], Any]) -> Callable[[], Any]:
         """Add a function that returns a preset, under its name with - for _."""
-        self.functions[function.__name__.replace("_", "-")] = function
+        self[function.__name__.replace("_", "-")] = function
         return function
 
     def __getitem__(self, name: str) -> Any:
         """Return a preset. Raises ConfigError, with its name, for one that cannot work."""
-        function = self.functions[name]
+        function = super().__getitem__(name)
         try:
             return function()
         except ConfigError as error:
             raise ConfigError(f"the preset {name!r} of config.py: {error}") from error
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.functions)
-
-    def __len__(self) -> int:
-        return len(self.functions)
 
 
 def setting(default: Any = MISSING, **marks: Any) -> Any:
@@ -57,12 +49,9 @@ def setting(default: Any = MISSING, **marks: Any) -> Any:
 
     at_least, at_most: limits of a number, or of each number in a list. Without them, an integer is
         at least 1 and another number at least 0.
-    choices: a table with the names that fit. Rows may be added to it.
     fixed: a resumed run cannot change the value.
     no_flag: the program sets the value, and not the command line.
     flat: the value is a dataclass whose fields are flags without this field's name.
-    bare: the value of the flag without one.
-    puts_out: fields that become None with a value of the flag, if they have no flag themselves.
     fixed_by_weights: weights work only with the value with which they were trained, so it is
         fixed, too.
     """
@@ -90,7 +79,7 @@ def types_of(each: Field) -> tuple[list[type], tuple, bool]:
     kinds = [each.type]
     if get_origin(each.type) in (Union, UnionType):
         kinds = [*get_args(each.type)]
-    choices = (*each.metadata.get("choices", ()),)
+    choices = ()
     is_list = get_origin(kinds[0]) is tuple
     if is_list:
         kinds[0] = get_args(kinds[0])[0]

@@ -17,7 +17,7 @@ from functions.samplers import SAMPLERS
 from functions.saved.checkpoint import Checkpoint, load_model
 from functions.saved.run_folder import PlaceFlags
 from functions.support import processes
-from functions.support.command_line import first_look, read_flags, split_words
+from functions.support.command_line import read_flags, split_words
 from functions.support.device import choose_device
 from functions.support.errors import UserError, printable
 from functions.support.settings import ConfigError, fields_with, row_of, setting
@@ -42,16 +42,14 @@ class OpeningFlags(PlaceFlags):
 
     # Resume the run in this folder. Without a value, resume the newest unfinished run of the
     # experiment; with auto, resume that run, or start a new run if there is none.
-    resume: str | None = setting(None, bare="newest")
+    resume: str | bool = False
     # Start from the weights of a run, a checkpoint or a diffusers folder, and from its EMA weights
     # if it has any. A run that --resume auto resumes keeps its own.
     init: Path | None = None
-    # Prepare the data, describe the run, and stop.
-    dry_run: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.init and self.resume not in (None, "auto"):
+        if self.init and self.resume not in (False, "auto"):
             raise ConfigError("--init starts a new run, but --resume continues one")
 
 
@@ -64,16 +62,16 @@ class TrainFlags(OpeningFlags):
 
 
 @contextmanager
-def open_run(words: Sequence[str], description: str) -> Iterator[tuple[TrainingRun, bool]]:
-    """Open the run of a command line. Yield it, and whether it is to be described, not trained.
+def open_run(words: Sequence[str], description: str) -> Iterator[TrainingRun]:
+    """Open the run of a command line.
 
-    A run to resume is locked within the context, except for a dry run, and its checkpoint is read
-    under the lock: no other process can have trained it further in between.
+    A run to resume is locked within the context, and its checkpoint is read under the lock: no
+    other process can have trained it further in between.
     """
     [name], words = split_words("[EXPERIMENT]", words)
     if name not in (None, *EXPERIMENTS):
         raise UserError(f"there is no experiment {name!r}, but {', '.join(EXPERIMENTS)}")
-    flags = first_look(OpeningFlags(), words)
+    flags = read_flags(OpeningFlags(), words, is_first_look=True)
 
     def read(experiment: Experiment) -> Experiment:
         begun = TrainFlags(**vars(flags), experiment=experiment)
@@ -81,14 +79,13 @@ def open_run(words: Sequence[str], description: str) -> Iterator[tuple[TrainingR
 
     folder = processes.on_main(run_to_resume, flags.resume, flags.runs, name or DEFAULT_EXPERIMENT)
     with ExitStack() as stack:
-        if folder and not flags.dry_run:
+        if folder:
             with explain_failed_writes(folder, resume_command(folder)):
                 processes.on_main(stack.enter_context, locked(folder))
-        if folder:
             run = resume_run(folder, name, read, choose_device(flags.device))
         else:
             run = new_run(name or DEFAULT_EXPERIMENT, flags, read)
-        yield run, flags.dry_run
+        yield run
 
 
 def new_run(name: str, flags: OpeningFlags, read: Read) -> TrainingRun:

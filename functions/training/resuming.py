@@ -29,13 +29,13 @@ SIGNAL_NAMES = ("SIGHUP", "SIGINT", "SIGTERM", "SIGUSR1")
 SIGNALS = [number for number in signal.Signals if number.name in SIGNAL_NAMES]
 
 
-def run_to_resume(resume: str | None, runs: Path, experiment: str) -> Path | None:
+def run_to_resume(resume: str | bool, runs: Path, experiment: str) -> Path | None:
     """Return the folder of the run to resume, which has a checkpoint; or None to start a new run.
 
     `resume` is one of these:
 
-        None           a new run
-        "newest"       the newest run of the experiment that has a checkpoint and has not reached
+        False          a new run
+        True           the newest run of the experiment that has a checkpoint and has not reached
                        its last step
         "auto"         the same, or a new run if there is none
         a run's folder
@@ -43,9 +43,9 @@ def run_to_resume(resume: str | None, runs: Path, experiment: str) -> Path | Non
     Raises UserError when there is no such run, and CheckpointError when no checkpoint of a run can
     be read.
     """
-    if resume is None:
+    if resume is False:
         return None
-    if resume not in ("newest", "auto"):
+    if resume not in (True, "auto"):
         # A user may give a checkpoint file, which is not a run folder.
         if Path(resume).is_file() or not checkpoints_of(Path(resume)):
             raise UserError(
@@ -68,7 +68,7 @@ def run_to_resume(resume: str | None, runs: Path, experiment: str) -> Path | Non
         problem += (
             f"; to train a finished one longer: --resume {quoted(finished)} --diffusion.epochs N"
         )
-    if resume == "newest":
+    if resume is True:
         raise UserError(f"{problem}; start a new one without --resume")
     warn(f"WARNING: NOTHING TO RESUME ({problem}). STARTING A NEW RUN.")
     return None

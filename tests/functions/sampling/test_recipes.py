@@ -106,9 +106,8 @@ def test_a_run_of_ones_own_comes_before_the_recipe(recipe, tiny_run, monkeypatch
         ("--guide ./3 --guidance -1", {"guide": "./3", "guidance": -1.0}),
         ("--guide None --guidance None", {"guide": None, "guidance": None}),
         ("--cfg None", {}),
-        # A recipe's guide is put out.
         (
-            "--label 'a, b' c --cfg 3",
+            "--label 'a, b' c --cfg 3 --guide None --guidance None",
             {"label": ("a, b", "c"), "cfg": 3.0, "guide": None, "guidance": None},
         ),
     ],

@@ -44,13 +44,13 @@ def test_the_newest_run_and_its_newest_checkpoint_are_found(tmp_path, capsys):
     assert resuming.last_checkpoint(unfinished) == path_of(unfinished, "checkpoints", 60)
     assert resuming.last_checkpoint(new) is None
 
-    assert run_to_resume("newest", tmp_path, "ffhq-full") == unfinished
+    assert run_to_resume(True, tmp_path, "ffhq-full") == unfinished
     # "ffhq" is no experiment, but a prefix of two.
     for finished in ("faces", "ffhq", "ffhq-run1"):
         assert run_to_resume("auto", tmp_path, finished) is None
         assert "WARNING: NOTHING TO RESUME" in capsys.readouterr().err
     with refused(f"no unfinished run .* longer: --resume {done} --diffusion.epochs N;"):
-        run_to_resume("newest", tmp_path, "faces")
+        run_to_resume(True, tmp_path, "faces")
 
     with refused("no run", CheckpointError):
         newest_run(tmp_path / "missing")

@@ -138,7 +138,7 @@ def test_a_grid_shows_held_out_images_that_were_shrunk_to_a_quarter(
 ):
     """So it shrinks to them, but for clipping, with the weights of --init."""
     flags = ["--init", details_run, "--runs", tmp_path, "--diffusion.dataset-name", pictures]
-    with open_run(words("faces", *flags), "") as (run, _):
+    with open_run(words("faces", *flags), "") as run:
         grid = sample_grid(run)
         images, _ = run.data.gather(run.data.split.val_indices)
     assert len(grid) == run.config.grid_images == 16

@@ -1,16 +1,19 @@
 """What a training says before its first step."""
 
-import train
-from tests.conftest import call, train_tiny
+from functions.training.opening import open_run
+from tests.conftest import TINY, words
 
 
-def test_a_dry_run_describes_the_run_and_writes_nothing(unfinished, pictures, capsys):
+def test_a_run_is_described_before_anything_is_written(unfinished, pictures):
     """There are 10 steps of 8 images, 5 of them in an epoch of 46, and here 7 are done."""
-    train_tiny(pictures, unfinished.parent, "--dry-run")
-    call(train, "--resume", unfinished, "--dry-run --device cpu")
-    # Nothing but the copy of the run is there.
+    before = {path: path.stat().st_mtime_ns for path in unfinished.rglob("*") if path.is_file()}
+    new = ["--runs", unfinished.parent, "--diffusion.dataset-name", pictures, TINY]
+    for flags, done in ((new, ""), (["--resume", unfinished], "; 7 steps are done")):
+        with open_run(words(*flags), "") as run:
+            said = run.describe()
+        assert "a hash of each name), such as 00033.png, 00043.png, 00048.png\n" in said
+        assert f"  length     10 steps of 8 images: 2 epochs of 5 steps{done}\n" in said
+    # Nothing but the copy of the run is there, and what it holds is as it was.
     assert list(unfinished.parent.iterdir()) == [unfinished]
-    printed = capsys.readouterr().out
-    assert "a hash of each name), such as 00033.png, 00043.png, 00048.png\n" in printed
-    length = "  length     10 steps of 8 images: 2 epochs of 5 steps"
-    assert printed.count(f"{length}\n") == printed.count(f"{length}; 7 steps are done\n") == 1
+    after = {path: path.stat().st_mtime_ns for path in unfinished.rglob("*") if path.is_file()}
+    assert {path: after[path] for path in before} == before

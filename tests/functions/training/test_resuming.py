@@ -12,7 +12,17 @@ from config import ConfigError
 from functions.training import opening
 from functions.training.metrics import read_metrics
 from functions.training.resuming import locked
-from tests.conftest import HELD_OUT, call, during, newest, posix, refused, split_folder, terminate
+from tests.conftest import (
+    HELD_OUT,
+    call,
+    during,
+    newest,
+    posix,
+    refused,
+    split_folder,
+    terminate,
+    words,
+)
 from tests.kill import assert_same_run
 from tests.small_training import same
 
@@ -65,25 +75,27 @@ def test_a_run_with_other_settings_is_still_one_run(unfinished, tmp_path, capsys
     assert_same_run(unfinished, copy)
 
 
-def test_resuming_keeps_precision_and_says_what_it_cannot_keep(unfinished, monkeypatch, capsys):
+def test_resuming_keeps_precision_and_says_what_it_cannot_keep(unfinished, monkeypatch):
     """The run is in float32, and "auto" would be bfloat16 here."""
     monkeypatch.setattr("functions.support.device.cpu_has_bfloat16", lambda: True)
-    resume = ["--resume", unfinished, "--dry-run --diffusion.precision auto"]
-    call(train, *resume)
-    printed = capsys.readouterr().out
+    resume = words("--resume", unfinished, "--diffusion.precision auto")
+    with opening.open_run(resume, "") as run:
+        printed = run.describe()
     assert "parameters, float32, cpu" in printed
     assert "no longer bit for bit" not in printed
 
     # Another number of threads adds in another order.
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    call(train, *resume)
     warning = "warning: threads was 1, is now 2: no longer bit for bit like an uninterrupted run"
-    assert warning in capsys.readouterr().out
+    with opening.open_run(resume, "") as run:
+        assert warning in run.describe()
 
 
-def test_deterministic_kernels_are_asked_for_and_only_then(trained):
+def test_deterministic_kernels_are_asked_for_and_only_then(unfinished):
     for wanted in (True, False):
-        trained("--dry-run --diffusion.deterministic", str(wanted).lower())
+        flags = words("--resume", unfinished, f"--diffusion.deterministic {str(wanted).lower()}")
+        with opening.open_run(flags, ""):
+            pass
         assert torch.are_deterministic_algorithms_enabled() == wanted
         # With its benchmark cuDNN may take other kernels each time.
         assert torch.backends.cudnn.benchmark != wanted
@@ -126,10 +138,7 @@ def test_a_run_is_locked_before_its_checkpoint_is_read(unfinished, monkeypatch):
             pass
         return read(folder)
 
-    with locked(unfinished):
-        # A dry run writes nothing.
-        call(train, "--resume", unfinished, "--dry-run")
-        with refused("already training in this folder"):
-            call(train, "--resume", unfinished)
+    with locked(unfinished), refused("already training in this folder"):
+        call(train, "--resume", unfinished)
     monkeypatch.setattr(opening, "intact_checkpoint", read_while_locked)
     call(train, "--resume", unfinished)
