@@ -1,6 +1,7 @@
 """What README, docs/ and the card of the model name or link to: files, headings and tests."""
 
 import inspect
+import json
 import math
 import re
 import shutil
@@ -10,22 +11,25 @@ from functools import partial
 from importlib import import_module
 from itertools import pairwise
 from textwrap import dedent, indent
+from unittest.mock import Mock
+from unittest.mock import call as call_of
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import config
 import sample
 from config import EXPERIMENTS, DiffusionConfig
 from functions import losses, samplers
 from functions.denoiser import Denoiser
 from functions.noise_scheduler import NoiseScheduler
 from functions.super_resolution import enlarging
-from functions.support.settings import setting
-from functions.training import validation
+from functions.support.settings import Presets, setting
+from functions.training import metrics, validation
 from functions.training.data import training_draws
-from functions.training.metrics import read_metrics
+from functions.training.metrics import MetricsLog, read_metrics
 from models import networks, unet
 from tests.conftest import ROOT, call, newest, normal, only_in, pixels_of, refused
 from tests.small_training import training_run
@@ -279,6 +283,52 @@ def test_the_row_of_another_optimizer_makes_it(network):
     assert [group["lr"] for group in (matrices, others)] == [0.5, 0.25]
     assert others["weight_decay"] == 0 < matrices["weight_decay"]
     assert sum(len(group["params"]) for group in (matrices, others)) == len([*network.parameters()])
+
+
+def test_the_lines_of_a_preset_make_it():
+    [(_, lines)] = pieces_of("A preset")
+    presets = Presets()
+    exec(lines, vars(config) | {"EXPERIMENTS": presets})
+    made = presets["faces-48"]
+    expected = EXPERIMENTS["faces-v"].override(epochs=35, base_dim=48, norm_groups=12)
+    assert made == expected
+
+
+def test_the_lines_of_a_best_checkpoint_keep_it_and_end_the_run(here, monkeypatch):
+    """The held-out losses are made up: the second is the best, and five worse ones follow."""
+    _, (_, lines) = pieces_of("The best checkpoint, and where a run is logged")
+    script = sys.modules["train"]
+    losses = iter([3.0, 1.0, *map(float, range(4, 20))])
+    monkeypatch.setattr(
+        script, "validate", lambda run: {"val_loss": 9.0, "val_loss_ema": next(losses)}
+    )
+    monkeypatch.setattr(script, "read_metrics", read_metrics, raising=False)
+    run = training_run(epochs=20, batch_size=20, validate_every=1, sample_every=0)
+    saved = []
+    monkeypatch.setattr(run, "save_snapshot", lambda path: saved.append((run.step, path.name)))
+    lines = f"recorder.write(row)\n{lines}"
+    assert edited(train, "recorder.write(row)", lines, instead=1)(run)
+    assert run.step == 7
+    assert [step for step, name in saved if name == "best.safetensors"] == [1, 2]
+
+
+def test_the_lines_of_another_log_get_rows_and_pictures(here, monkeypatch):
+    """An object that notes its calls stands in for wandb."""
+    (_, lines), *_ = pieces_of("The best checkpoint, and where a run is logged")
+    source = inspect.getsource(MetricsLog)
+    for line, name in re.findall(r"^(self.*?)  # (\w+)$", lines, re.MULTILINE):
+        method = re.search(rf"    def {name}\(.*?(?=\n\n    def|\Z)", source, re.DOTALL)[0].rstrip()
+        source = source.replace(method, f"{method}\n        {line}")
+    wandb = Mock()
+    exec(source, names := vars(metrics) | {"wandb": wandb, "json": json})
+    log = names["MetricsLog"](here)
+    log.write({"step": 1, "loss": 0.5})
+    log.show(Image.new("RGB", (4, 4)), 2)
+    log.close()
+    logged = wandb.init.return_value
+    assert logged.log.call_args_list[0] == call_of({"step": 1, "loss": 0.5}, step=1)
+    assert logged.log.call_args_list[1].kwargs == {"step": 2}
+    logged.finish.assert_called_once_with()
 
 
 def test_the_rows_of_tables_fit_them():

@@ -91,8 +91,7 @@ class SamplingConfig:
     # name, (N, ...). Image i gets row i mod N.
     inputs: str | None = None
     # Classifier-free guidance, instead of a guide: move each x_0 away from that without the label
-    # and the inputs.
-    # 1 is the model alone.
+    # and the inputs. 1 is the model alone.
     cfg: float | None = setting(None, at_least=-inf)
     # Then draw the details of each image at twice its size, by a model of the preset ffhq-details,
     # without guide and temperature. Each model, also if it is the same, doubles the size once more.

@@ -27,9 +27,8 @@ def load_denoiser(
     """Load the model of a run's newest checkpoint, a checkpoint, an exported file or a folder.
 
     It has the EMA weights, or the raw ones if there is no EMA. A copy of a `network` of your own
-    gets them; by default the network is built by the saved config. Raises
-    CheckpointError when there is no model, when it is damaged, or when it needs a network of your
-    own.
+    gets them; by default the network is built by the saved config. Raises CheckpointError when
+    there is no model, when it is damaged, or when it needs a network of your own.
     """
     return open_model(Path(path), torch.device(device), precision, network)[1]
 

@@ -1,14 +1,12 @@
 """Train a network of details: what its steps get, pieces of photos, each also at half its size."""
 
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from config import Experiment
 from data.batches import augment
-from data.datasets import ImageSet
 from data.pixels import to_model_range
 from functions.denoiser import Denoiser
 from functions.noise_scheduler import broadcast, build_scheduler
@@ -50,17 +48,12 @@ class DetailsData(TrainingData):
     """The data of a training of details: pieces of half the size of the images.
 
     From small images, which it sees whole, and from parts of larger ones, one network learns to
-    double both. Raises ConfigError for labels, and for a size that is no multiple of 4.
+    double both. The arguments are those of `TrainingData`. Raises ConfigError for labels, and for a
+    size that is no multiple of 4.
     """
 
-    def __init__(
-        self,
-        experiment: Experiment,
-        image_set: ImageSet,
-        device: torch.device,
-        no_inputs: dict[str, float | Tensor],
-    ):
-        super().__init__(experiment, image_set, device, no_inputs)
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
         channels, size, _ = self.image_shape
         if size % 4 or self.config.labels:
             raise ConfigError(
@@ -69,7 +62,7 @@ class DetailsData(TrainingData):
         self.piece_shape = channels, size // 2, size // 2
         scheduler = build_scheduler(vars(self.config))
         log_snr = torch.logit(scheduler.alphas_cumprod) - LOG_SNR_SHIFT
-        self.log_snr = log_snr.to(device, torch.float32)  # (T,)
+        self.log_snr = log_snr.to(self.device, torch.float32)  # (T,)
 
     def draw(self, step: int) -> PieceDraws:
         """Draw what decides this process's pieces of a step."""

@@ -45,16 +45,16 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def holding(path: Path, advice: str, timeout: float = -1) -> Iterator[None]:
-    """Hold the lock `path` within the context; other processes wait, or wait `timeout` seconds.
+def holding(path: Path, advice: str) -> Iterator[None]:
+    """Hold the lock `path` within the context.
 
-    A disk without locks is a warning, which ends with the advice. Raises filelock's Timeout, and
-    OSError when the lock cannot be written.
+    A disk without locks is a warning, which ends with the advice. Raises filelock's Timeout when
+    another process holds it, and OSError when it cannot be written.
     """
     # The system releases the lock when the process ends, even when it is killed.
     lock = FileLock(path)
     try:
-        lock.acquire(timeout)
+        lock.acquire(timeout=0)
     except Timeout:
         raise
     except (NotImplementedError, OSError) as error:

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from filelock import Timeout
 
@@ -109,7 +111,7 @@ def locked(run: Path) -> Iterator[None]:
     advice = "do not start another process in it"
     with ExitStack() as stack:
         try:
-            stack.enter_context(holding(run / ".lock", advice, timeout=0))
+            stack.enter_context(holding(run / ".lock", advice))
         except Timeout as error:
             raise UserError(f"{run}: another process is already training in this folder") from error
         for pattern in TRAINING_LEFTOVERS:
@@ -139,11 +141,11 @@ class StopSignals:
         }
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_: Any) -> None:
         for number, previous in self.previous.items():
             signal.signal(number, previous)
 
-    def receive(self, number: int, _: object) -> None:
+    def receive(self, number: int, _: FrameType | None) -> None:
         """Remember the signal, and put back what it did before."""
         self.received = signal.Signals(number).name
         signal.signal(number, self.previous[number])
