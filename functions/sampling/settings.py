@@ -170,7 +170,12 @@ def newest_run(runs: Path, prefix: str = "") -> Path:
     target = f"run of an experiment {prefix}*" if prefix else "run"
     problem = f"{runs}: no {target} with a checkpoint here yet"
     if PRETRAINED.exists() and runs == RUNS:
-        print(f"{problem}; using pretrained/{PRETRAINED.name}, which comes with the repository")
+        # Without a prefix, the preset that trains in minutes is meant.
+        command = f"train.py {prefix}-64" if prefix else "train.py"
+        print(
+            f"{problem}; using pretrained/{PRETRAINED.name}, which comes with the repository "
+            f"(train your own: python {command})"
+        )
         return PRETRAINED
     raise CheckpointError(f"{problem}; train one first, or name a checkpoint")
 
