@@ -78,15 +78,16 @@ def open_models(config: SamplingConfig, device_name: str) -> Models:
 def read_inputs(config: SamplingConfig, models: Models) -> dict[str, Tensor]:
     """Return the arrays of the settings' inputs, on the device, with the dtypes of the training's.
 
-    Raises UserError unless they are those that the network was trained with, in name and shape, and
-    for what the network cannot do without.
+    Raises UserError unless they are of those that the network was trained with, in name and shape,
+    and for what is missing that the network cannot do without.
     """
     saved, network = models.saved, models.denoiser.network
     known = saved.provenance.get("inputs", {})
     shapes = ", ".join(f"{name} {('N', *shape)}" for name, (shape, _) in known.items())
     takes = f"{saved.path} takes {printable(shapes).replace(chr(39), '') or 'none'}"
+    needed = {name for name in known if inputs_of(network)[name].default is Parameter.empty}
     if config.inputs is None:
-        if any(inputs_of(network)[name].default is Parameter.empty for name in known):
+        if needed:
             raise UserError(f"--inputs: it is needed; {takes}")
         return {}
     try:
@@ -94,12 +95,16 @@ def read_inputs(config: SamplingConfig, models: Models) -> dict[str, Tensor]:
             arrays = {name: file[name] for name in file.files}
     except (ValueError, EOFError, BadZipFile, AttributeError) as error:
         raise UserError(f"--inputs: {config.inputs} is no .npz file of numbers") from error
-    fits = arrays.keys() == known.keys() and all(
-        values.ndim
-        and len(values)
-        and [*values.shape[1:]] == known[name][0]
-        and np.can_cast(values.dtype, known[name][1], "same_kind")
-        for name, values in arrays.items()
+    fits = (
+        arrays
+        and needed <= arrays.keys() <= known.keys()
+        and all(
+            values.ndim
+            and len(values)
+            and [*values.shape[1:]] == known[name][0]
+            and np.can_cast(values.dtype, known[name][1], "same_kind")
+            for name, values in arrays.items()
+        )
     )
     if not fits:
         found = ", ".join(f"{name} {values.shape}" for name, values in arrays.items())

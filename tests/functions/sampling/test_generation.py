@@ -4,6 +4,7 @@ test_bad_input.py has what is refused.
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +14,13 @@ from torch.testing import assert_close
 import sample
 import train
 from data.pixels import to_uint8
+from functions.denoiser import Denoiser
+from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import SAMPLERS, Sampler, ddim_sample
 from functions.sampling.generation import generate
+from functions.sampling.models import read_inputs
 from functions.sampling.samples_folder import generate_frames
+from functions.sampling.settings import SamplingConfig
 from functions.support.command_line import run_script
 from models.unet import UNet
 from tests.conftest import (
@@ -23,6 +28,7 @@ from tests.conftest import (
     call,
     changed,
     pipeline_of,
+    refused,
 )
 from tests.functions.training.test_objectives_trained import assert_samples_are_the_grid
 
@@ -96,3 +102,28 @@ def test_a_new_sampler_is_a_function_and_a_row(unfinished, tmp_path, monkeypatch
     monkeypatch.setitem(SAMPLERS, "euler", row)
     call(train, "--resume", unfinished, "--diffusion.grid-sampler euler")
     assert_samples_are_the_grid(unfinished, "euler", tmp_path)
+
+
+def test_an_input_that_the_network_can_do_without_may_be_left_out(tmp_path):
+    """One without a default may not, and a file of nothing is a mistake."""
+
+    def network(x_t, t, pose, age=None):
+        return x_t
+
+    known = {"pose": ([2], "float32"), "age": ([], "int64")}
+    saved = SimpleNamespace(path="run", provenance={"inputs": known})
+    models = SimpleNamespace(
+        saved=saved, denoiser=Denoiser(network, NoiseScheduler(1000)), device=torch.device("cpu")
+    )
+    path = str(tmp_path / "some.npz")
+    pose, age = np.ones((3, 2), np.float32), np.arange(3)
+    for arrays in ({"pose": pose}, {"pose": pose, "age": age}):
+        np.savez(path, **arrays)
+        read = read_inputs(SamplingConfig(inputs=path), models)
+        assert {name: value.tolist() for name, value in read.items()} == {
+            name: value.tolist() for name, value in arrays.items()
+        }
+    for arrays in ({"age": age}, {}):
+        np.savez(path, **arrays)
+        with refused(r"some.npz has (age \(3,\)|none); run takes pose"):
+            read_inputs(SamplingConfig(inputs=path), models)
