@@ -119,11 +119,11 @@ def test_an_input_that_the_network_can_do_without_may_be_left_out(tmp_path):
     pose, age = np.ones((3, 2), np.float32), np.arange(3)
     for arrays in ({"pose": pose}, {"pose": pose, "age": age}):
         np.savez(path, **arrays)
-        read = read_inputs(SamplingConfig(inputs=path), models)
+        read = read_inputs(SamplingConfig(model="run", inputs=path), models)
         assert {name: value.tolist() for name, value in read.items()} == {
             name: value.tolist() for name, value in arrays.items()
         }
     for arrays in ({"age": age}, {}):
         np.savez(path, **arrays)
         with refused(r"some.npz has (age \(3,\)|none); run takes pose"):
-            read_inputs(SamplingConfig(inputs=path), models)
+            read_inputs(SamplingConfig(model="run", inputs=path), models)
